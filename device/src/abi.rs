@@ -1,0 +1,521 @@
+//! What host and device agree on: kernel names and arguments, the mailbox layout, status codes.
+//!
+//! Invariant: nothing in here is spelled a second time anywhere else. The host fills [`Args`],
+//! the kernels read it; both compute addresses in a mailbox with [`Layout`] only.
+
+/// Most ranks in one communicator.
+pub const MAX_RANKS: usize = 16;
+
+/// A free slot of a pipe holds this value in every 32-bit word; a word that differs has arrived.
+///
+/// All ones is what `memset(0xff)` leaves, and as data it is a rare NaN for every float type.
+/// Data that do contain it are announced with a flag (`pipe::Pipe::seal`).
+pub const FREE: u32 = u32::MAX;
+
+/// Bytes of one unit: the widest store a GPU thread makes, and what a thread polls at once.
+pub const UNIT: usize = 16;
+
+/// Units that one thread moves at once where a chunk is large enough.
+pub const UNROLL: usize = 4;
+
+/// Most threads in a block of any kernel; the entries carry it as their launch bound.
+pub const MAX_THREADS: u32 = 512;
+
+/// Version of everything in this file. Ranks with different versions refuse each other.
+pub const ABI_VERSION: u32 = 1;
+
+/// Element type of a tensor, for reductions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum DType {
+    /// IEEE binary32.
+    F32 = 0,
+    /// IEEE binary16.
+    F16 = 1,
+    /// bfloat16: the upper half of a binary32.
+    Bf16 = 2,
+}
+
+impl DType {
+    /// All element types, in the order of their codes.
+    pub const ALL: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
+    /// Bytes of one element in the tensor.
+    pub const fn bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::Bf16 => 2,
+        }
+    }
+
+    /// The name used on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::Bf16 => "bf16",
+        }
+    }
+}
+
+/// How two values become one. Values are f32 while they are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum ReduceOp {
+    /// Addition, in rank order.
+    Sum = 0,
+    /// The larger value; a NaN loses against a number.
+    Max = 1,
+    /// The smaller value; a NaN loses against a number.
+    Min = 2,
+    /// The sum divided by the world size, before the one rounding.
+    Avg = 3,
+}
+
+impl ReduceOp {
+    /// All operators, in the order of their codes.
+    pub const ALL: [ReduceOp; 4] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min, ReduceOp::Avg];
+
+    /// The name used on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ReduceOp::Sum => "sum",
+            ReduceOp::Max => "max",
+            ReduceOp::Min => "min",
+            ReduceOp::Avg => "avg",
+        }
+    }
+}
+
+/// How payload is laid out in a 16-byte unit on its way between two GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Format {
+    /// Data and flag in one store: 8 bytes of payload and the sequence number twice, as in NCCL's
+    /// LL protocol. Needs no other signal whatever the payload is; half the link is flags.
+    Packet = 0,
+    /// 16 bytes of payload. A receiver sees arrival by the word no longer being [`FREE`], as in
+    /// TensorRT-LLM's Lamport all-reduce; payload that itself holds [`FREE`] is sealed with a flag.
+    Full = 1,
+}
+
+impl Format {
+    /// Both formats, in the order of their codes.
+    pub const ALL: [Format; 2] = [Format::Packet, Format::Full];
+
+    /// Bytes of payload in one unit.
+    pub const fn payload(self) -> usize {
+        match self {
+            Format::Packet => 8,
+            Format::Full => 16,
+        }
+    }
+
+    /// The name used on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Format::Packet => "packet",
+            Format::Full => "full",
+        }
+    }
+}
+
+/// What a kernel does, for its name and for error records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Operation {
+    /// All ranks end with the reduction of all ranks' tensors.
+    AllReduce = 1,
+    /// Rank r ends with the r-th part of the reduction.
+    ReduceScatter = 2,
+    /// All ranks end with the concatenation of all ranks' tensors.
+    AllGather = 3,
+    /// All ranks end with the root's tensor.
+    Broadcast = 4,
+    /// The root ends with the row-wise concatenation of the members' tensors.
+    Gather = 5,
+    /// No rank passes before all have come.
+    Barrier = 6,
+    /// `dst += src` on one GPU.
+    LocalReduce = 7,
+    /// Stores, loads and ordering between two GPUs.
+    Probe = 8,
+}
+
+impl Operation {
+    /// The operation whose code is `code`.
+    pub const fn from_code(code: u32) -> Option<Operation> {
+        Some(match code {
+            1 => Operation::AllReduce,
+            2 => Operation::ReduceScatter,
+            3 => Operation::AllGather,
+            4 => Operation::Broadcast,
+            5 => Operation::Gather,
+            6 => Operation::Barrier,
+            7 => Operation::LocalReduce,
+            8 => Operation::Probe,
+            _ => return None,
+        })
+    }
+
+    /// The name used on the command line, in errors and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Operation::AllReduce => "all_reduce",
+            Operation::ReduceScatter => "reduce_scatter",
+            Operation::AllGather => "all_gather",
+            Operation::Broadcast => "broadcast",
+            Operation::Gather => "gather",
+            Operation::Barrier => "barrier",
+            Operation::LocalReduce => "local_reduce",
+            Operation::Probe => "probe",
+        }
+    }
+}
+
+/// Calls `$callback!` with one row per kernel: `Variant "symbol" body::<parameters> barriers;`.
+///
+/// `barriers` is the number of block-wide barriers written in the body, which the builder compares
+/// with the PTX: rustc's jump threading and LLVM both know how to duplicate one (docs/memory-model.md).
+#[macro_export]
+macro_rules! for_each_kernel {
+    ($callback:ident) => {
+        $callback! {
+            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 3;
+            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 3;
+            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 3;
+            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 3;
+            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 3;
+            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 3;
+            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 3;
+            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 3;
+            AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 4;
+            AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 4;
+            AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 4;
+            AllReduceTwoShotF32AsBf16 "peerlane_all_reduce_two_shot_f32_as_bf16" two_shot::<F32AsBf16> 4;
+            ReduceScatterF32 "peerlane_reduce_scatter_f32" reduce_scatter::<F32> 3;
+            ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 3;
+            ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 3;
+            ReduceScatterF32AsBf16 "peerlane_reduce_scatter_f32_as_bf16" reduce_scatter::<F32AsBf16> 3;
+            AllGatherPacket "peerlane_all_gather_packet" all_gather::<Packet> 3;
+            AllGatherFull "peerlane_all_gather_full" all_gather::<Full> 3;
+            BroadcastPacket "peerlane_broadcast_packet" broadcast::<Packet> 3;
+            BroadcastFull "peerlane_broadcast_full" broadcast::<Full> 3;
+            GatherPacket "peerlane_gather_packet" gather::<Packet> 3;
+            GatherFull "peerlane_gather_full" gather::<Full> 3;
+            LocalReduceF32 "peerlane_local_reduce_f32" local_reduce::<F32> 0;
+            LocalReduceF16 "peerlane_local_reduce_f16" local_reduce::<F16> 0;
+            LocalReduceBf16 "peerlane_local_reduce_bf16" local_reduce::<Bf16> 0;
+            Barrier "peerlane_barrier" barrier::<> 1;
+            Probe "peerlane_probe" probe::<> 0;
+        }
+    };
+}
+
+macro_rules! kernel_table {
+    ($($variant:ident $symbol:literal $body:ident::<$($parameter:ident),*> $barriers:literal;)*) => {
+        /// One compiled kernel.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(usize)]
+        #[allow(missing_docs, reason = "a variant is its operation, element type and format")]
+        pub enum Kernel { $($variant),* }
+
+        impl Kernel {
+            /// Every kernel, in the order of their numbers.
+            pub const ALL: &'static [Kernel] = &[$(Kernel::$variant),*];
+
+            /// The symbol in the PTX.
+            pub const fn symbol(self) -> &'static str {
+                match self { $(Kernel::$variant => $symbol),* }
+            }
+
+            /// Block-wide barriers written in the body.
+            pub const fn barriers(self) -> usize {
+                match self { $(Kernel::$variant => $barriers),* }
+            }
+        }
+    };
+}
+for_each_kernel!(kernel_table);
+
+/// What travels: the tensor's element type, or f32 rounded to bf16 on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Wire {
+    /// Elements travel as they lie in the tensor.
+    Native,
+    /// f32 elements travel as bf16: half the bytes, 8 bits of precision.
+    Bf16,
+}
+
+impl Kernel {
+    /// The one-shot all-reduce for `dtype` tensors travelling as `wire` in `format`.
+    pub const fn all_reduce_one_shot(dtype: DType, wire: Wire, format: Format) -> Kernel {
+        let first = Kernel::AllReduceOneShotF32Packet as usize;
+        Kernel::ALL[first + 2 * Self::element(dtype, wire) + format as usize]
+    }
+
+    /// The two-shot all-reduce for `dtype` tensors travelling as `wire`.
+    pub const fn all_reduce_two_shot(dtype: DType, wire: Wire) -> Kernel {
+        Kernel::ALL[Kernel::AllReduceTwoShotF32 as usize + Self::element(dtype, wire)]
+    }
+
+    /// The reduce-scatter for `dtype` tensors travelling as `wire`.
+    pub const fn reduce_scatter(dtype: DType, wire: Wire) -> Kernel {
+        Kernel::ALL[Kernel::ReduceScatterF32 as usize + Self::element(dtype, wire)]
+    }
+
+    /// The local reduction `dst += src` for `dtype`.
+    pub const fn local_reduce(dtype: DType) -> Kernel {
+        Kernel::ALL[Kernel::LocalReduceF32 as usize + dtype as usize]
+    }
+
+    /// The all-gather in `format`.
+    pub const fn all_gather(format: Format) -> Kernel {
+        Kernel::ALL[Kernel::AllGatherPacket as usize + format as usize]
+    }
+
+    /// The broadcast in `format`.
+    pub const fn broadcast(format: Format) -> Kernel {
+        Kernel::ALL[Kernel::BroadcastPacket as usize + format as usize]
+    }
+
+    /// The gather in `format`.
+    pub const fn gather(format: Format) -> Kernel {
+        Kernel::ALL[Kernel::GatherPacket as usize + format as usize]
+    }
+
+    /// Rows of the table come as f32, f16, bf16, f32-as-bf16.
+    const fn element(dtype: DType, wire: Wire) -> usize {
+        match (dtype, wire) {
+            (DType::F32, Wire::Bf16) => 3,
+            _ => dtype as usize,
+        }
+    }
+}
+
+/// The argument of every kernel, by value.
+///
+/// `peers` and `widths` come first: the device indexes them at run time through the parameter
+/// bank, at these offsets.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Args {
+    /// Address of each rank's mailbox as this rank sees it; its own at index `rank`.
+    pub peers: [u64; MAX_RANKS],
+    /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
+    pub widths: [u64; MAX_RANKS],
+    /// Tensor to read.
+    pub src: u64,
+    /// Tensor to write; may equal `src` where the operation allows it.
+    pub dst: u64,
+    /// Address of this rank's [`Status`] page as the device sees it.
+    pub status: u64,
+    /// Payload bytes in tensor layout of one message: the whole tensor (all-reduce, broadcast),
+    /// one shard (reduce-scatter, all-gather), this rank's rows (gather).
+    pub bytes: u64,
+    /// Gather: rows in every tensor.
+    pub rows: u64,
+    /// A wait that lasted this many nanoseconds ends the kernel with a record.
+    pub deadline_ns: u64,
+    /// This rank.
+    pub rank: u32,
+    /// Number of ranks.
+    pub world: u32,
+    /// Broadcast and gather: the root's rank.
+    pub root: u32,
+    /// [`Operation`] code, for records.
+    pub operation: u32,
+    /// [`ReduceOp`] code.
+    pub op: u32,
+    /// [`flags`] bits.
+    pub flags: u32,
+    /// Units in a full chunk: what one block sends to one peer at once. At most
+    /// `layout.slot_units`.
+    pub chunk_units: u32,
+    /// Gather on the root: most chunks that any member sends. Probe: rounds.
+    pub chunks: u32,
+    /// Probe: the other rank.
+    pub peer: u32,
+    /// Probe: what to do, a [`probe`] code.
+    pub mode: u32,
+    /// Factor applied before the final rounding: 1, or 1/world for an average.
+    pub scale: f32,
+    /// Where things lie in every rank's mailbox.
+    pub layout: Layout,
+}
+
+/// Bits of [`Args::flags`].
+pub mod flags {
+    /// This rank contributes the neutral element instead of its tensor.
+    pub const NO_CONTRIBUTION: u32 = 1;
+    /// The tensors are aligned for whole-unit accesses throughout.
+    pub const ALIGNED: u32 = 2;
+    /// Credits are returned inside the call: the call needs more slots than half a lane has.
+    pub const STREAMING: u32 = 4;
+    /// Test only: skip the wait for a credit before a slot is reused.
+    pub const BREAK_CREDIT: u32 = 1 << 16;
+    /// Test only: leave consumed slots dirty.
+    pub const BREAK_CLEAN: u32 = 1 << 17;
+    /// Test only: do not seal chunks whose payload holds the free pattern.
+    pub const BREAK_SEAL: u32 = 1 << 18;
+    /// Test only: publish a seal without the fence before it.
+    pub const BREAK_FENCE: u32 = 1 << 19;
+    /// Test only: publish a seal or a credit without the block barrier before it.
+    pub const BREAK_SYNC: u32 = 1 << 20;
+    /// Test only: look at one word of a unit instead of all four.
+    pub const BREAK_TEAR: u32 = 1 << 21;
+}
+
+/// Codes of [`Args::mode`] for the probe kernel.
+pub mod probe {
+    /// Store a pattern into the peer's probe area.
+    pub const STORE: u32 = 0;
+    /// Load the peer's probe area into `dst`.
+    pub const LOAD: u32 = 1;
+    /// Bounce a flagged message between both ranks `chunks` times, checking data behind each flag.
+    pub const PING_PONG: u32 = 2;
+}
+
+/// Where things lie in a mailbox. The same on every rank of a communicator.
+///
+/// ```text
+/// 0                 Control
+/// CONTROL_BYTES     probe area
+/// words             lane 0: sent[16] received[16] credit[16] sealed[16], lane 1: ...
+/// slots             source 0: lane 0: slot 0, slot 1, ...  lane 1: ...   source 1: ...
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Layout {
+    /// Lanes per ordered pair: the most blocks that a call can use.
+    pub lanes: u32,
+    /// Slots per lane, a power of two.
+    pub slots: u32,
+    /// Units per slot.
+    pub slot_units: u32,
+    /// Unused; keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// Bytes at the start of a mailbox that hold [`Control`].
+pub const CONTROL_BYTES: usize = 4096;
+/// Bytes of the probe area.
+pub const PROBE_BYTES: usize = 4096;
+/// Bytes of a lane's counters.
+pub const LANE_WORD_BYTES: usize = 4 * 4 * MAX_RANKS;
+
+/// The counters of one lane, by offset from the lane's first byte; each an array over ranks.
+///
+/// `SENT` and `RECEIVED` are written by this rank only, `CREDIT[p]` and `SEALED[p]` by rank p only.
+pub mod lane_words {
+    use super::MAX_RANKS;
+    /// Slots that this rank has sent to each peer.
+    pub const SENT: usize = 0;
+    /// Slots that this rank has consumed from each peer.
+    pub const RECEIVED: usize = 4 * MAX_RANKS;
+    /// Slots that each peer says it has consumed and cleaned.
+    pub const CREDIT: usize = 8 * MAX_RANKS;
+    /// Slots of each peer that are known complete whatever they hold.
+    pub const SEALED: usize = 12 * MAX_RANKS;
+}
+
+impl Layout {
+    /// Offset of the counters of `lane`.
+    #[inline(always)]
+    pub const fn words(self, lane: u32) -> usize {
+        CONTROL_BYTES + PROBE_BYTES + lane as usize * LANE_WORD_BYTES
+    }
+
+    /// Offset of the first slot of `lane` in the region where the `source`-th peer writes.
+    #[inline(always)]
+    pub const fn slots(self, source: u32, lane: u32) -> usize {
+        let lane_bytes = self.slots as usize * self.slot_units as usize * UNIT;
+        self.words(self.lanes) + (source as usize * self.lanes as usize + lane as usize) * lane_bytes
+    }
+
+    /// Bytes of a whole mailbox with `world` ranks.
+    pub const fn mailbox_bytes(self, world: u32) -> usize {
+        self.slots(world - 1, 0)
+    }
+
+    /// Which region of `receiver`'s mailbox `sender` writes: 0 for the rank after the receiver.
+    /// A rank has no region for itself, so `world - 1` regions are enough.
+    #[inline(always)]
+    pub const fn source(sender: u32, receiver: u32, world: u32) -> u32 {
+        let distance = sender + world - receiver - 1;
+        if distance >= world { distance - world } else { distance }
+    }
+}
+
+/// The first words of a mailbox.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Control {
+    /// Calls that this rank has completed; advanced by the kernels, for records.
+    pub epoch: u32,
+    /// Taken by the first lane that fails, so that there is one record.
+    pub claim: u32,
+    _local: [u32; 30],
+    /// Set by any rank whose wait failed. Every writer stores 1, so several may.
+    pub abort: u32,
+    _remote: [u32; 31],
+}
+
+/// Phase of a wait, for records.
+pub mod phase {
+    /// Waiting for a peer to free a slot.
+    pub const CREDIT: u32 = 1;
+    /// Waiting for a peer's data.
+    pub const DATA: u32 = 2;
+    /// Waiting for a peer's result (second half of a two-shot all-reduce).
+    pub const RESULT: u32 = 3;
+    /// Waiting for a peer to reach the barrier.
+    pub const BARRIER: u32 = 4;
+    /// Waiting for the other side of a probe.
+    pub const PROBE: u32 = 5;
+}
+
+/// States of [`Status::state`].
+pub mod state {
+    /// No wait has failed.
+    pub const OK: u32 = 0;
+    /// A wait reached its deadline.
+    pub const TIMED_OUT: u32 = 1;
+    /// A wait saw the abort word.
+    pub const ABORTED: u32 = 2;
+    /// A probe read something other than what was written.
+    pub const CORRUPT: u32 = 3;
+}
+
+/// One page in pinned host memory per rank: how the host stops kernels and learns why they stopped.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Status {
+    /// Written by the host: a non-zero value ends every wait of this rank.
+    pub abort: u32,
+    _host: [u32; 31],
+    /// Written last by the device, one of [`state`]; the other fields are valid once it is not 0.
+    pub state: u32,
+    /// [`Operation`] code.
+    pub operation: u32,
+    /// The rank waited for.
+    pub peer: u32,
+    /// The call's number on this rank.
+    pub epoch: u32,
+    /// One of [`phase`].
+    pub phase: u32,
+    /// Block of the lane that gave up.
+    pub block: u32,
+    /// How long it had waited, in nanoseconds.
+    pub waited_ns: u64,
+    _device: [u32; 24],
+    /// Written by the probe kernel: nanoseconds that its rounds took.
+    pub probe_ns: u64,
+}
+
+const _: () = {
+    assert!(core::mem::size_of::<Control>() <= CONTROL_BYTES);
+    assert!(core::mem::offset_of!(Control, abort) == 128);
+    assert!(core::mem::offset_of!(Status, state) == 128);
+    assert!(core::mem::offset_of!(Args, widths) == 8 * MAX_RANKS);
+};
