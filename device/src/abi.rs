@@ -514,7 +514,7 @@ pub struct Status {
 }
 
 const _: () = {
-    assert!(core::mem::size_of::<Control>() <= CONTROL_BYTES);
+    assert!(size_of::<Control>() <= CONTROL_BYTES);
     assert!(core::mem::offset_of!(Control, abort) == 128);
     assert!(core::mem::offset_of!(Status, state) == 128);
     assert!(core::mem::offset_of!(Args, widths) == 8 * MAX_RANKS);

@@ -1,0 +1,115 @@
+//! What a caller asks of a communicator: one struct per collective.
+//!
+//! Sizes are in elements where the element type matters (reductions) and in bytes where it does
+//! not. Every rank that takes part must bring the same sizes, types, root and options.
+
+use crate::gpu::DevicePtr;
+use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
+
+/// How an all-reduce is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Algorithm {
+    /// Every rank sends its whole tensor to every other and reduces all of it: one step,
+    /// (n-1) x S bytes out of each GPU.
+    OneShot(Format),
+    /// Reduce-scatter and all-gather in one kernel: two steps, 2(n-1)/n x S bytes out of each GPU.
+    TwoShot,
+}
+
+/// Every rank ends with the reduction of all ranks' tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AllReduce {
+    /// `count` elements to read, aligned to the element.
+    pub src: DevicePtr,
+    /// `count` elements to write, aligned to the element; `src` itself for in place.
+    pub dst: DevicePtr,
+    /// Elements in the tensor.
+    pub count: usize,
+    /// Element type.
+    pub dtype: DType,
+    /// How values are combined.
+    pub op: ReduceOp,
+    /// How f32 elements travel; other types always travel as they are.
+    pub wire: Wire,
+    /// `false`: this rank adds nothing (its `src` is not read) and still receives the result. An
+    /// average still divides by the world size. The only field in which ranks may differ.
+    pub contribution: bool,
+    /// Overrides the plan's choice.
+    pub algorithm: Option<Algorithm>,
+}
+
+impl AllReduce {
+    /// Sums `count` elements in place.
+    pub const fn in_place(tensor: DevicePtr, count: usize, dtype: DType) -> AllReduce {
+        AllReduce {
+            src: tensor,
+            dst: tensor,
+            count,
+            dtype,
+            op: ReduceOp::Sum,
+            wire: Wire::Native,
+            contribution: true,
+            algorithm: None,
+        }
+    }
+}
+
+/// Rank r ends with the reduction of all ranks' r-th parts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ReduceScatter {
+    /// `count` x world size elements to read.
+    pub src: DevicePtr,
+    /// `count` elements to write; may be this rank's own part of `src`.
+    pub dst: DevicePtr,
+    /// Elements in one part.
+    pub count: usize,
+    /// Element type.
+    pub dtype: DType,
+    /// How values are combined.
+    pub op: ReduceOp,
+    /// How f32 elements travel; other types always travel as they are.
+    pub wire: Wire,
+    /// As in [`AllReduce::contribution`].
+    pub contribution: bool,
+}
+
+/// Every rank ends with all ranks' tensors, one after the other in rank order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AllGather {
+    /// `bytes` bytes to read, with any alignment.
+    pub src: DevicePtr,
+    /// `bytes` x world size bytes to write, with any alignment; `src` may be this rank's part.
+    pub dst: DevicePtr,
+    /// Bytes that each rank brings.
+    pub bytes: usize,
+}
+
+/// Every rank ends with the root's bytes, in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broadcast {
+    /// `bytes` bytes to read (root) or write (others), with any alignment.
+    pub data: DevicePtr,
+    /// Size of the tensor.
+    pub bytes: usize,
+    /// The rank that has the data.
+    pub root: u32,
+}
+
+/// The root ends with the members' tensors joined along their last dimension.
+///
+/// Only members and the root call it. Rank r brings a tensor of `rows` x `widths[r]` bytes; the
+/// root writes one of `rows` x (sum of the members' widths), in rank order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gather<'a> {
+    /// This rank's rows, contiguous, with any alignment. Not read where its width is 0.
+    pub src: DevicePtr,
+    /// The joined tensor. Used on the root only.
+    pub dst: DevicePtr,
+    /// Rows in every tensor.
+    pub rows: usize,
+    /// Bytes per row that each rank brings, by rank; 0 for a rank that brings nothing or that is
+    /// no member. As many as there are ranks.
+    pub widths: &'a [usize],
+    /// The rank that receives. It may bring nothing.
+    pub root: u32,
+}
