@@ -4,7 +4,8 @@
 
 use crate::ptxas::{Assembled, Ptxas};
 use crate::toolchain::{RUSTC_VARIABLE, Search, Toolchain};
-use crate::{Arch, BuildError, Expected, Finding, PTXAS_VARIABLE};
+use crate::verdict::{Inputs, Passed, Verdict};
+use crate::{Arch, BuildError, Defect, Expected, Finding, PTXAS_VARIABLE};
 use crate::{compile, prebuilt, text, verify};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,8 @@ pub struct KernelReport {
     pub symbol: String,
     /// Block-wide barriers.
     pub barriers: usize,
+    /// Places where a panic is left: the device crate is written so that there are none.
+    pub traps: usize,
     /// Registers per thread; none where ptxas was not asked.
     pub registers: Option<u32>,
 }
@@ -205,34 +208,78 @@ impl CudaBuilder {
 
     fn build_variant(&self, shared: &Shared, arch: Arch) -> Result<Report, BuildError> {
         let mut warnings = Vec::new();
-        let (ptx, origin) = match &shared.toolchain {
-            Ok(toolchain) => {
-                let (ptx, said) = compile::device(toolchain, &shared.cache, arch, &self.root())?;
-                warnings.extend((!said.trim().is_empty()).then(|| said.trim().to_owned()));
-                let ptx = text::finish(&ptx, &shared.sources, &toolchain.version);
-                (ptx, Origin::Compiled(toolchain.version.clone()))
+        let (passed, origin) = match &shared.toolchain {
+            Ok(toolchain) => (
+                self.compiled(shared, toolchain, arch, &mut warnings)?,
+                Origin::Compiled(toolchain.version.clone()),
+            ),
+            Err(tried) => {
+                let (ptx, origin) = self.load_prebuilt(shared, arch, tried, &mut warnings)?;
+                (self.judge(shared, ptx, arch, &mut warnings)?, origin)
             }
-            Err(tried) => self.load_prebuilt(shared, arch, tried, &mut warnings)?,
         };
-        let mut findings = verify::verify(&ptx, &self.expected);
-        let registers = assemble(shared, &ptx, arch, &mut findings, &mut warnings)?;
-        if !findings.is_empty() {
-            return Err(BuildError::Verification { arch, findings });
-        }
-        let counts = verify::barrier_counts(&ptx).into_iter();
-        let kernels = counts.map(|(symbol, barriers)| {
-            let registers = registers.get(&symbol).copied();
-            KernelReport { symbol, barriers, registers }
-        });
+        let kernel = |tally: verify::Tally| KernelReport {
+            registers: passed.registers.get(&tally.symbol).copied(),
+            symbol: tally.symbol,
+            barriers: tally.barriers,
+            traps: tally.traps,
+        };
         Ok(Report {
             arch,
             origin,
             sources: shared.sources.clone(),
-            kernels: kernels.collect(),
-            ptx,
+            kernels: verify::tally(&passed.ptx).into_iter().map(kernel).collect(),
+            ptx: passed.ptx,
             ptxas: shared.ptxas.clone(),
             warnings,
         })
+    }
+
+    /// The PTX of this build, or of an earlier one that had the same inputs.
+    fn compiled(
+        &self,
+        shared: &Shared,
+        toolchain: &Toolchain,
+        arch: Arch,
+        warnings: &mut Vec<String>,
+    ) -> Result<Passed, BuildError> {
+        let inputs = Inputs {
+            arch,
+            sources: &shared.sources,
+            toolchain: &toolchain.identity,
+            ptxas: shared.ptxas.as_ref(),
+            expected: &self.expected,
+        };
+        let verdict = Verdict::on(&inputs, &shared.cache);
+        if let Some(passed) = verdict.recall() {
+            return Ok(passed);
+        }
+        let (ptx, said) = compile::device(toolchain, &shared.cache, arch, &self.root())?;
+        warnings.extend((!said.trim().is_empty()).then(|| said.trim().to_owned()));
+        let ptx = text::finish(&ptx, &shared.sources, &toolchain.version);
+        let passed = self.judge(shared, ptx, arch, warnings)?;
+        // A warning is worth repeating until its cause is gone.
+        if warnings.is_empty() {
+            verdict.remember(&passed);
+        }
+        Ok(passed)
+    }
+
+    /// Makes every check.
+    fn judge(
+        &self,
+        shared: &Shared,
+        ptx: String,
+        arch: Arch,
+        warnings: &mut Vec<String>,
+    ) -> Result<Passed, BuildError> {
+        let mut findings = verify::verify(&ptx, &self.expected);
+        let registers = assemble(shared, &ptx, arch, &mut findings, warnings)?;
+        findings.sort_by(|a, b| a.kernel.cmp(&b.kernel));
+        match findings.is_empty() {
+            true => Ok(Passed { ptx, registers }),
+            false => Err(BuildError::Verification { arch, findings }),
+        }
     }
 
     fn load_prebuilt(
@@ -275,7 +322,16 @@ fn assemble(
         Err(_) if !findings.is_empty() => return Ok(BTreeMap::new()),
         Err(error) => return Err(error),
     };
-    findings.extend(functions.iter().flat_map(|function| function.findings()));
+    // A kernel whose text has a local depot is in the findings already, with the depot's size.
+    let known = |finding: &Finding| {
+        matches!(finding.defect, Defect::StackFrame(_))
+            && findings.iter().any(|other| {
+                other.kernel == finding.kernel && matches!(other.defect, Defect::LocalMemory(_))
+            })
+    };
+    let judged = functions.iter().flat_map(|function| function.findings());
+    let new: Vec<Finding> = judged.filter(|finding| !known(finding)).collect();
+    findings.extend(new);
     let registers = functions.into_iter().filter_map(|f| Some((f.symbol, f.registers?)));
     Ok(registers.collect())
 }

@@ -3,8 +3,9 @@
 //! Invariant: the PTX depends on the sources, the toolchain and the flags in this file, on nothing
 //! else. No linker and no cargo take part. `core` is compiled to metadata that holds the code of
 //! every function (`-Zalways-encode-mir`), so rustc generates what the kernels use into the
-//! kernels' own module, and `--emit=asm` is the finished PTX.
+//! kernels' own module, and `--emit=asm` is the PTX.
 
+use crate::scratch::Scratch;
 use crate::toolchain::Toolchain;
 use crate::{Arch, BuildError};
 use sha2::{Digest, Sha256};
@@ -30,12 +31,13 @@ const CORE_FLAGS: [&str; 4] =
     ["--cap-lints=allow", "--emit=metadata", "-Zalways-encode-mir", "-Zforce-unstable-if-unmarked"];
 
 /// More flags for the device crate. One codegen unit: a kernel and all it calls are one module.
+/// LLVM's intrinsics are internal to rustc, and the only right way to a barrier.
 pub(crate) const DEVICE_FLAGS: [&str; 5] = [
     "--edition=2024",
     "--crate-name=device",
-    "--cap-lints=warn",
+    "-Ainternal_features",
     "-Ccodegen-units=1",
-    "--emit=asm=-",
+    "--emit=asm",
 ];
 
 /// What LLVM would call from this crate it expands itself for this target, so nothing is in it.
@@ -52,8 +54,12 @@ pub(crate) fn device(
     let sysroot = sysroot(toolchain, cache, arch)?;
     let mut command = toolchain.command();
     command.args(FLAGS).args(DEVICE_FLAGS).arg(target_cpu(arch)).arg("--sysroot").arg(sysroot);
-    command.arg(root);
-    run(toolchain, &mut command, "the device crate", arch)
+    let scratch = Scratch::new(cache)?;
+    let output = scratch.file("device.ptx");
+    command.arg(root).arg("-o").arg(&output);
+    let warnings = run(toolchain, &mut command, "the device crate", arch)?;
+    let ptx = fs::read_to_string(&output).map_err(BuildError::io("read", &output))?;
+    Ok((ptx, warnings))
 }
 
 /// The folder with the compiled `core` for `arch`; compiles it where the cache has none.
@@ -113,18 +119,18 @@ fn target_cpu(arch: Arch) -> String {
     format!("-Ctarget-cpu={arch}")
 }
 
-/// Runs rustc and returns what it wrote to stdout and stderr.
+/// Runs rustc and returns its warnings.
 fn run(
     toolchain: &Toolchain,
     command: &mut Command,
     what: &str,
     arch: Arch,
-) -> Result<(String, String), BuildError> {
+) -> Result<String, BuildError> {
     let output = command.output().map_err(BuildError::io("start", Path::new(&toolchain.rustc)))?;
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
         let rustc = format!("{} ({})", toolchain.rustc.to_string_lossy(), toolchain.version);
         return Err(BuildError::Compile { rustc, what: what.to_owned(), arch, stderr });
     }
-    Ok((String::from_utf8_lossy(&output.stdout).into_owned(), stderr))
+    Ok(stderr)
 }

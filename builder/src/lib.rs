@@ -21,8 +21,10 @@ mod error;
 mod prebuilt;
 mod ptx;
 mod ptxas;
+mod scratch;
 mod text;
 mod toolchain;
+mod verdict;
 pub mod verify;
 
 pub use builder::{CudaBuilder, KernelReport, Origin, Report};

@@ -87,12 +87,13 @@ fn warn(reports: &[Report]) {
 fn print_table(reports: &[Report]) {
     let symbols = reports.iter().flat_map(|report| &report.kernels);
     let width = symbols.map(|kernel| kernel.symbol.len()).max().unwrap_or(0);
-    println!("{:width$}  arch   registers  barriers", "kernel");
+    println!("{:width$}  arch   registers  barriers  traps", "kernel");
     for report in reports {
         for kernel in &report.kernels {
             let registers = kernel.registers.map_or("-".to_owned(), |count| count.to_string());
             let (symbol, arch, barriers) = (&kernel.symbol, report.arch.name(), kernel.barriers);
-            println!("{symbol:width$}  {arch:5}  {registers:>9}  {barriers:>8}");
+            let traps = kernel.traps;
+            println!("{symbol:width$}  {arch:5}  {registers:>9}  {barriers:>8}  {traps:>5}");
         }
     }
     for report in reports {

@@ -3,12 +3,12 @@
 //! Invariant: ptxas is optional, and what it says is never ignored where it is there. It knows what
 //! the text cannot show: registers, stack frames and spills.
 
+use crate::scratch::Scratch;
 use crate::{Arch, BuildError, Defect, Finding};
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{self, Command};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::Command;
 
 /// The environment variable that names ptxas.
 pub const PTXAS_VARIABLE: &str = "PEERLANE_PTXAS";
@@ -78,23 +78,14 @@ impl Ptxas {
         arch: Arch,
         cache: &Path,
     ) -> Result<Assembled, BuildError> {
-        static RUNS: AtomicU32 = AtomicU32::new(0);
-        let run = RUNS.fetch_add(1, Ordering::Relaxed);
-        let folder = cache.join(format!("ptxas-{arch}-{}-{run}", process::id()));
-        fs::create_dir_all(&folder).map_err(BuildError::io("create", &folder))?;
-        let verdict = self.assemble_in(&folder, ptx, arch);
-        fs::remove_dir_all(&folder).map_err(BuildError::io("remove", &folder))?;
-        verdict
-    }
-
-    fn assemble_in(&self, folder: &Path, ptx: &str, arch: Arch) -> Result<Assembled, BuildError> {
-        let input = folder.join("kernels.ptx");
+        let scratch = Scratch::new(cache)?;
+        let input = scratch.file("kernels.ptx");
         fs::write(&input, ptx).map_err(BuildError::io("write", &input))?;
         let output = Command::new(&self.path)
             .arg("-v")
             .arg(format!("-arch={arch}"))
             .arg("-o")
-            .arg(folder.join("kernels.cubin"))
+            .arg(scratch.file("kernels.cubin"))
             .arg(&input)
             .output()
             .map_err(BuildError::io("start", &self.path))?;

@@ -4,7 +4,7 @@
 //! holds for a kernel together with all functions that it reaches. docs/building.md says what to
 //! do about each defect.
 
-use crate::ptx::{Function, Module, opcode};
+use crate::ptx::{Function, Module, opcode, words};
 use peerlane_device::abi::Kernel;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -106,10 +106,22 @@ pub fn verify(ptx: &str, expected: &[Expected]) -> Vec<Finding> {
     findings
 }
 
-/// Symbols with their barriers, for reports.
-pub(crate) fn barrier_counts(ptx: &str) -> Vec<(String, usize)> {
+/// Counts for reports.
+pub(crate) struct Tally {
+    pub(crate) symbol: String,
+    pub(crate) barriers: usize,
+    pub(crate) traps: usize,
+}
+
+/// The counts of every entry.
+pub(crate) fn tally(ptx: &str) -> Vec<Tally> {
     let module = Module::parse(ptx);
-    module.entries().map(|entry| (entry.name.clone(), barriers(&module, entry))).collect()
+    let count = |entry: &Function| Tally {
+        symbol: entry.name.clone(),
+        barriers: barriers(&module, entry),
+        traps: count(&module, entry, |opcode| opcode == "trap"),
+    };
+    module.entries().map(count).collect()
 }
 
 /// Entries that are missing or too many.
@@ -122,18 +134,25 @@ fn entries(module: &Module, expected: &[Expected]) -> Vec<Finding> {
     missing.chain(unexpected).collect()
 }
 
-/// Block-wide barriers in the entry and in each function, once per mention, that it reaches.
+/// Block-wide barriers that the entry holds.
 fn barriers(module: &Module, entry: &Function) -> usize {
-    let own = |function: &Function| {
-        function.statements.iter().filter(|line| is_barrier(opcode(line))).count()
-    };
+    count(module, entry, is_barrier)
+}
+
+/// Instructions of a kind in the entry, and once per mention in each function that it reaches.
+fn count(module: &Module, entry: &Function, is: fn(&str) -> bool) -> usize {
+    let own =
+        |function: &Function| function.statements.iter().filter(|line| is(opcode(line))).count();
     let reached = module.reachable(entry);
-    let calls = |callee: &Function| {
+    let mentions = |callee: &Function| {
         let lines = reached.iter().flat_map(|caller| &caller.statements);
-        lines.filter(|line| crate::ptx::words(line).any(|word| word == callee.name)).count()
+        lines.filter(|line| words(line).any(|word| word == callee.name)).count()
     };
-    let called: usize = reached.iter().skip(1).map(|callee| own(callee) * calls(callee)).sum();
-    own(entry) + called
+    let called = reached.iter().skip(1).map(|callee| match own(callee) {
+        0 => 0,
+        own => own * mentions(callee),
+    });
+    own(entry) + called.sum::<usize>()
 }
 
 /// `bar.sync`, `bar.red`, `bar.arrive`, `barrier.sync`, `barrier.cta.sync` ..., but not the
@@ -145,19 +164,18 @@ fn is_barrier(opcode: &str) -> bool {
 
 /// What is wrong with the instructions that the entry reaches; the first of each kind.
 fn instructions(module: &Module, entry: &Function) -> Vec<Defect> {
-    let rules: [(fn(&str) -> bool, fn(String) -> Defect); 4] = [
-        (is_non_coherent, Defect::NonCoherentLoad),
-        (is_byte_access, Defect::ByteCopy),
-        (is_unscoped_atomic, Defect::UnscopedAtomic),
-        (is_local, Defect::LocalMemory),
-    ];
     let reached = module.reachable(entry);
-    let lines: Vec<&String> = reached.iter().flat_map(|function| &function.statements).collect();
-    let broken = rules.iter().filter_map(|(breaks, defect)| {
-        let line = lines.iter().find(|line| breaks(opcode(line)))?;
-        Some(defect((*line).clone()))
-    });
-    broken.collect()
+    let first = |breaks: fn(&str) -> bool| {
+        let mut lines = reached.iter().flat_map(|function| &function.statements);
+        lines.find(|line| breaks(opcode(line))).cloned()
+    };
+    let broken = [
+        first(is_non_coherent).map(Defect::NonCoherentLoad),
+        first(is_byte_access).map(Defect::ByteCopy),
+        first(is_unscoped_atomic).map(Defect::UnscopedAtomic),
+        first(is_local).map(Defect::LocalMemory),
+    ];
+    broken.into_iter().flatten().collect()
 }
 
 /// `ld.global.nc`, with whatever stands between and behind.
@@ -166,10 +184,11 @@ fn is_non_coherent(opcode: &str) -> bool {
 }
 
 /// LLVM writes bytes as `.b8`; our own byte accesses are asm! and write `.u8`. Parameters of type
-/// bool are read as `.b8` and are no copy.
+/// bool are read as `.b8` and are no copy; local memory has a rule of its own.
 fn is_byte_access(opcode: &str) -> bool {
     let access = opcode.starts_with("ld.") || opcode.starts_with("st.");
-    access && opcode.ends_with(".b8") && !opcode.split('.').any(|part| part == "param")
+    let elsewhere = opcode.split('.').any(|part| matches!(part, "param" | "local"));
+    access && opcode.ends_with(".b8") && !elsewhere
 }
 
 /// LLVM 22 drops the scope of atomic read-modify-writes along with their ordering.

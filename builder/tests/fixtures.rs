@@ -2,7 +2,9 @@
 //!
 //! Tests that need a device toolchain or ptxas say so and pass where there is none.
 
-use peerlane_builder::{Arch, BuildError, CudaBuilder, Defect, Expected, Finding, Origin, Search};
+use peerlane_builder::{
+    Arch, BuildError, CudaBuilder, Defect, Expected, Finding, Origin, Ptxas, Report, Search,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -72,7 +74,7 @@ fn a_second_build_gives_the_same_text_and_leaves_the_file_alone() {
     let written = || fs::metadata(&path).and_then(|data| data.modified()).expect("it is there");
     let (first, time) = (first.expect("it builds"), written());
     let second = build().expect("it builds again");
-    assert_eq!(first.ptx, second.ptx);
+    assert_eq!((first.ptx, first.kernels), (second.ptx, second.kernels));
     assert_eq!(time, written());
 }
 
@@ -154,31 +156,55 @@ fn prebuilt_ptx_is_used_only_with_its_own_sources() {
     assert!(message.contains("sm_80.ptx is stale") && message.contains("update"), "{message}");
 }
 
-#[test]
-fn prebuilt_ptx_is_verified_like_any_other() {
-    let device = scratch("tampered");
-    fs::create_dir_all(device.join("src")).expect("the folder is empty");
-    fs::create_dir_all(device.join("ptx")).expect("the folder is empty");
-    fs::write(device.join("src/lib.rs"), "#![no_std]\n").expect("as above");
-    let builder = || {
-        CudaBuilder::new(&device)
-            .cache(cache())
-            .search(Search::nowhere())
-            .expect(kernels(&[("k", 0)]))
-    };
+/// Builds from a prebuilt file that holds an entry `k` with this body, and has the right hash.
+fn prebuilt_kernel(name: &str, body: &str) -> Result<Report, BuildError> {
+    let device = scratch(name);
     let file = device.join("ptx/sm_80.ptx");
+    for folder in ["src", "ptx"] {
+        fs::create_dir_all(device.join(folder)).expect("the folder is empty");
+    }
+    fs::write(device.join("src/lib.rs"), "#![no_std]\n").expect("as above");
     fs::write(&file, "// peerlane sources 0\n").expect("as above");
-    let Err(BuildError::StalePrebuilt { expected, .. }) = builder().build() else {
+    let builder = CudaBuilder::new(&device).cache(cache()).search(Search::nowhere());
+    let builder = builder.expect(kernels(&[("k", 0)]));
+    let Err(BuildError::StalePrebuilt { expected, .. }) = builder.clone().build() else {
         panic!("the hash is made up")
     };
-    let ptx = "// compiled by hand\n.version 7.0\n.target sm_80\n.address_size 64\n\
-               .visible .entry k()\n{\nbar.sync 0;\nret;\n}\n";
-    fs::write(&file, format!("// peerlane sources {expected}\n{ptx}")).expect("as above");
-    let Err(BuildError::Verification { findings, .. }) = builder().build() else {
+    let head = format!("// peerlane sources {expected}\n// compiled by hand\n");
+    let module = ".version 7.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n\
+                  .maxntid 512, 1, 1\n";
+    fs::write(&file, format!("{head}{module}{{\n{body}\nret;\n}}\n")).expect("as above");
+    builder.build()
+}
+
+#[test]
+fn prebuilt_ptx_is_verified_like_any_other() {
+    let Err(BuildError::Verification { findings, .. }) = prebuilt_kernel("edited", "bar.sync 0;")
+    else {
         panic!("it has a barrier too many")
     };
     let defect = Defect::Barriers { expected: 0, found: 1 };
     assert_eq!(findings, [Finding { kernel: "k".to_owned(), defect }]);
+}
+
+#[test]
+fn what_only_ptxas_sees_is_found_too() {
+    if Ptxas::find().expect("PEERLANE_PTXAS is right or unset").is_none() {
+        eprintln!("skipped: no ptxas");
+        return;
+    }
+    let unknown = prebuilt_kernel("unknown", "made.up %r1;");
+    assert!(matches!(unknown, Err(BuildError::Ptxas { arch: Arch::Sm80, .. })), "{unknown:?}");
+
+    // 200 values that live at once, where 512 threads leave 128 registers to each.
+    let each = |line: fn(u32) -> String| (0..200).map(line).collect::<String>();
+    let loads = each(|i| format!("ld.volatile.global.u32 %r{i}, [%rd0];\n"));
+    let stores = each(|i| format!("st.volatile.global.u32 [%rd0], %r{i};\n"));
+    let declarations = ".reg .b32 %r<200>; .reg .b64 %rd<1>; mov.b64 %rd0, 4096;\n";
+    let crowded = prebuilt_kernel("crowded", &format!("{declarations}{loads}{stores}"));
+    let Err(BuildError::Verification { findings, .. }) = crowded else { panic!("{crowded:?}") };
+    assert!(findings.iter().all(|finding| finding.kernel == "k"));
+    assert!(findings.iter().any(|finding| matches!(finding.defect, Defect::Spills(_))));
 }
 
 #[test]
