@@ -3,7 +3,7 @@
 //! Invariant: what lands in OUT_DIR has passed every check of the builder. docs/building.md says
 //! which toolchain compiles it.
 
-use peerlane_builder::CudaBuilder;
+use peerlane_builder::{CudaBuilder, Report};
 use std::env;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     }
     match builder.build_all(&folder("OUT_DIR"), "kernels_") {
         Ok(reports) => {
-            for line in reports.iter().flat_map(|report| &report.warnings).flat_map(|w| w.lines()) {
+            for line in Report::warnings(&reports).into_iter().flat_map(str::lines) {
                 println!("cargo::warning={line}");
             }
             ExitCode::SUCCESS

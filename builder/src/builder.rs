@@ -7,7 +7,7 @@ use crate::toolchain::{RUSTC_VARIABLE, Search, Toolchain};
 use crate::verdict::{Inputs, Passed, Verdict};
 use crate::{Arch, BuildError, Defect, Expected, Finding, PTXAS_VARIABLE};
 use crate::{compile, prebuilt, text, verify};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::{env, fs, thread};
 
@@ -64,6 +64,15 @@ pub struct Report {
     /// What the user should know: prebuilt PTX in use, rustc's warnings, a ptxas that could not
     /// judge.
     pub warnings: Vec<String>,
+}
+
+impl Report {
+    /// The warnings of all reports, each once: most concern every variant alike.
+    pub fn warnings(reports: &[Report]) -> Vec<&str> {
+        let mut seen = BTreeSet::new();
+        let all = reports.iter().flat_map(|report| &report.warnings).map(String::as_str);
+        all.filter(|warning| seen.insert(*warning)).collect()
+    }
 }
 
 /// What all variants of one build share.
@@ -294,7 +303,8 @@ impl CudaBuilder {
         };
         let ptx = prebuilt::load(folder, arch, &shared.sources, tried)?;
         let reasons = if tried.is_empty() { "as asked".to_owned() } else { tried.join("; ") };
-        warnings.push(format!("using the prebuilt PTX for {arch}, no compiler ran ({reasons})"));
+        let path = folder.display();
+        warnings.push(format!("using the prebuilt PTX in {path}, no compiler ran ({reasons})"));
         let compiler = text::compiler_of(&ptx).unwrap_or("an unknown rustc").to_owned();
         Ok((ptx, Origin::Prebuilt(compiler)))
     }
@@ -345,11 +355,18 @@ fn default_cache(device: &Path) -> PathBuf {
             let tagged = out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
             tagged.unwrap_or(&out).to_path_buf()
         }
-        None => {
-            env::var_os("CARGO_TARGET_DIR").map_or_else(|| device.join("../target"), PathBuf::from)
-        }
+        None => env::var_os("CARGO_TARGET_DIR")
+            .map_or_else(|| workspace(device).join("target"), PathBuf::from),
     };
     target.join("peerlane-device")
+}
+
+/// The folder above the device crate that holds cargo's lock file, or the crate's own.
+fn workspace(device: &Path) -> PathBuf {
+    let device = device.canonicalize().unwrap_or_else(|_| device.to_path_buf());
+    let mut folders = device.ancestors();
+    let found = folders.find(|folder| folder.join("Cargo.lock").is_file());
+    found.unwrap_or(&device).to_path_buf()
 }
 
 /// Keeps the time stamp of a file that would not change: cargo rebuilds what is newer.

@@ -76,10 +76,8 @@ fn run(cli: &Cli) -> Result<(), BuildError> {
 }
 
 fn warn(reports: &[Report]) {
-    for report in reports {
-        for warning in &report.warnings {
-            eprintln!("warning: {}: {warning}", report.arch);
-        }
+    for warning in Report::warnings(reports) {
+        eprintln!("warning: {warning}");
     }
 }
 
