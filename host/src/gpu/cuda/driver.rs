@@ -6,10 +6,11 @@
 //! a function that returns `CUDA_ERROR_SHARED_OBJECT_INIT_FAILED`. The symbols are hidden: another
 //! library of the process that links libcuda never sees them.
 
-use super::call::{self, cu};
+use super::call::cu;
 use super::symbols::for_each_symbol;
 use crate::error::{Error, Result};
 use libloading::Library;
+use std::error::Error as _;
 use std::ffi::c_void;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -119,10 +120,15 @@ fn open(names: &[&str]) -> Result<Library> {
         // SAFETY: the driver's initialisers are those that every CUDA program runs.
         match unsafe { Library::new(*name) } {
             Ok(library) => return Ok(library),
-            Err(error) => reasons.push(call::chain(&error)),
+            Err(error) => reasons.push(loader_words(&error)),
         }
     }
     Err(Error::NoDriver { reason: reasons.join("; ") })
+}
+
+/// What the loader said; libloading wraps it.
+fn loader_words(error: &libloading::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |words| words.to_string())
 }
 
 /// Points every slot whose function `library` has at that function.

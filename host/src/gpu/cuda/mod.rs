@@ -5,12 +5,13 @@
 //! [`Error::NoDriver`]. No call changes the caller's current context.
 //!
 //! `driver` finds the library, `call` is the one way to call it, `context` makes a device current,
-//! `modules` loads the kernels, `device` implements [`Gpu`](super::Gpu).
+//! `modules` loads the kernels, `device` holds one GPU, `gpu` implements [`Gpu`](super::Gpu) for it.
 
 mod call;
 mod context;
 mod device;
 mod driver;
+mod gpu;
 mod modules;
 mod properties;
 mod symbols;
