@@ -4,6 +4,7 @@ pub mod communicator;
 pub mod error;
 pub mod gpu;
 pub mod request;
+pub mod topology;
 
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};

@@ -9,30 +9,31 @@ use crate::error::Result;
 use cust::sys;
 use std::marker::PhantomData;
 use std::ptr::null_mut;
+use std::sync::OnceLock;
 
-/// A device's primary context, kept alive.
+/// A device and its primary context, which is made at the first use and then kept alive: a context
+/// takes hundreds of megabytes of the device, and a program that only asks what there is needs none.
 pub(super) struct Context {
     ordinal: u32,
     device: sys::CUdevice,
-    raw: sys::CUcontext,
+    retained: OnceLock<Handle>,
 }
 
+/// The driver's handle of a context.
+struct Handle(sys::CUcontext);
+
 // SAFETY: the driver allows every call on a context from any thread.
-unsafe impl Send for Context {}
+unsafe impl Send for Handle {}
 // SAFETY: as above.
-unsafe impl Sync for Context {}
+unsafe impl Sync for Handle {}
 
 impl Context {
-    /// Retains the primary context of the device with this ordinal.
-    pub(super) fn retain(ordinal: u32) -> Result<Context> {
+    /// The device with this ordinal.
+    pub(super) fn of(ordinal: u32) -> Result<Context> {
         let mut device = 0;
-        let mut raw = null_mut();
-        // SAFETY: both places outlive the calls.
-        unsafe {
-            cu!(ordinal, cuDeviceGet(&mut device, ordinal as i32))?;
-            cu!(ordinal, cuDevicePrimaryCtxRetain(&mut raw, device))?;
-        }
-        Ok(Context { ordinal, device, raw })
+        // SAFETY: `device` outlives the call.
+        unsafe { cu!(ordinal, cuDeviceGet(&mut device, ordinal as i32)) }?;
+        Ok(Context { ordinal, device, retained: OnceLock::new() })
     }
 
     /// The index of the device among those of this process.
@@ -46,20 +47,44 @@ impl Context {
     }
 
     /// The driver's handle of the context.
-    pub(super) fn raw(&self) -> sys::CUcontext {
-        self.raw
+    #[inline]
+    pub(super) fn raw(&self) -> Result<sys::CUcontext> {
+        match self.retained.get() {
+            Some(handle) => Ok(handle.0),
+            None => self.retain(),
+        }
+    }
+
+    #[cold]
+    fn retain(&self) -> Result<sys::CUcontext> {
+        let mut raw = null_mut();
+        // SAFETY: `raw` outlives the call.
+        unsafe { cu!(self.ordinal, cuDevicePrimaryCtxRetain(&mut raw, self.device)) }?;
+        if self.retained.set(Handle(raw)).is_err() {
+            // Another thread was faster. Both have the same context, and one hold is enough.
+            self.release();
+        }
+        Ok(raw)
+    }
+
+    /// Gives one hold back. A failure means that the driver is going down with the process, which
+    /// releases everything.
+    fn release(&self) {
+        // SAFETY: called once for each time that `retain` took hold.
+        unsafe { code!(cuDevicePrimaryCtxRelease_v2(self.device)) };
     }
 
     /// Makes the context current until the guard is dropped; costs one query if it already is.
     #[inline]
     pub(super) fn enter(&self) -> Result<Entered> {
+        let raw = self.raw()?;
         let mut current = null_mut();
         // SAFETY: `current` outlives the call.
         unsafe { cu!(self.ordinal, cuCtxGetCurrent(&mut current)) }?;
-        let pushed = current != self.raw;
+        let pushed = current != raw;
         if pushed {
-            // SAFETY: `raw` is retained for as long as `self` lives.
-            unsafe { cu!(self.ordinal, cuCtxPushCurrent_v2(self.raw)) }?;
+            // SAFETY: the context is retained for as long as `self` lives.
+            unsafe { cu!(self.ordinal, cuCtxPushCurrent_v2(raw)) }?;
         }
         Ok(Entered { pushed, thread: PhantomData })
     }
@@ -67,9 +92,9 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: it gives back what `retain` took. A failure means that the driver is going down
-        // with the process, which releases everything.
-        unsafe { code!(cuDevicePrimaryCtxRelease_v2(self.device)) };
+        if self.retained.get().is_some() {
+            self.release();
+        }
     }
 }
 

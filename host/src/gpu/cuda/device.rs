@@ -27,7 +27,7 @@ pub struct CudaGpu {
 impl CudaGpu {
     /// Opens the GPU with this index. The driver is loaded and has such a device.
     pub(super) fn open(ordinal: u32) -> Result<CudaGpu> {
-        let context = Context::retain(ordinal)?;
+        let context = Context::of(ordinal)?;
         let properties = properties::read(&context)?;
         Ok(CudaGpu { properties, kernels: OnceLock::new(), peers: Mutex::new(Vec::new()), context })
     }
@@ -120,7 +120,7 @@ impl CudaGpu {
         // SAFETY: the places outlive the calls; what is pushed is popped again.
         unsafe {
             cu!(self.ordinal(), cuStreamGetCtx(raw_stream(stream), &mut context))?;
-            if context == self.context.raw() {
+            if context == self.context.raw()? {
                 return Ok(self.ordinal());
             }
             cu!(self.ordinal(), cuCtxPushCurrent_v2(context))?;

@@ -224,10 +224,11 @@ impl Gpu for CudaGpu {
         if peer == self.ordinal() || peers.iter().any(|context| context.ordinal() == peer) {
             return Ok(());
         }
-        let context = Context::retain(peer)?;
+        let context = Context::of(peer)?;
+        let raw = context.raw()?;
         let _entered = self.enter()?;
         // SAFETY: the context is retained, and kept below for as long as the mapping may be used.
-        match unsafe { code!(cuCtxEnablePeerAccess(context.raw(), 0)) } {
+        match unsafe { code!(cuCtxEnablePeerAccess(raw, 0)) } {
             0 | PEER_ACCESS_ALREADY_ENABLED => peers.push(context),
             PEER_ACCESS_UNSUPPORTED => {
                 return Err(Error::Unreachable {

@@ -121,7 +121,7 @@ fn the_callers_context_stays_current() {
     free_host(first, first.alloc_host(1).unwrap());
     assert_eq!(current_context(), 0, "no context before, none after");
 
-    let mine = context::Context::retain(0).unwrap();
+    let mine = context::Context::of(0).unwrap();
     let entered = mine.enter().unwrap();
     for gpu in &gpus {
         let memory = gpu.alloc(16).unwrap();
@@ -129,7 +129,7 @@ fn the_callers_context_stays_current() {
         // SAFETY: nothing uses it.
         unsafe { gpu.free(memory) }.unwrap();
         assert!(gpu.alloc(usize::MAX / 2).is_err());
-        assert_eq!(current_context(), mine.raw() as usize);
+        assert_eq!(current_context(), mine.raw().unwrap() as usize);
     }
     drop(entered);
     assert_eq!(current_context(), 0);
