@@ -10,6 +10,7 @@ pub mod layout;
 pub mod plan;
 pub mod rendezvous;
 pub mod request;
+pub mod topology;
 
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};
