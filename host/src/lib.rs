@@ -1,8 +1,10 @@
 //! Peer-to-peer collectives for the GPUs of one machine.
 
+pub mod cases;
 pub mod communicator;
 pub mod error;
 pub mod gpu;
+pub mod reference;
 pub mod request;
 
 pub use communicator::{Communicator, Config};
