@@ -11,6 +11,7 @@ mod output;
 mod parse;
 mod topo;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,7 +57,11 @@ struct Common {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Program::parse().command {
+    let program = match Program::try_parse() {
+        Ok(program) => program,
+        Err(error) => return explain(&error),
+    };
+    let outcome = match program.command {
         Command::Topo(options) => topo::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Bench(options) => bench::run(&options),
@@ -70,4 +75,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints help where it was asked for, and one line where the command line is wrong.
+fn explain(error: &clap::Error) -> ExitCode {
+    let text = error.to_string();
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        // Whoever closed the pipe does not miss the rest.
+        let _ = error.print();
+        return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+    }
+    // What is wrong comes first, then an empty line, then the usage.
+    let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
+    let message = lines.collect::<Vec<_>>().join(" ");
+    eprintln!("peerlane: {}", message.trim_start_matches("error: "));
+    ExitCode::from(2)
 }

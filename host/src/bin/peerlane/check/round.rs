@@ -120,9 +120,11 @@ impl Draw<'_> {
     }
 
     /// Distance from alignment: one element, or an odd number of bytes that differs by rank.
+    /// Outputs of odd ranks lie otherwise than their inputs.
     fn shift(&self, rank: usize, unit: Option<DType>, output: bool) -> usize {
         match (self.case.misaligned, unit) {
             (false, _) => 0,
+            (true, Some(dtype)) if output && rank % 2 == 1 => 3 * dtype.bytes(),
             (true, Some(dtype)) => dtype.bytes(),
             (true, None) => (rank * 6 + if output { 9 } else { 1 }) % 16,
         }
@@ -170,7 +172,7 @@ impl Draw<'_> {
                 before: vec![POISON; length],
                 after: result.to_vec(),
                 computed: Some((0..length, dtype, op)),
-                shift,
+                shift: self.shift(rank, Some(dtype), true),
             };
             let dst = Place { tensor: 1, offset: 0 };
             Part { tensors: vec![unchanged, output], src: Place::default(), dst }
