@@ -8,6 +8,7 @@ pub mod gpu;
 mod group;
 pub mod layout;
 pub mod plan;
+pub mod reference;
 pub mod rendezvous;
 pub mod request;
 pub mod topology;
