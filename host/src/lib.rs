@@ -10,7 +10,6 @@ mod group;
 pub mod layout;
 pub mod plan;
 pub mod reference;
-pub mod reference;
 pub mod rendezvous;
 pub mod request;
 pub mod topology;
