@@ -1,6 +1,7 @@
 //! Peer-to-peer collectives for the GPUs of one machine.
 
 mod call_log;
+pub mod cases;
 mod collectives;
 pub mod communicator;
 pub mod error;

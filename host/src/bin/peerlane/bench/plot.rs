@@ -93,7 +93,7 @@ where
         .draw()?;
     for (index, (series, ours, nccl)) in lines.iter().enumerate() {
         let color = Palette99::pick(index).to_rgba();
-        let (bold, thin) = (color.stroke_width(3), color.stroke_width(1));
+        let (bold, thin) = (color.stroke_width(3).filled(), color.stroke_width(1));
         let key =
             move |style: ShapeStyle| move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style);
         chart
