@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::gpu::{GpuRef, Stream};
-use crate::request::{AllGather, AllReduce, Algorithm, Broadcast, Gather, ReduceScatter};
+use crate::request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
 use std::time::Duration;
 
 /// What all ranks of a communicator agree on when they meet.

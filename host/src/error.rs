@@ -86,7 +86,9 @@ pub enum Error {
     },
 
     /// A wait on the GPU reached its deadline.
-    #[error("{operation}: rank {rank} waited {waited:?} for rank {peer} ({phase}) in its call {epoch}")]
+    #[error(
+        "{operation}: rank {rank} waited {waited:?} for rank {peer} ({phase}) in its call {epoch}"
+    )]
     Timeout {
         /// The collective.
         operation: &'static str,
@@ -103,7 +105,9 @@ pub enum Error {
     },
 
     /// The communicator was aborted, by this rank or by another.
-    #[error("{operation}: rank {rank} was aborted in its call {epoch} while it waited for rank {peer} ({phase})")]
+    #[error(
+        "{operation}: rank {rank} was aborted in its call {epoch} while it waited for rank {peer} ({phase})"
+    )]
     Aborted {
         /// The collective.
         operation: &'static str,
