@@ -324,9 +324,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             } else {
                 lane.sync_threads_or(hidden)
             };
-            let seals = hidden && to >> thread & 1 != 0 && !self.broken(flags::BREAK_SEAL);
-            let releases = taken != 0 && from >> thread & 1 != 0;
-            if self.books && (seals || releases) {
+            let seals =
+                self.books && hidden && to >> thread & 1 != 0 && !self.broken(flags::BREAK_SEAL);
+            let releases = self.books && taken != 0 && from >> thread & 1 != 0;
+            if seals || releases {
                 if !self.broken(flags::BREAK_FENCE) {
                     lane.fence_system();
                 }
