@@ -34,6 +34,15 @@ impl Random {
         (self.next() & 0xffff) < u64::from(chance)
     }
 
+    /// The numbers below `count` in random order.
+    pub(super) fn shuffled(&self, count: u32) -> Vec<u32> {
+        let mut numbers: Vec<u32> = (0..count).collect();
+        for index in (1..numbers.len()).rev() {
+            numbers.swap(index, self.below(index + 1));
+        }
+        numbers
+    }
+
     /// A power of two from `2^low` to `2^high`.
     fn power(&self, low: u32, high: u32) -> u32 {
         1 << (low as usize + self.below((high - low + 1) as usize))
@@ -46,6 +55,8 @@ impl Random {
 pub(super) struct Policy {
     /// Most turns that one block gets before another is chosen.
     pub(super) burst: u32,
+    /// That a lane gets a turn because it had the last one.
+    pub(super) stay: Chance,
     /// That a poll gives up its turn.
     pub(super) poll: Chance,
     /// That a put gives up its turn.
@@ -66,6 +77,7 @@ impl Policy {
     pub(super) fn new(random: &Random) -> Policy {
         Policy {
             burst: random.power(0, 6),
+            stay: 65536 - random.power(10, 16),
             poll: random.power(9, 15),
             put: random.power(10, 15),
             spin: random.power(9, 14),

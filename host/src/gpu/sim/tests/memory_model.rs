@@ -45,7 +45,9 @@ fn stale(seed: u64, lanes: u32, publish: fn(super::SimLane)) -> bool {
 }
 
 fn seeds_that(mut fails: impl FnMut(u64) -> bool) -> usize {
-    (0..SEEDS).filter(|&seed| fails(seed)).count()
+    let count = (0..SEEDS).filter(|&seed| fails(seed)).count();
+    println!("{count} of {SEEDS} seeds");
+    count
 }
 
 #[test]
