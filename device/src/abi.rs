@@ -9,7 +9,7 @@ pub const MAX_RANKS: usize = 16;
 /// A free slot of a pipe holds this value in every 32-bit word; a word that differs has arrived.
 ///
 /// All ones is what `memset(0xff)` leaves, and as data it is a rare NaN for every float type.
-/// Data that do contain it are announced with a flag (`pipe::Pipe::seal`).
+/// Data that do contain it are announced with a flag (`pipe::Call::seal`).
 pub const FREE: u32 = u32::MAX;
 
 /// Bytes of one unit: the widest store a GPU thread makes, and what a thread polls at once.
@@ -181,13 +181,13 @@ impl Operation {
 macro_rules! for_each_kernel {
     ($callback:ident) => {
         $callback! {
-            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 3;
+            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 2;
             AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 3;
-            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 3;
+            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 2;
             AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 3;
-            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 3;
+            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 2;
             AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 3;
-            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 3;
+            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 2;
             AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 3;
             AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 4;
             AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 4;
@@ -197,17 +197,17 @@ macro_rules! for_each_kernel {
             ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 3;
             ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 3;
             ReduceScatterF32AsBf16 "peerlane_reduce_scatter_f32_as_bf16" reduce_scatter::<F32AsBf16> 3;
-            AllGatherPacket "peerlane_all_gather_packet" all_gather::<Packet> 3;
+            AllGatherPacket "peerlane_all_gather_packet" all_gather::<Packet> 2;
             AllGatherFull "peerlane_all_gather_full" all_gather::<Full> 3;
-            BroadcastPacket "peerlane_broadcast_packet" broadcast::<Packet> 3;
+            BroadcastPacket "peerlane_broadcast_packet" broadcast::<Packet> 2;
             BroadcastFull "peerlane_broadcast_full" broadcast::<Full> 3;
             GatherPacket "peerlane_gather_packet" gather::<Packet> 3;
-            GatherFull "peerlane_gather_full" gather::<Full> 3;
+            GatherFull "peerlane_gather_full" gather::<Full> 4;
             LocalReduceF32 "peerlane_local_reduce_f32" local_reduce::<F32> 0;
             LocalReduceF16 "peerlane_local_reduce_f16" local_reduce::<F16> 0;
             LocalReduceBf16 "peerlane_local_reduce_bf16" local_reduce::<Bf16> 0;
             Barrier "peerlane_barrier" barrier::<> 1;
-            Probe "peerlane_probe" probe::<> 0;
+            Probe "peerlane_probe" probe::<> 2;
         }
     };
 }
@@ -313,6 +313,8 @@ pub struct Args {
     /// Payload bytes in tensor layout of one message: the whole tensor (all-reduce, broadcast),
     /// one shard (reduce-scatter, all-gather), this rank's rows (gather).
     pub bytes: u64,
+    /// Two-shot all-reduce: payload bytes of every part but the last ones, a multiple of two units.
+    pub part_bytes: u64,
     /// Gather: rows in every tensor.
     pub rows: u64,
     /// A wait that lasted this many nanoseconds ends the kernel with a record.
@@ -332,8 +334,8 @@ pub struct Args {
     /// Units in a full chunk: what one block sends to one peer at once. At most
     /// `layout.slot_units`.
     pub chunk_units: u32,
-    /// Gather on the root: most chunks that any member sends. Probe: rounds.
-    pub chunks: u32,
+    /// Probe: rounds.
+    pub rounds: u32,
     /// Probe: the other rank.
     pub peer: u32,
     /// Probe: what to do, a [`probe`] code.
@@ -348,10 +350,8 @@ pub struct Args {
 pub mod flags {
     /// This rank contributes the neutral element instead of its tensor.
     pub const NO_CONTRIBUTION: u32 = 1;
-    /// The tensors are aligned for whole-unit accesses throughout.
-    pub const ALIGNED: u32 = 2;
     /// Credits are returned inside the call: the call needs more slots than half a lane has.
-    pub const STREAMING: u32 = 4;
+    pub const STREAMING: u32 = 2;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;
     /// Test only: leave consumed slots dirty.
@@ -372,7 +372,7 @@ pub mod probe {
     pub const STORE: u32 = 0;
     /// Load the peer's probe area into `dst`.
     pub const LOAD: u32 = 1;
-    /// Bounce a flagged message between both ranks `chunks` times, checking data behind each flag.
+    /// Bounce a flagged message between both ranks `rounds` times, checking data behind each flag.
     pub const PING_PONG: u32 = 2;
 }
 
@@ -430,7 +430,8 @@ impl Layout {
     #[inline(always)]
     pub const fn slots(self, source: u32, lane: u32) -> usize {
         let lane_bytes = self.slots as usize * self.slot_units as usize * UNIT;
-        self.words(self.lanes) + (source as usize * self.lanes as usize + lane as usize) * lane_bytes
+        self.words(self.lanes)
+            + (source as usize * self.lanes as usize + lane as usize) * lane_bytes
     }
 
     /// Bytes of a whole mailbox with `world` ranks.
@@ -506,9 +507,7 @@ pub struct Status {
     pub phase: u32,
     /// Block of the lane that gave up.
     pub block: u32,
-    /// How long it had waited, in nanoseconds.
-    pub waited_ns: u64,
-    _device: [u32; 24],
+    _device: [u32; 26],
     /// Written by the probe kernel: nanoseconds that its rounds took.
     pub probe_ns: u64,
 }

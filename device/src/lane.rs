@@ -4,7 +4,8 @@
 //! Memory comes in three kinds, and each has its own accesses:
 //! - *tensors* belong to the caller and are touched by the local kernel only: plain accesses;
 //! - *slots* of a mailbox are written by one peer and polled by their owner: relaxed,
-//!   system-scope accesses, single 16-byte instructions that the hardware may tear at 32-bit words;
+//!   system-scope accesses, single 16-byte instructions that the hardware may split into their two
+//!   8-byte halves, but not further (NCCL's LL protocol rests on the same);
 //! - *words* (counters, credits, seals) have one writer each: 32-bit relaxed accesses, ordered
 //!   against slots by [`Lane::fence_system`] where docs/protocol.md says so.
 
@@ -18,6 +19,10 @@ pub type Unit = [u32; 4];
 /// every thread of the block.
 #[allow(clippy::missing_safety_doc, reason = "one contract, stated on the trait")]
 pub trait Lane: Copy {
+    /// Whether the `abi::flags::BREAK_*` switches work: only in the simulator, so that the tests can
+    /// show that they notice. On a GPU the switches do not exist.
+    const BREAKABLE: bool;
+
     /// Index of this thread in its block.
     fn thread(self) -> u32;
     /// Threads in the block.
@@ -60,7 +65,7 @@ pub trait Lane: Copy {
     unsafe fn store_u32x4(self, address: u64, value: Unit);
 
     /// Stores a unit into a slot, a peer's or (to clean it) this rank's own. Relaxed, system scope:
-    /// it orders nothing, and other lanes may see its words one by one.
+    /// it orders nothing, and other lanes may see its two 8-byte halves one by one.
     unsafe fn put_unit(self, address: u64, value: Unit);
     /// Loads a unit of this rank's own slots. Relaxed, system scope.
     unsafe fn poll_unit(self, address: u64) -> Unit;

@@ -6,9 +6,10 @@
 //! own `Lane`. Algorithms never mention either: they are written against [`lane::Lane`] and the
 //! verbs of [`pipe`].
 #![no_std]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, link_llvm_intrinsics))]
 #![cfg_attr(
     target_arch = "nvptx64",
-    feature(abi_ptx, asm_experimental_arch, link_llvm_intrinsics)
+    allow(internal_features, reason = "barriers must be LLVM intrinsics")
 )]
 
 pub mod abi;

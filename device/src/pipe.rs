@@ -1,1 +1,475 @@
-//! Pipes.
+//! The verbs that algorithms are written in: reserve, put, seal, take, release.
+//!
+//! A *pipe* carries chunks from one rank to another through one *lane* (one block on either side).
+//! It is a first-in first-out queue of slots in the receiver's mailbox. Invariants:
+//! - a free slot holds `abi::FREE` in every word; a receiver sees arrival by the words changing,
+//!   and cleans what it has read;
+//! - `sent` and `received` count slots and are never reset; both ends of a lane move them by the
+//!   same amount in every call, whatever the number of blocks;
+//! - a sender writes slot number s only once `credit > s - slots`: the receiver has cleaned the
+//!   slot's last use;
+//! - every wait ends by data, by the deadline or by an abort word.
+//!
+//! docs/protocol.md argues why each reuse is safe.
+
+use crate::abi::{
+    Args, Control, FREE, Format, Layout, MAX_RANKS, Status, UNIT, flags, lane_words, phase, state,
+};
+use crate::lane::{Lane, Unit};
+use crate::unrolled;
+use core::marker::PhantomData;
+use core::mem::offset_of;
+
+/// A format's encoding: payload words to a unit of the wire and back.
+pub trait Form: Copy {
+    /// Which format this is.
+    const FORMAT: Format;
+    /// Payload words in a unit.
+    const WORDS: usize;
+    /// The unit that carries `payload` as slot number `number`.
+    fn encode(payload: Unit, number: u32) -> Unit;
+    /// Whether `unit` has arrived completely as slot number `number`.
+    fn arrived(unit: Unit, number: u32) -> bool;
+    /// The payload of an arrived unit.
+    fn decode(unit: Unit) -> Unit;
+    /// Whether `payload` looks like a free slot once it has arrived.
+    fn hidden(payload: Unit) -> bool;
+}
+
+/// Data and flag in one store: each 8-byte half carries its own flag.
+#[derive(Clone, Copy)]
+pub struct Packet;
+
+/// Four payload words a unit.
+#[derive(Clone, Copy)]
+pub struct Full;
+
+/// The flag of slot number `number`: never `FREE`.
+#[inline(always)]
+fn tag(number: u32) -> u32 {
+    number & (FREE >> 1)
+}
+
+impl Form for Packet {
+    const FORMAT: Format = Format::Packet;
+    const WORDS: usize = 2;
+
+    #[inline(always)]
+    fn encode(payload: Unit, number: u32) -> Unit {
+        [payload[0], tag(number), payload[1], tag(number)]
+    }
+
+    #[inline(always)]
+    fn arrived(unit: Unit, number: u32) -> bool {
+        unit[1] == tag(number) && unit[3] == tag(number)
+    }
+
+    #[inline(always)]
+    fn decode(unit: Unit) -> Unit {
+        [unit[0], unit[2], 0, 0]
+    }
+
+    #[inline(always)]
+    fn hidden(_: Unit) -> bool {
+        false
+    }
+}
+
+impl Form for Full {
+    const FORMAT: Format = Format::Full;
+    const WORDS: usize = 4;
+
+    #[inline(always)]
+    fn encode(payload: Unit, _: u32) -> Unit {
+        payload
+    }
+
+    #[inline(always)]
+    fn arrived(unit: Unit, _: u32) -> bool {
+        !Full::hidden(unit)
+    }
+
+    #[inline(always)]
+    fn decode(unit: Unit) -> Unit {
+        unit
+    }
+
+    #[inline(always)]
+    fn hidden(payload: Unit) -> bool {
+        // FREE is the largest word, so one comparison of the maximum looks at all four.
+        payload[0].max(payload[1]).max(payload[2].max(payload[3])) == FREE
+    }
+}
+
+/// One thread's part in one call.
+pub struct Call<'a, L, F> {
+    lane: L,
+    args: &'a Args,
+    /// Address of this lane's counters in this rank's mailbox.
+    words: u64,
+    /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
+    books: bool,
+    /// How the first failed wait of this thread failed; 0 while none has.
+    failure: u32,
+    form: PhantomData<F>,
+}
+
+/// How long a wait has lasted.
+struct Patience {
+    turns: u32,
+    since: u64,
+}
+
+/// Turns of a wait loop between two looks at the clock and the abort words. A turn takes about
+/// 0.3 us on an H200, so a wait that succeeds in the usual time pays nothing for them.
+const TURNS_PER_LOOK: u32 = 128;
+/// Turns between two looks at the sender's seal, which arrives about 1 us after hidden data.
+const TURNS_PER_SEAL: u32 = 4;
+
+impl<'a, L: Lane, F: Form> Call<'a, L, F> {
+    /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each), and returns
+    /// their senders the slots that earlier calls consumed.
+    ///
+    /// Returning them here rather than at the end of those calls needs no fence: a kernel's stores
+    /// are complete before the next kernel of the stream begins.
+    #[inline(always)]
+    pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
+        let words = lane.peer(args.rank) + args.layout.words(lane.block()) as u64;
+        let thread = lane.thread();
+        let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
+        let call = Call { lane, args, words, books, failure: 0, form: PhantomData };
+        if books {
+            // SAFETY: the counters lie in this rank's mailbox and in the peer's.
+            unsafe { call.return_credit(thread, call.received(thread)) };
+        }
+        call
+    }
+
+    /// Ends the call, once this thread has taken all it needed. The thread whose number is a peer's
+    /// rank says how many slots went to that peer and came from it; other threads' numbers are
+    /// not looked at.
+    #[inline(always)]
+    pub unsafe fn end(self, sent: u32, received: u32) {
+        let (lane, thread) = (self.lane, self.lane.thread());
+        if !self.ok() {
+            let (state, phase, peer) =
+                (self.failure >> 16, self.failure >> 8 & 0xff, self.failure & 0xff);
+            // SAFETY: the status page and all mailboxes are alive as long as the communicator.
+            unsafe { fail(lane, self.args, state, peer, phase) };
+        }
+        // No thread reads the counters after this.
+        lane.sync_threads();
+        // SAFETY: the counters and the control block lie in this rank's mailbox, and this thread
+        // is their only writer on this rank.
+        unsafe {
+            if self.books {
+                let counter = self.words + (lane_words::SENT + 4 * thread as usize) as u64;
+                lane.store_u32(counter, lane.load_u32(counter).wrapping_add(sent));
+                let counter = self.words + (lane_words::RECEIVED + 4 * thread as usize) as u64;
+                lane.store_u32(counter, lane.load_u32(counter).wrapping_add(received));
+            }
+            if lane.block() == 0 && thread == 0 {
+                let epoch = lane.peer(self.args.rank) + offset_of!(Control, epoch) as u64;
+                lane.store_u32(epoch, lane.load_u32(epoch).wrapping_add(1));
+            }
+        }
+    }
+
+    /// The thread itself.
+    #[inline(always)]
+    pub fn lane(&self) -> L {
+        self.lane
+    }
+
+    /// Whether this thread may still write results: no wait of it has failed.
+    #[inline(always)]
+    pub fn ok(&self) -> bool {
+        self.failure == 0
+    }
+
+    /// The number that the first slot sent to `peer` in this call has.
+    #[inline(always)]
+    pub unsafe fn sent(&self, peer: u32) -> u32 {
+        // SAFETY: a counter of this rank's mailbox.
+        unsafe { self.lane.load_u32(self.words + (lane_words::SENT + 4 * peer as usize) as u64) }
+    }
+
+    /// The number that the first slot received from `peer` in this call has.
+    #[inline(always)]
+    pub unsafe fn received(&self, peer: u32) -> u32 {
+        // SAFETY: a counter of this rank's mailbox.
+        unsafe {
+            self.lane.load_u32(self.words + (lane_words::RECEIVED + 4 * peer as usize) as u64)
+        }
+    }
+
+    /// Waits until `peer` has freed slot number `number`, and returns the slot's address there.
+    #[inline(always)]
+    pub unsafe fn reserve(&mut self, peer: u32, number: u32) -> u64 {
+        let (lane, args) = (self.lane, self.args);
+        // SAFETY: the credit is a word of this rank's mailbox.
+        unsafe {
+            let credit = self.words + (lane_words::CREDIT + 4 * peer as usize) as u64;
+            let mut patience = Patience { turns: 0, since: 0 };
+            // Both counters wrap; their distance is at most `slots`.
+            while number.wrapping_sub(lane.poll_word(credit)) >= args.layout.slots {
+                if self.broken(flags::BREAK_CREDIT)
+                    || !self.keep_waiting(&mut patience, peer, phase::CREDIT)
+                {
+                    break;
+                }
+            }
+        }
+        self.slot(peer, args.rank, number)
+    }
+
+    /// Stores units of slot number `number`, at `slot` in a peer's mailbox: the `index`-th and those
+    /// `threads` apart after it. Relaxed: only what each unit itself carries tells the receiver
+    /// that it is there.
+    #[inline(always)]
+    pub unsafe fn put_units<const N: usize>(
+        &self,
+        slot: u64,
+        index: u32,
+        number: u32,
+        payloads: [Unit; N],
+    ) {
+        if !self.ok() {
+            return;
+        }
+        unrolled!(N, |u| {
+            let index = index as u64 + u as u64 * self.lane.threads() as u64;
+            // SAFETY: `slot` came from `reserve`, and a slot has more than `index` units.
+            unsafe {
+                self.lane.put_unit(slot + index * UNIT as u64, F::encode(payloads[u], number))
+            };
+        });
+    }
+
+    /// Tells each rank in `peers` that everything sent up to slot number `sent(peer) + done - 1`
+    /// is complete, if any thread of the block put a unit that looks free there. All threads of
+    /// the block call it after their last `put`.
+    ///
+    /// The barrier orders the other threads' stores before this thread's fence, and the fence
+    /// orders them before the seal.
+    #[inline(always)]
+    pub unsafe fn seal(&self, peers: u32, done: u32, hidden: bool) {
+        let (lane, thread) = (self.lane, self.lane.thread());
+        if F::FORMAT as u32 == Format::Packet as u32 || self.broken(flags::BREAK_SEAL) {
+            return;
+        }
+        let hidden =
+            if self.broken(flags::BREAK_SYNC) { hidden } else { lane.sync_threads_or(hidden) };
+        if hidden && self.books && peers >> thread & 1 != 0 {
+            if !self.broken(flags::BREAK_FENCE) {
+                lane.fence_system();
+            }
+            // SAFETY: a word of the peer's mailbox that only this rank writes.
+            unsafe {
+                let sealed = self.peer_word(thread, lane_words::SEALED);
+                lane.put_word(sealed, self.sent(thread).wrapping_add(done));
+            }
+        }
+    }
+
+    /// Waits for `N` units of slot number `number` from `peer`: the `index`-th and those `threads`
+    /// apart after it. Cleans them, and returns their payloads, which mean nothing once `ok` is
+    /// false.
+    #[inline(always)]
+    pub unsafe fn take<const N: usize>(
+        &mut self,
+        peer: u32,
+        number: u32,
+        index: u32,
+        phase: u32,
+    ) -> [Unit; N] {
+        let lane = self.lane;
+        let first = self.slot(self.args.rank, peer, number) + index as u64 * UNIT as u64;
+        let step = lane.threads() as u64 * UNIT as u64;
+        let mut units = [[0; 4]; N];
+        // SAFETY: the units lie in this rank's slots; nobody writes them between their arrival and
+        // the next credit.
+        unsafe {
+            // All loads before the first use, so that they are in flight together.
+            unrolled!(N, |u| {
+                units[u] = lane.poll_unit(first + u as u64 * step);
+            });
+            let mut patience = Patience { turns: 0, since: 0 };
+            while !self.all_arrived(&units, number) && self.keep_waiting(&mut patience, peer, phase)
+            {
+                let sealed =
+                    patience.turns.is_multiple_of(TURNS_PER_SEAL) && self.sealed(peer, number);
+                unrolled!(N, |u| {
+                    units[u] = lane.poll_unit(first + u as u64 * step);
+                });
+                if sealed {
+                    break;
+                }
+            }
+            if !self.broken(flags::BREAK_CLEAN) {
+                unrolled!(N, |u| {
+                    lane.put_unit(first + u as u64 * step, [FREE; 4]);
+                });
+            }
+        }
+        unrolled!(N, |u| {
+            units[u] = F::decode(units[u]);
+        });
+        units
+    }
+
+    /// Whether `peer` has sealed slot number `number`: what is there is all there, whatever it looks
+    /// like.
+    #[inline(always)]
+    unsafe fn sealed(&self, peer: u32, number: u32) -> bool {
+        if F::FORMAT as u32 == Format::Packet as u32 {
+            return false;
+        }
+        let seal = self.words + (lane_words::SEALED + 4 * peer as usize) as u64;
+        // SAFETY: a word of this rank's mailbox.
+        let seal = unsafe { self.lane.poll_word(seal) };
+        // The seal counts the slots before it; the distance wraps.
+        let sealed = (seal.wrapping_sub(number) as i32) > 0;
+        if sealed {
+            // Orders the seal's load before the unit's: pairs with the fence in `seal`.
+            self.lane.fence_system();
+        }
+        sealed
+    }
+
+    #[inline(always)]
+    fn all_arrived<const N: usize>(&self, units: &[Unit; N], number: u32) -> bool {
+        let mut all = true;
+        unrolled!(N, |u| {
+            all &= if F::WORDS == 4 && self.broken(flags::BREAK_TEAR) {
+                units[u][0] != FREE
+            } else {
+                F::arrived(units[u], number)
+            };
+        });
+        all
+    }
+
+    /// Returns to each sender in `peers` the first `taken` slots of this call, a number that only the
+    /// thread of that sender's rank is asked for. All threads of the block call it after their last
+    /// `take` of those slots.
+    ///
+    /// The barrier and the fence order the block's cleaning before the credit.
+    #[inline(always)]
+    pub unsafe fn release(&self, peers: u32, taken: u32) {
+        let (lane, thread) = (self.lane, self.lane.thread());
+        if self.args.flags & flags::STREAMING == 0 {
+            return;
+        }
+        if !self.broken(flags::BREAK_SYNC) {
+            lane.sync_threads();
+        }
+        if self.books && peers >> thread & 1 != 0 {
+            if !self.broken(flags::BREAK_FENCE) {
+                lane.fence_system();
+            }
+            // SAFETY: the counters lie in this rank's mailbox and in the peer's.
+            unsafe { self.return_credit(thread, self.received(thread).wrapping_add(taken)) };
+        }
+    }
+
+    /// Address of slot number `number` of the pipe from `sender` to `receiver`.
+    #[inline(always)]
+    fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
+        let layout = self.args.layout;
+        let source = Layout::source(sender, receiver, self.args.world);
+        let slot = (number & (layout.slots - 1)) * layout.slot_units;
+        self.lane.peer(receiver)
+            + layout.slots(source, self.lane.block()) as u64
+            + slot as u64 * UNIT as u64
+    }
+
+    /// Address of this rank's word among `peer`'s words at `offset`, in the same lane.
+    #[inline(always)]
+    fn peer_word(&self, peer: u32, offset: usize) -> u64 {
+        let word = self.args.layout.words(self.lane.block()) + offset + 4 * self.args.rank as usize;
+        self.lane.peer(peer) + word as u64
+    }
+
+    /// Tells `peer` how many of its slots this rank has consumed and cleaned.
+    #[inline(always)]
+    unsafe fn return_credit(&self, peer: u32, consumed: u32) {
+        // SAFETY: a word of the peer's mailbox that only this rank writes.
+        unsafe { self.lane.put_word(self.peer_word(peer, lane_words::CREDIT), consumed) };
+    }
+
+    /// Whether the test-only switch `flag` is on. Never on a GPU.
+    #[inline(always)]
+    fn broken(&self, flag: u32) -> bool {
+        L::BREAKABLE && self.args.flags & flag != 0
+    }
+
+    /// Another turn of a wait for `peer`; false once a wait has failed, this one or one before.
+    #[inline(always)]
+    fn keep_waiting(&mut self, patience: &mut Patience, peer: u32, phase: u32) -> bool {
+        self.lane.pause();
+        patience.turns = patience.turns.wrapping_add(1);
+        if patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {
+            let state = self.look_up(patience);
+            if state != state::OK {
+                self.failure = state << 16 | phase << 8 | peer;
+            }
+        }
+        self.ok()
+    }
+
+    /// The slow part of a wait: clock and abort words. Says how the wait fails, if it does.
+    #[inline(always)]
+    fn look_up(&self, patience: &mut Patience) -> u32 {
+        let (lane, args) = (self.lane, self.args);
+        let now = lane.clock_ns();
+        if patience.since == 0 {
+            patience.since = now;
+        }
+        if now - patience.since > args.deadline_ns {
+            return state::TIMED_OUT;
+        }
+        // SAFETY: both words are alive as long as the communicator.
+        let aborted = unsafe {
+            let by_peer = lane.poll_word(lane.peer(args.rank) + offset_of!(Control, abort) as u64);
+            let by_host = lane.poll_word(args.status + offset_of!(Status, abort) as u64);
+            by_peer | by_host != 0
+        };
+        if aborted { state::ABORTED } else { state::OK }
+    }
+}
+
+/// Leaves the record of a failed wait, unless another thread of this rank has, and stops every rank.
+/// Waits that fail after the first do so at once, so the end of the kernel is soon enough for it.
+#[inline(always)]
+pub unsafe fn fail<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) {
+    let own = lane.peer(args.rank);
+    // SAFETY: the status page and all mailboxes are alive as long as the communicator.
+    unsafe {
+        if !lane.claim_word(own + offset_of!(Control, claim) as u64) {
+            return;
+        }
+        let epoch = lane.load_u32(own + offset_of!(Control, epoch) as u64);
+        let record = |offset: usize, value: u32| lane.put_word(args.status + offset as u64, value);
+        record(offset_of!(Status, operation), args.operation);
+        record(offset_of!(Status, peer), peer);
+        record(offset_of!(Status, phase), phase);
+        record(offset_of!(Status, block), lane.block());
+        record(offset_of!(Status, epoch), epoch);
+        // The host reads the record once it sees the state.
+        lane.fence_system();
+        record(offset_of!(Status, state), state);
+        let mut rank = 0;
+        while rank < args.world {
+            lane.put_word(lane.peer(rank) + offset_of!(Control, abort) as u64, 1);
+            rank += 1;
+        }
+    }
+}
+
+/// A bit for every rank but `rank`.
+#[inline(always)]
+pub fn everyone_else(world: u32, rank: u32) -> u32 {
+    const { assert!(MAX_RANKS <= 16) };
+    ((1 << world) - 1) & !(1 << rank)
+}

@@ -58,6 +58,8 @@ pub fn trap() -> ! {
 // SAFETY of every block below: special registers are always readable; the address contracts are
 // those of `Lane`, passed on to the caller; the conversions work on registers alone.
 impl<P: Parameters> Lane for PtxLane<P> {
+    const BREAKABLE: bool = false;
+
     #[inline(always)]
     fn thread(self) -> u32 {
         // SAFETY: reads a special register.
@@ -108,7 +110,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     unsafe fn load_u8(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.global.u8 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.global.u8 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags))
+        };
         value
     }
 
@@ -116,7 +120,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     unsafe fn load_u16(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.global.u16 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.global.u16 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags))
+        };
         value
     }
 
@@ -124,7 +130,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     unsafe fn load_u32(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags))
+        };
         value
     }
 
@@ -132,7 +140,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     unsafe fn load_u32x2(self, address: u64) -> [u32; 2] {
         let (a, b): (u32, u32);
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.global.v2.u32 {{{0},{1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.global.v2.u32 {{{0},{1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address, options(nostack, preserves_flags))
+        };
         [a, b]
     }
 
@@ -140,65 +150,85 @@ impl<P: Parameters> Lane for PtxLane<P> {
     unsafe fn load_u32x4(self, address: u64) -> Unit {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.global.v4.u32 {{{0},{1},{2},{3}}}, [{4}];", out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.global.v4.u32 {{{0},{1},{2},{3}}}, [{4}];", out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address, options(nostack, preserves_flags))
+        };
         [a, b, c, d]
     }
 
     #[inline(always)]
     unsafe fn store_u8(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.global.u8 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.global.u8 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn store_u16(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.global.u16 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.global.u16 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn store_u32(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn store_u32x2(self, address: u64, value: [u32; 2]) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.global.v2.u32 [{0}], {{{1},{2}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.global.v2.u32 [{0}], {{{1},{2}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn store_u32x4(self, address: u64, value: Unit) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.global.v4.u32 [{0}], {{{1},{2},{3},{4}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3], options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.global.v4.u32 [{0}], {{{1},{2},{3},{4}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3], options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn put_unit(self, address: u64, value: Unit) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.relaxed.sys.global.v4.u32 [{0}], {{{1},{2},{3},{4}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3], options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.relaxed.sys.global.v4.u32 [{0}], {{{1},{2},{3},{4}}};", in(reg64) address, in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3], options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn poll_unit(self, address: u64) -> Unit {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.relaxed.sys.global.v4.u32 {{{0},{1},{2},{3}}}, [{4}];", out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.relaxed.sys.global.v4.u32 {{{0},{1},{2},{3}}}, [{4}];", out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address, options(nostack, preserves_flags))
+        };
         [a, b, c, d]
     }
 
     #[inline(always)]
     unsafe fn put_word(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("st.relaxed.sys.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("st.relaxed.sys.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]
     unsafe fn poll_word(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.relaxed.sys.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("ld.relaxed.sys.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags))
+        };
         value
     }
 
@@ -206,7 +236,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     unsafe fn claim_word(self, address: u64) -> bool {
         let old: u32;
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("atom.acq_rel.gpu.global.cas.b32 {0}, [{1}], 0, 1;", out(reg32) old, in(reg64) address, options(nostack, preserves_flags)) };
+        unsafe {
+            asm!("atom.acq_rel.gpu.global.cas.b32 {0}, [{1}], 0, 1;", out(reg32) old, in(reg64) address, options(nostack, preserves_flags))
+        };
         old == 0
     }
 
@@ -220,7 +252,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     fn clock_ns(self) -> u64 {
         let value: u64;
         // SAFETY: reads a special register; volatile, since it changes.
-        unsafe { asm!("mov.u64 {0}, %globaltimer;", out(reg64) value, options(nostack, nomem, preserves_flags)) };
+        unsafe {
+            asm!("mov.u64 {0}, %globaltimer;", out(reg64) value, options(nostack, nomem, preserves_flags))
+        };
         value
     }
 
@@ -237,7 +271,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     fn f16_from_f32(self, value: f32) -> u32 {
         let bits: u16;
         // SAFETY: works on registers alone.
-        unsafe { asm!("cvt.rn.f16.f32 {0}, {1};", out(reg16) bits, in(reg32) value, options(pure, nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("cvt.rn.f16.f32 {0}, {1};", out(reg16) bits, in(reg32) value, options(pure, nomem, nostack, preserves_flags))
+        };
         bits as u32
     }
 
@@ -245,7 +281,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     fn f16_to_f32(self, bits: u32) -> f32 {
         let value: f32;
         // SAFETY: works on registers alone.
-        unsafe { asm!("cvt.f32.f16 {0}, {1};", out(reg32) value, in(reg16) bits as u16, options(pure, nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("cvt.f32.f16 {0}, {1};", out(reg32) value, in(reg16) bits as u16, options(pure, nomem, nostack, preserves_flags))
+        };
         value
     }
 
@@ -254,7 +292,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     fn bf16x2_from_f32(self, low: f32, high: f32) -> u32 {
         let bits: u32;
         // SAFETY: works on registers alone.
-        unsafe { asm!("cvt.rn.bf16x2.f32 {0}, {1}, {2};", out(reg32) bits, in(reg32) high, in(reg32) low, options(pure, nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("cvt.rn.bf16x2.f32 {0}, {1}, {2};", out(reg32) bits, in(reg32) high, in(reg32) low, options(pure, nomem, nostack, preserves_flags))
+        };
         bits
     }
 
@@ -268,7 +308,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     fn max_f32(self, a: f32, b: f32) -> f32 {
         let value: f32;
         // SAFETY: works on registers alone.
-        unsafe { asm!("max.f32 {0}, {1}, {2};", out(reg32) value, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("max.f32 {0}, {1}, {2};", out(reg32) value, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags))
+        };
         value
     }
 
@@ -276,7 +318,9 @@ impl<P: Parameters> Lane for PtxLane<P> {
     fn min_f32(self, a: f32, b: f32) -> f32 {
         let value: f32;
         // SAFETY: works on registers alone.
-        unsafe { asm!("min.f32 {0}, {1}, {2};", out(reg32) value, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("min.f32 {0}, {1}, {2};", out(reg32) value, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags))
+        };
         value
     }
 }

@@ -1,8 +1,16 @@
-//! The public face: one [`Communicator`] per rank.
+//! The public face: one [`Communicator`] per rank, one method per collective.
+//!
+//! A call checks its arguments, compares itself with the other ranks' calls, plans, and queues one
+//! kernel. After the first call it allocates nothing, locks nothing and enters no system call of
+//! its own; it never waits. Calls of one communicator run in the order in which they were made.
 
-use crate::error::{Error, Result};
-use crate::gpu::{GpuRef, Stream};
-use crate::request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+use crate::error::{self, Error, Result};
+use crate::gpu::{Event, GpuRef, Stream};
+use crate::group::{Agreement, Card, Group};
+use crate::plan::Shape;
+use crate::rendezvous::Meeting;
+use crate::request::Algorithm;
+use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::time::Duration;
 
 /// What all ranks of a communicator agree on when they meet.
@@ -17,9 +25,13 @@ pub struct Config {
     pub max_blocks: Option<u32>,
     /// Overrides the plan's choice of all-reduce for every call.
     pub algorithm: Option<Algorithm>,
-    /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose.
+    /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
+    /// them.
     #[doc(hidden)]
     pub broken: u32,
+    /// Test only: where the pipes' counters begin, to see them wrap.
+    #[doc(hidden)]
+    pub first_slot: u32,
 }
 
 impl Default for Config {
@@ -30,56 +42,288 @@ impl Default for Config {
             max_blocks: None,
             algorithm: None,
             broken: 0,
+            first_slot: 0,
         }
     }
 }
 
 /// One rank's end of a group of GPUs.
+///
+/// Calls may use any stream of the rank's GPU. A change of stream is ordered by an event, so the
+/// stream of the previous call must still exist; inside a CUDA graph capture the caller orders the
+/// streams.
 pub struct Communicator {
     rank: u32,
-    world: u32,
     gpu: GpuRef,
+    config: Config,
+    /// Empty once closed.
+    group: Option<Group>,
+    /// What no call changes.
+    template: Args,
+    /// Calls made together with each rank, for the call log.
+    calls: [u64; MAX_RANKS],
+    last_stream: Option<Stream>,
+    order: Event,
 }
 
-#[allow(missing_docs, unused_variables, clippy::missing_safety_doc)]
 impl Communicator {
-    /// Makes all ranks of a group at once, rank r on `gpus[r]`, for one thread to drive.
+    /// Makes all ranks of a group at once, rank r on `gpus[r]`, for one thread to drive. Several
+    /// ranks may share a GPU.
     pub fn connect(gpus: &[GpuRef], config: &Config) -> Result<Vec<Communicator>> {
-        Err(Error::Unsupported { op: "connect", reason: "not built yet".into() })
+        let cards: Vec<Card> =
+            gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
+        let agreement = Agreement::of(&cards)?;
+        gpus.iter().try_for_each(|gpu| agreement.map_peers(gpu))?;
+        let members: Vec<_> =
+            gpus.iter().map(|gpu| agreement.member(gpu, config)).collect::<Result<_>>()?;
+        let group = Group::new(agreement.shape, members);
+        let ranks = gpus.iter().enumerate();
+        ranks
+            .map(|(rank, gpu)| Communicator::new(rank as u32, gpu, config, group.clone()))
+            .collect()
     }
+
+    /// Joins a group as `rank` from a thread of its own; returns once all ranks have joined.
+    pub fn join(
+        meeting: &Meeting,
+        rank: u32,
+        gpu: &GpuRef,
+        config: &Config,
+    ) -> Result<Communicator> {
+        meeting.enter(rank)?;
+        let joined = Self::join_rounds(meeting, rank, gpu, config);
+        if let Err(error) = &joined {
+            meeting.give_up(rank, error);
+        }
+        joined
+    }
+
+    fn join_rounds(
+        meeting: &Meeting,
+        rank: u32,
+        gpu: &GpuRef,
+        config: &Config,
+    ) -> Result<Communicator> {
+        let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
+        let agreement = Agreement::of(&cards)?;
+        agreement.map_peers(gpu)?;
+        let members = meeting.exchange(rank, 1, agreement.member(gpu, config)?)?;
+        // Rank 0's group is everybody's, so that all share one call log.
+        let groups = meeting.exchange(rank, 2, Group::new(agreement.shape, members))?;
+        Communicator::new(rank, gpu, config, groups[0].clone())
+    }
+
+    fn new(rank: u32, gpu: &GpuRef, config: &Config, group: Group) -> Result<Communicator> {
+        let Shape { world, layout, .. } = group.shape;
+        let mut peers = [0; MAX_RANKS];
+        for (peer, member) in peers.iter_mut().zip(group.members.iter()) {
+            *peer = member.mailbox.0;
+        }
+        let template = Args {
+            peers,
+            widths: [0; MAX_RANKS],
+            src: 0,
+            dst: 0,
+            status: group.members[rank as usize].status.device.0,
+            bytes: 0,
+            part_bytes: 0,
+            rows: 0,
+            deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
+            rank,
+            world,
+            root: 0,
+            operation: 0,
+            op: 0,
+            flags: config.broken,
+            chunk_units: 1,
+            rounds: 0,
+            peer: 0,
+            mode: 0,
+            scale: 1.0,
+            layout,
+        };
+        let order = gpu.event_create()?;
+        Ok(Communicator {
+            rank,
+            gpu: gpu.clone(),
+            config: config.clone(),
+            group: Some(group),
+            template,
+            calls: [0; MAX_RANKS],
+            last_stream: None,
+            order,
+        })
+    }
+
+    /// This rank's number.
     pub fn rank(&self) -> u32 {
         self.rank
     }
+
+    /// Number of ranks.
     pub fn world_size(&self) -> u32 {
-        self.world
+        self.template.world
     }
+
+    /// This rank's GPU.
     pub fn gpu(&self) -> &GpuRef {
         &self.gpu
     }
-    pub unsafe fn all_reduce(&mut self, call: &AllReduce, stream: Stream) -> Result<()> {
-        Err(Error::Unsupported { op: "all_reduce", reason: "not built yet".into() })
+
+    /// What the ranks agreed on.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
-    pub unsafe fn reduce_scatter(&mut self, call: &ReduceScatter, stream: Stream) -> Result<()> {
-        Err(Error::Unsupported { op: "reduce_scatter", reason: "not built yet".into() })
+
+    /// How a mailbox is divided.
+    pub fn layout(&self) -> Layout {
+        self.template.layout
     }
-    pub unsafe fn all_gather(&mut self, call: &AllGather, stream: Stream) -> Result<()> {
-        Err(Error::Unsupported { op: "all_gather", reason: "not built yet".into() })
+
+    /// Bytes of device memory that this rank's mailbox takes.
+    pub fn mailbox_bytes(&self) -> usize {
+        self.layout().mailbox_bytes(self.world_size())
     }
-    pub unsafe fn broadcast(&mut self, call: &Broadcast, stream: Stream) -> Result<()> {
-        Err(Error::Unsupported { op: "broadcast", reason: "not built yet".into() })
+
+    /// The ordinals of all ranks' GPUs, in rank order.
+    pub fn ordinals(&self) -> Result<Vec<u32>> {
+        let group = self.group("ordinals")?;
+        Ok((0..self.world_size()).map(|rank| group.ordinal(rank)).collect())
     }
-    pub unsafe fn gather(&mut self, call: &Gather<'_>, stream: Stream) -> Result<()> {
-        Err(Error::Unsupported { op: "gather", reason: "not built yet".into() })
-    }
-    pub fn barrier(&mut self, stream: Stream) -> Result<()> {
-        Err(Error::Unsupported { op: "barrier", reason: "not built yet".into() })
-    }
-    /// The first error that a kernel of this communicator recorded, if any.
+
+    /// The first error that a kernel of this communicator recorded. It stays: the ranks' counters
+    /// no longer agree, so every later call returns it too.
     pub fn health(&self) -> Result<()> {
-        Ok(())
+        let Some(group) = &self.group else { return Ok(()) };
+        let page = group.members[self.rank as usize].status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the group. The device writes the state last, after
+        // a system-wide fence, so the rest is valid once it is not OK.
+        let status = unsafe {
+            if (&raw const (*page).state).read_volatile() == state::OK {
+                return Ok(());
+            }
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+            page.read_volatile()
+        };
+        let operation = error::operation_name(status.operation);
+        let phase = error::phase_name(status.phase);
+        let (rank, peer, epoch) = (self.rank, status.peer, status.epoch);
+        Err(match status.state {
+            state::TIMED_OUT => {
+                Error::Timeout { operation, rank, peer, epoch, phase, waited: self.config.deadline }
+            }
+            state::CORRUPT => Error::Corrupt { operation, rank, peer },
+            _ => Error::Aborted { operation, rank, peer, epoch, phase },
+        })
     }
-    /// Ends the communicator. Collective; waits for this rank's queued calls; a second call does nothing.
+
+    /// Ends every wait of every rank of the group. Their calls return errors from then on.
+    pub fn abort(&self) {
+        if let Some(group) = &self.group {
+            group.abort();
+        }
+    }
+
+    /// Ends the communicator: waits for this rank's queued calls and lets go of the group, whose
+    /// memory is freed when all ranks have. A second call does nothing.
     pub fn close(&mut self) -> Result<()> {
+        if self.group.is_none() {
+            return Ok(());
+        }
+        let drained = self.last_stream.map_or(Ok(()), |stream| self.gpu.stream_synchronize(stream));
+        let health = self.health();
+        self.group = None;
+        drained.and(health)
+    }
+
+    /// The group, unless the communicator is closed.
+    pub(crate) fn group(&self, op: &'static str) -> Result<&Group> {
+        self.group.as_ref().ok_or(Error::Closed { op, rank: self.rank })
+    }
+
+    /// What every call checks first.
+    pub(crate) fn ready(&self, operation: Operation) -> Result<Shape> {
+        let shape = self.group(operation.name())?.shape;
+        self.health()?;
+        Ok(shape)
+    }
+
+    /// A call's arguments before its own are filled in.
+    pub(crate) fn args(&self, operation: Operation) -> Args {
+        Args { operation: operation as u32, ..self.template }
+    }
+
+    /// Compares the call with those of the ranks in `peers`.
+    pub(crate) fn announce(
+        &mut self,
+        peers: u32,
+        signature: crate::call_log::Signature,
+    ) -> Result<()> {
+        let group = self.group.as_ref().ok_or(Error::Closed { op: "announce", rank: self.rank })?;
+        group.log.enter(self.rank, peers, &mut self.calls, signature)
+    }
+
+    /// Makes `stream` the one that calls are queued on, after everything queued before.
+    pub(crate) fn follow(&mut self, op: &'static str, stream: Stream) -> Result<()> {
+        if self.last_stream == Some(stream) {
+            return Ok(());
+        }
+        let own = self.gpu.properties().ordinal;
+        let owner = self.gpu.owner_of_stream(stream);
+        if owner != Some(own) {
+            return Err(Error::InvalidArgument {
+                op,
+                argument: "stream",
+                expected: format!("a stream of GPU {own}, where rank {} is", self.rank),
+                got: owner.map_or("no stream".into(), |gpu| format!("a stream of GPU {gpu}")),
+            });
+        }
+        if let Some(last) = self.last_stream
+            && !self.gpu.is_capturing(stream)?
+            && !self.gpu.is_capturing(last)?
+        {
+            self.gpu.event_record(self.order, last)?;
+            self.gpu.stream_wait(stream, self.order)?;
+        }
+        self.last_stream = Some(stream);
         Ok(())
     }
+
+    /// Queues a kernel on the stream given to [`Communicator::follow`].
+    ///
+    /// # Safety
+    /// The tensors in `args` are what `kernel` expects, alive until the stream has passed the call.
+    pub(crate) unsafe fn queue(
+        &self,
+        kernel: Kernel,
+        blocks: u32,
+        threads: u32,
+        args: &Args,
+    ) -> Result<()> {
+        let stream = self.last_stream.unwrap_or_default();
+        // SAFETY: mailboxes and status are the group's; the caller vouches for the tensors.
+        unsafe { self.gpu.launch(kernel, blocks, threads, args, stream) }
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        // Peers may still be served by kernels that this rank has queued; waiting for those here is
+        // what keeps the mailboxes alive for them. The deadline bounds it.
+        let _ = self.close();
+        // SAFETY: made in `new` and not used again.
+        let _ = unsafe { self.gpu.event_destroy(self.order) };
+    }
+}
+
+/// The flag bits of a call.
+pub(crate) fn call_flags(contribution: bool, streaming: bool) -> u32 {
+    let mut bits = 0;
+    if !contribution {
+        bits |= flags::NO_CONTRIBUTION;
+    }
+    if streaming {
+        bits |= flags::STREAMING;
+    }
+    bits
 }

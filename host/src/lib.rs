@@ -1,11 +1,21 @@
 //! Peer-to-peer collectives for the GPUs of one machine.
 
+mod call_log;
+pub mod cases;
+mod collectives;
 pub mod communicator;
 pub mod error;
 pub mod gpu;
+mod group;
+pub mod layout;
+pub mod plan;
+pub mod reference;
+pub mod rendezvous;
 pub mod request;
+pub mod topology;
 
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
+pub use rendezvous::Meeting;
 pub use request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};

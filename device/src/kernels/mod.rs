@@ -1,13 +1,231 @@
 //! One algorithm a file, and the table that joins them to their names.
+//!
+//! Every algorithm gives chunk number c to block c modulo the number of blocks, on every rank, so
+//! block b of one rank talks to block b of the others only. Unit u of a chunk belongs to the same
+//! thread in every phase; that is why source and destination may be the same tensor.
 
-use crate::abi::{Args, Kernel};
-use crate::lane::Lane;
+mod all_gather;
+mod barrier;
+mod broadcast;
+mod gather;
+mod local_reduce;
+mod one_shot;
+mod probe;
+mod reduce_scatter;
+mod two_shot;
 
-/// Runs one thread of `kernel`: what a simulated GPU executes where a real one jumps to the entry.
-///
-/// # Safety
-/// Every address that `kernel` derives from `args` is what [`Args`] says it is, and all threads of
-/// the block run it.
-pub unsafe fn run<L: Lane>(kernel: Kernel, lane: L, args: &Args) {
-    let _ = (kernel, lane, args);
+pub use all_gather::all_gather;
+pub use barrier::barrier;
+pub use broadcast::broadcast;
+pub use gather::gather;
+pub use local_reduce::local_reduce;
+pub use one_shot::one_shot;
+pub use probe::probe;
+pub use reduce_scatter::reduce_scatter;
+pub use two_shot::two_shot;
+
+use crate::abi::{Args, Kernel, flags, phase};
+use crate::element::{self, Accumulator, Bf16, Element, F16, F32, F32AsBf16};
+use crate::lane::{Lane, Unit};
+use crate::pipe::{Call, Form, Full, Packet};
+use crate::tensor::{Chunk, Codec, Message};
+use crate::{for_units, unrolled};
+
+macro_rules! run_table {
+    ($($variant:ident $symbol:literal $body:ident::<$($parameter:ident),*> $barriers:literal;)*) => {
+        /// Runs one thread of `kernel`: what a simulated GPU executes where a real one jumps to
+        /// the entry.
+        ///
+        /// # Safety
+        /// Every address that `kernel` derives from `args` is what [`Args`] says it is, and all
+        /// threads of the block run it.
+        pub unsafe fn run<L: Lane>(kernel: Kernel, lane: L, args: &Args) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                match kernel {
+                    $(Kernel::$variant => $body::<L, $($parameter),*>(lane, args),)*
+                }
+            }
+        }
+    };
+}
+crate::for_each_kernel!(run_table);
+
+/// The ranks other than this one, in the order in which this rank sends to them: its successor
+/// first, so that in every step each rank is sent to by one other.
+#[inline(always)]
+fn successors(args: &Args) -> impl Iterator<Item = u32> + Clone + use<> {
+    let (rank, world) = (args.rank, args.world);
+    (1..world).map(move |step| if rank + step < world { rank + step } else { rank + step - world })
+}
+
+/// This rank's units of a chunk as its peers receive them, or what changes nothing if it does not
+/// contribute: `N` units from `index` on, `threads` apart.
+#[inline(always)]
+unsafe fn own_units<L, E, F, const N: usize>(
+    lane: L,
+    args: &Args,
+    chunk: Chunk,
+    index: u32,
+) -> [Unit; N]
+where
+    L: Lane,
+    E: Element + Codec,
+    F: Form,
+{
+    if args.flags & flags::NO_CONTRIBUTION != 0 {
+        return [[E::neutral(args.op); 4]; N];
+    }
+    // SAFETY: the caller's chunk lies in its tensor.
+    unsafe { load_units::<L, E, F, N>(lane, chunk, index) }
+}
+
+/// `N` units of a chunk from `index` on, `threads` apart. More than one only if all are whole.
+#[inline(always)]
+unsafe fn load_units<L, C, F, const N: usize>(lane: L, chunk: Chunk, index: u32) -> [Unit; N]
+where
+    L: Lane,
+    C: Codec,
+    F: Form,
+{
+    let mut units = [[0; 4]; N];
+    unrolled!(N, |u| {
+        let index = index + u as u32 * lane.threads();
+        // SAFETY: the caller's chunk lies in its tensor.
+        units[u] = unsafe {
+            if N > 1 {
+                C::load::<L, true>(lane, F::WORDS, chunk.at(index), 0)
+            } else {
+                C::load::<L, false>(lane, F::WORDS, chunk.at(index), chunk.valid(index))
+            }
+        };
+    });
+    units
+}
+
+/// Stores `N` units of a chunk, as [`load_units`] loads them.
+#[inline(always)]
+unsafe fn store_units<L, C, F, const N: usize>(lane: L, chunk: Chunk, index: u32, units: [Unit; N])
+where
+    L: Lane,
+    C: Codec,
+    F: Form,
+{
+    unrolled!(N, |u| {
+        let index = index + u as u32 * lane.threads();
+        // SAFETY: the caller's chunk lies in its tensor.
+        unsafe {
+            if N > 1 {
+                C::store::<L, true>(lane, F::WORDS, chunk.at(index), 0, units[u]);
+            } else {
+                C::store::<L, false>(lane, F::WORDS, chunk.at(index), chunk.valid(index), units[u]);
+            }
+        }
+    });
+}
+
+/// The reduction, in rank order, of this rank's own units and those that each peer sent in slot
+/// number `turn` of this call: `N` units from `index` on. Means nothing once `call.ok()` is false.
+#[inline(always)]
+unsafe fn reduced_units<L, E, F, const N: usize>(
+    call: &mut Call<'_, L, F>,
+    args: &Args,
+    own: Chunk,
+    index: u32,
+    turn: u32,
+) -> [Unit; N]
+where
+    L: Lane,
+    E: Element + Codec,
+    F: Form,
+{
+    let lane = call.lane();
+    let mut totals = [element::empty(args.op); N];
+    for rank in 0..args.world {
+        // SAFETY: passed on to the caller.
+        let units = unsafe {
+            if rank == args.rank {
+                own_units::<L, E, F, N>(lane, args, own, index)
+            } else {
+                let number = call.received(rank).wrapping_add(turn);
+                call.take::<N>(rank, number, index, phase::DATA)
+            }
+        };
+        accumulate_units::<L, E, F, N>(lane, args.op, &mut totals, units);
+    }
+    finish_units::<L, E, F, N>(lane, args.scale, totals)
+}
+
+/// Adds `units` to `totals`, unit by unit.
+#[inline(always)]
+fn accumulate_units<L, E, F, const N: usize>(
+    lane: L,
+    op: u32,
+    totals: &mut [Accumulator; N],
+    units: [Unit; N],
+) where
+    L: Lane,
+    E: Element,
+    F: Form,
+{
+    unrolled!(N, |u| {
+        element::accumulate::<L, E>(lane, op, &mut totals[u], units[u], F::WORDS);
+    });
+}
+
+/// The reductions as wire words.
+#[inline(always)]
+fn finish_units<L, E, F, const N: usize>(lane: L, scale: f32, totals: [Accumulator; N]) -> [Unit; N]
+where
+    L: Lane,
+    E: Element,
+    F: Form,
+{
+    let mut units = [[0; 4]; N];
+    unrolled!(N, |u| {
+        units[u] = element::finish::<L, E>(lane, scale, &totals[u], F::WORDS);
+    });
+    units
+}
+
+/// Whether any of `units` holds what looks like a free slot.
+#[inline(always)]
+fn any_hidden<F: Form, const N: usize>(units: &[Unit; N]) -> bool {
+    let mut hidden = false;
+    unrolled!(N, |u| {
+        hidden |= F::hidden(units[u]);
+    });
+    hidden
+}
+
+/// Sends every peer chunk number `index` of its own part, `part(peer)`, as slot number `turn` of
+/// this call. Returns whether this thread sent anything that looks like a free slot.
+#[inline(always)]
+unsafe fn send_parts<L, E>(
+    call: &mut Call<'_, L, Full>,
+    args: &Args,
+    part: impl Fn(u32) -> Message,
+    index: u32,
+    turn: u32,
+) -> bool
+where
+    L: Lane,
+    E: Element + Codec,
+{
+    let lane = call.lane();
+    let mut hidden = false;
+    for peer in successors(args) {
+        let chunk = part(peer).chunk(index);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let number = call.sent(peer).wrapping_add(turn);
+            let slot = call.reserve(peer, number);
+            for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
+                let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
+                hidden |= any_hidden::<Full, N>(&units);
+                call.put_units(slot, index, number, units);
+            });
+        }
+    }
+    hidden
 }

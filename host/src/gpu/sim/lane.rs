@@ -147,6 +147,8 @@ fn load_words<const N: usize>(address: u64) -> [u32; N] {
 }
 
 impl Lane for SimLane {
+    const BREAKABLE: bool = true;
+
     fn thread(self) -> u32 {
         self.context().thread
     }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: stores of one lane to one address land in the order they were made, and a store that
 //! happened before another to the same address (through a block barrier) never overwrites it.
-//! Nothing else is ordered, and each 32-bit word lands by itself.
+//! Nothing else is ordered, and each half of a unit, 8 bytes, lands by itself.
 //!
 //! A lane's puts wait in its [`Outbox`]. A block barrier moves them to the block's [`Published`]
 //! stores: every lane of the block sees those, and any of its lanes can fence them.
@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 /// Words that an outbox holds at most; a put into a full one makes another word land first.
 const CAPACITY: usize = 64;
 const UNIT_MASK: u64 = !15;
+const HALF_MASK: u64 = !7;
 
 #[derive(Clone, Copy)]
 struct Store {
@@ -47,28 +48,22 @@ impl Outbox {
         self.0.borrow().iter().rev().find(|s| s.address == address).map(|s| s.value)
     }
 
-    /// Lands one store chosen at random, or with it all that are here of the same unit.
+    /// Lands the unit, or half of one, that a store chosen at random belongs to.
     pub(super) fn land_some(&self, published: &Published, random: &Random, tear: Chance) {
         let mut stores = self.0.borrow_mut();
         if stores.is_empty() {
             return;
         }
         let chosen = stores[random.below(stores.len())].address;
-        if random.chance(tear) {
-            // The oldest to that address, whichever was chosen: coherence.
-            if let Some(oldest) = stores.iter().position(|s| s.address == chosen) {
-                published.land_over(stores.remove(oldest));
+        let mask = if random.chance(tear) { HALF_MASK } else { UNIT_MASK };
+        // All stores there, oldest first: coherence.
+        stores.retain(|store| {
+            let stays = store.address & mask != chosen & mask;
+            if !stays {
+                published.land_over(*store);
             }
-        } else {
-            let unit = chosen & UNIT_MASK;
-            stores.retain(|store| {
-                let stays = store.address & UNIT_MASK != unit;
-                if !stays {
-                    published.land_over(*store);
-                }
-                stays
-            });
-        }
+            stays
+        });
     }
 
     /// Lands every store to the `bytes` bytes at `address`.
@@ -156,9 +151,9 @@ impl Published {
             return;
         }
         let chosen = table.addresses[random.below(table.addresses.len())];
+        let mask = if random.chance(tear) { HALF_MASK } else { UNIT_MASK };
         let unit = chosen & UNIT_MASK;
-        let torn = random.chance(tear);
-        for address in (0..4).map(|word| unit + 4 * word).filter(|a| !torn || *a == chosen) {
+        for address in (0..4).map(|word| unit + 4 * word).filter(|a| a & mask == chosen & mask) {
             if let Some(value) = table.take(address) {
                 land(Store { address, value });
             }

@@ -1,0 +1,123 @@
+//! All-gather: every rank sends its tensor to every other and keeps all of them.
+//!
+//! One step and (n-1) x S bytes out of each GPU, which no algorithm undercuts.
+
+use super::{any_hidden, load_units, store_units, successors};
+use crate::abi::{Args, phase};
+use crate::for_units;
+use crate::lane::Lane;
+use crate::pipe::{Call, Form, everyone_else};
+use crate::tensor::{Bytes, Chunk, Message};
+
+/// `dst = every rank's src`, one after the other, `args.bytes` bytes each.
+///
+/// # Safety
+/// As for [`super::run`].
+#[inline(always)]
+pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
+    let message = |address| Message::new(address, args.bytes, F::FORMAT, 1, args.chunk_units);
+    let part = |rank: u32| message(args.dst + rank as u64 * args.bytes);
+    let everyone = everyone_else(args.world, args.rank);
+    let src = message(args.src);
+    let (block, blocks) = (lane.block(), lane.blocks());
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut call = Call::<L, F>::begin(lane, args, everyone);
+        let lag = src.has(block + blocks) as u32;
+        let mut turn = 0;
+        while turn < lag || src.has(block + (turn - lag) * blocks) {
+            let ahead = block + turn * blocks;
+            if src.has(ahead) {
+                let own = part(args.rank).chunk(ahead);
+                let hidden = send_and_keep(&mut call, args, src.chunk(ahead), own, turn);
+                call.seal(everyone, turn + 1, hidden);
+            }
+            if turn >= lag {
+                for peer in successors(args) {
+                    let number = call.received(peer).wrapping_add(turn - lag);
+                    let chunk = part(peer).chunk(block + (turn - lag) * blocks);
+                    take_bytes(&mut call, peer, number, chunk);
+                }
+                call.release(everyone, turn - lag + 1);
+            }
+            turn += 1;
+        }
+        call.end(turn - lag, turn - lag);
+    }
+}
+
+/// Sends a chunk to every peer as slot number `turn` of this call, and copies it to this rank's own
+/// part unless it lies there already.
+#[inline(always)]
+unsafe fn send_and_keep<L: Lane, F: Form>(
+    call: &mut Call<'_, L, F>,
+    args: &Args,
+    chunk: Chunk,
+    own: Chunk,
+    turn: u32,
+) -> bool {
+    let lane = call.lane();
+    let whole = chunk.whole_units().min(own.whole_units());
+    let mut hidden = false;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for_units!(lane, whole, chunk.units, |N, index| {
+            let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
+            hidden |= any_hidden::<F, N>(&units);
+            for peer in successors(args) {
+                let number = call.sent(peer).wrapping_add(turn);
+                let slot = call.reserve(peer, number);
+                call.put_units(slot, index, number, units);
+            }
+            if own.address != chunk.address {
+                store_units::<L, Bytes, F, N>(lane, own, index, units);
+            }
+        });
+    }
+    hidden
+}
+
+/// Stores what `peer` sent in its slot number `number`.
+#[inline(always)]
+pub(super) unsafe fn take_bytes<L: Lane, F: Form>(
+    call: &mut Call<'_, L, F>,
+    peer: u32,
+    number: u32,
+    chunk: Chunk,
+) {
+    let lane = call.lane();
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
+            let units = call.take::<N>(peer, number, index, phase::DATA);
+            if call.ok() {
+                store_units::<L, Bytes, F, N>(lane, chunk, index, units);
+            }
+        });
+    }
+}
+
+/// Sends a chunk to each of `peers` as slot number `turn` of this call.
+#[inline(always)]
+pub(super) unsafe fn send_bytes<L: Lane, F: Form>(
+    call: &mut Call<'_, L, F>,
+    peers: impl Iterator<Item = u32> + Clone,
+    chunk: Chunk,
+    turn: u32,
+) -> bool {
+    let lane = call.lane();
+    let mut hidden = false;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
+            let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
+            hidden |= any_hidden::<F, N>(&units);
+            for peer in peers.clone() {
+                let number = call.sent(peer).wrapping_add(turn);
+                let slot = call.reserve(peer, number);
+                call.put_units(slot, index, number, units);
+            }
+        });
+    }
+    hidden
+}

@@ -1,0 +1,125 @@
+//! Probe: do stores, loads and their ordering work between two GPUs, through the very instructions
+//! that the collectives use?
+//!
+//! One block of one warp. The pattern of a unit depends on who wrote it, in which round and where,
+//! so a stale, misplaced or zeroed unit is seen. A wrong one is recorded as `state::CORRUPT`.
+
+use crate::abi::{
+    Args, CONTROL_BYTES, Control, PROBE_BYTES, Status, UNIT, phase, probe as mode, state,
+};
+use crate::lane::{Lane, Unit};
+use crate::pipe::fail;
+use core::mem::offset_of;
+
+/// Units of the pattern; the flag follows them.
+const UNITS: u32 = 128;
+const FLAG: u64 = UNITS as u64 * UNIT as u64;
+const _: () = assert!(FLAG as usize + UNIT <= PROBE_BYTES);
+
+/// Carries out `args.mode` with rank `args.peer`. Rounds are numbered from `args.rows` on, a number
+/// that both ranks choose above all earlier ones.
+///
+/// # Safety
+/// As for [`super::run`]. `args.dst` has room for the pattern in mode LOAD.
+#[inline(always)]
+pub unsafe fn probe<L: Lane>(lane: L, args: &Args) {
+    let area = |rank| lane.peer(rank) + CONTROL_BYTES as u64;
+    let (mine, theirs) = (area(args.rank), area(args.peer));
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match args.mode {
+            mode::STORE => write_pattern(lane, theirs, args.rank, args.rows as u32),
+            mode::LOAD => {
+                let mut index = lane.thread();
+                while index < UNITS {
+                    let unit = lane.poll_unit(theirs + index as u64 * UNIT as u64);
+                    lane.store_u32x4(args.dst + index as u64 * UNIT as u64, unit);
+                    index += lane.threads();
+                }
+            }
+            _ => {
+                let start = lane.clock_ns();
+                let mut round = 0;
+                while round < args.rounds
+                    && exchange(lane, args, mine, theirs, args.rows as u32 + round)
+                {
+                    round += 1;
+                }
+                if lane.thread() == 0 {
+                    let elapsed = lane.clock_ns() - start;
+                    let at = args.status + offset_of!(Status, probe_ns) as u64;
+                    lane.put_word(at, elapsed as u32);
+                    lane.put_word(at + 4, (elapsed >> 32) as u32);
+                }
+            }
+        }
+    }
+}
+
+/// The unit that `writer` puts at `index` in `round`.
+#[inline(always)]
+fn pattern(writer: u32, round: u32, index: u32) -> Unit {
+    let seed = (round.wrapping_mul(0x9e37_79b9) ^ writer << 24)
+        .wrapping_add(index.wrapping_mul(0x85eb_ca6b));
+    [seed, !seed, seed.rotate_left(13), seed ^ 0x5555_5555]
+}
+
+#[inline(always)]
+unsafe fn write_pattern<L: Lane>(lane: L, area: u64, writer: u32, round: u32) {
+    let mut index = lane.thread();
+    while index < UNITS {
+        // SAFETY: the probe area holds `UNITS` units and the flag.
+        unsafe { lane.put_unit(area + index as u64 * UNIT as u64, pattern(writer, round, index)) };
+        index += lane.threads();
+    }
+}
+
+/// One round: data, then a flag; the peer's flag, then its data. False once it failed.
+#[inline(always)]
+unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round: u32) -> bool {
+    // SAFETY: both probe areas hold `UNITS` units and the flag.
+    unsafe {
+        write_pattern(lane, theirs, args.rank, round);
+        lane.sync_threads();
+        if lane.thread() == 0 {
+            lane.fence_system();
+            lane.put_word(theirs + FLAG, round);
+        }
+        let came = wait_flag(lane, args, mine + FLAG, round);
+        let mut wrong = false;
+        let mut index = lane.thread();
+        while came && index < UNITS {
+            wrong |= lane.poll_unit(mine + index as u64 * UNIT as u64)
+                != pattern(args.peer, round, index);
+            index += lane.threads();
+        }
+        if wrong {
+            fail(lane, args, state::CORRUPT, args.peer, phase::PROBE);
+        }
+        // Also keeps this round's reads before the next round's writes, which the peer sends only
+        // after this rank's next flag.
+        !lane.sync_threads_or(wrong || !came)
+    }
+}
+
+/// Waits for the peer's flag of `round`; false if the deadline or an abort came first.
+#[inline(always)]
+unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32) -> bool {
+    let since = lane.clock_ns();
+    // SAFETY: the flag and the abort word lie in this rank's mailbox.
+    unsafe {
+        while (lane.poll_word(flag).wrapping_sub(round) as i32) < 0 {
+            lane.pause();
+            let waited = lane.clock_ns() - since;
+            let aborted =
+                lane.poll_word(lane.peer(args.rank) + offset_of!(Control, abort) as u64) != 0;
+            if aborted || waited > args.deadline_ns {
+                let state = if aborted { state::ABORTED } else { state::TIMED_OUT };
+                fail(lane, args, state, args.peer, phase::PROBE);
+                return false;
+            }
+        }
+        lane.fence_system();
+    }
+    true
+}

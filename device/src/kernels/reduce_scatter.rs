@@ -1,0 +1,53 @@
+//! Reduce-scatter: every rank sends each other rank that rank's part, and reduces its own.
+//!
+//! One step and (n-1) x S/n bytes out of each GPU.
+
+use super::{reduced_units, send_parts, store_units};
+use crate::abi::Args;
+use crate::element::Element;
+use crate::for_units;
+use crate::lane::Lane;
+use crate::pipe::{Call, Form, Full, everyone_else};
+use crate::tensor::{Codec, Message};
+
+/// `dst = reduction over ranks of part args.rank of src`, parts of `args.bytes` bytes.
+///
+/// # Safety
+/// As for [`super::run`].
+#[inline(always)]
+pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
+    let message =
+        |address| Message::new(address, args.bytes, Full::FORMAT, E::EXPANSION, args.chunk_units);
+    let part = |rank: u32| message(args.src + rank as u64 * args.bytes);
+    let everyone = everyone_else(args.world, args.rank);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut call = Call::<L, Full>::begin(lane, args, everyone);
+        let (block, blocks) = (lane.block(), lane.blocks());
+        let (own, dst) = (part(args.rank), message(args.dst));
+        let lag = own.has(block + blocks) as u32;
+        let mut turn = 0;
+        while turn < lag || own.has(block + (turn - lag) * blocks) {
+            let ahead = block + turn * blocks;
+            if own.has(ahead) {
+                let hidden = send_parts::<L, E>(&mut call, args, part, ahead, turn);
+                call.seal(everyone, turn + 1, hidden);
+            }
+            if turn >= lag {
+                let behind = block + (turn - lag) * blocks;
+                let (own, result) = (own.chunk(behind), dst.chunk(behind));
+                let whole = own.whole_units().min(result.whole_units());
+                for_units!(lane, whole, own.units, |N, index| {
+                    let units =
+                        reduced_units::<L, E, Full, N>(&mut call, args, own, index, turn - lag);
+                    if call.ok() {
+                        store_units::<L, E, Full, N>(lane, result, index, units);
+                    }
+                });
+                call.release(everyone, turn - lag + 1);
+            }
+            turn += 1;
+        }
+        call.end(turn - lag, turn - lag);
+    }
+}

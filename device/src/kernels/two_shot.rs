@@ -1,0 +1,143 @@
+//! Two-shot all-reduce: reduce-scatter, then all-gather, in one kernel without a barrier between.
+//!
+//! Two steps and 2(n-1)/n x S bytes out of each GPU, where one-shot sends (n-1) x S in one: from
+//! three ranks on, and from the size where bytes outweigh a step. Both halves use the same pipes;
+//! data announce themselves in both, so a chunk's second half starts as soon as its owner has it.
+//! (FlashInfer's and SGLang's two-shot Lamport kernels have the same two halves.)
+
+use super::{any_hidden, reduced_units, send_parts, store_units, successors};
+use crate::abi::{Args, phase};
+use crate::element::Element;
+use crate::for_units;
+use crate::lane::Lane;
+use crate::pipe::{Call, Form, Full, everyone_else};
+use crate::tensor::{Codec, Message};
+
+/// `dst = reduction over ranks of src`, `args.bytes` bytes, rank r reducing the r-th
+/// `args.part_bytes` of them.
+///
+/// Turn t sends chunk t of every part, reduces chunk t-1 of the own part, takes the results of
+/// chunk t-2: what a turn waits for was sent by its peers a turn ago.
+///
+/// # Safety
+/// As for [`super::run`].
+#[inline(always)]
+pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
+    let everyone = everyone_else(args.world, args.rank);
+    // All parts count the chunks of a full one, so slots stay in step; those beyond a part's end
+    // are empty.
+    let full =
+        Message::new(args.src, args.part_bytes, Full::FORMAT, E::EXPANSION, args.chunk_units);
+    let (block, blocks) = (lane.block(), lane.blocks());
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut call = Call::<L, Full>::begin(lane, args, everyone);
+        let mut turn = 0;
+        loop {
+            let sends = full.has(block + turn * blocks);
+            if sends {
+                let index = block + turn * blocks;
+                let source = |rank| part::<E>(args, args.src, rank);
+                let hidden = send_parts::<L, E>(&mut call, args, source, index, scatter_slot(turn));
+                call.seal(everyone, scatter_slot(turn) + 1, hidden);
+            }
+            if turn >= 1 && full.has(block + (turn - 1) * blocks) {
+                let index = block + (turn - 1) * blocks;
+                let slot = result_slot(turn - 1, sends);
+                let hidden = reduce_own::<L, E>(&mut call, args, index, turn - 1, slot);
+                call.seal(everyone, slot + 1, hidden);
+            }
+            if turn >= 2 {
+                if !full.has(block + (turn - 2) * blocks) {
+                    break;
+                }
+                let index = block + (turn - 2) * blocks;
+                let more = full.has(index + blocks);
+                take_results::<L, E>(&mut call, args, index, result_slot(turn - 2, more));
+                call.release(everyone, result_slot(turn - 2, more) + 1);
+            }
+            turn += 1;
+        }
+        call.end(2 * (turn - 2), 2 * (turn - 2));
+    }
+}
+
+/// The part of the tensor at `address` that `rank` reduces.
+#[inline(always)]
+fn part<E: Codec>(args: &Args, address: u64, rank: u32) -> Message {
+    let offset = rank as u64 * args.part_bytes;
+    let left = args.bytes.saturating_sub(offset);
+    let bytes = if left < args.part_bytes { left } else { args.part_bytes };
+    Message::new(address + offset, bytes, Full::FORMAT, E::EXPANSION, args.chunk_units)
+}
+
+/// The slot of this call that carries chunk `turn` to its owner: slots go out in the order
+/// scatter 0, scatter 1, result 0, scatter 2, result 1, ...
+#[inline(always)]
+fn scatter_slot(turn: u32) -> u32 {
+    if turn == 0 { 0 } else { 2 * turn - 1 }
+}
+
+/// The slot of this call that carries chunk `turn` back; `more` says whether chunk `turn + 1` exists
+/// and was sent before it.
+#[inline(always)]
+fn result_slot(turn: u32, more: bool) -> u32 {
+    2 * turn + 1 + more as u32
+}
+
+/// Reduces chunk `index` of this rank's part, keeps the result and sends it to every peer as slot
+/// number `slot` of this call. Returns whether this thread sent anything that looks like a free slot.
+#[inline(always)]
+unsafe fn reduce_own<L: Lane, E: Element + Codec>(
+    call: &mut Call<'_, L, Full>,
+    args: &Args,
+    index: u32,
+    turn: u32,
+    slot: u32,
+) -> bool {
+    let lane = call.lane();
+    let own = part::<E>(args, args.src, args.rank).chunk(index);
+    let result = part::<E>(args, args.dst, args.rank).chunk(index);
+    let whole = own.whole_units().min(result.whole_units());
+    let mut hidden = false;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for_units!(lane, whole, own.units, |N, index| {
+            let units = reduced_units::<L, E, Full, N>(call, args, own, index, scatter_slot(turn));
+            hidden |= any_hidden::<Full, N>(&units);
+            if call.ok() {
+                store_units::<L, E, Full, N>(lane, result, index, units);
+            }
+            for peer in successors(args) {
+                let number = call.sent(peer).wrapping_add(slot);
+                let address = call.reserve(peer, number);
+                call.put_units(address, index, number, units);
+            }
+        });
+    }
+    hidden
+}
+
+/// Stores every peer's result for chunk `index` of its part from slot number `slot` of this call.
+#[inline(always)]
+unsafe fn take_results<L: Lane, E: Element + Codec>(
+    call: &mut Call<'_, L, Full>,
+    args: &Args,
+    index: u32,
+    slot: u32,
+) {
+    let lane = call.lane();
+    for peer in successors(args) {
+        let result = part::<E>(args, args.dst, peer).chunk(index);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let number = call.received(peer).wrapping_add(slot);
+            for_units!(lane, result.whole_units(), result.units, |N, index| {
+                let units = call.take::<N>(peer, number, index, phase::RESULT);
+                if call.ok() {
+                    store_units::<L, E, Full, N>(lane, result, index, units);
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Drives all ranks of a measurement: a thread each on real GPUs, one thread for all on simulated
+//! ones.
+//!
+//! Invariant: a contender is verified at a size before it is timed at it; contenders take turns in
+//! the order A B B A, so that drift of the machine hits both alike.
+
+use super::job::Job;
+use super::rank::{Fail, Rank, Timing};
+use std::sync::Barrier;
+
+/// All ranks.
+pub(crate) struct Ranks {
+    pub(crate) ranks: Vec<Rank>,
+    /// A thread per rank. Without, one thread queues every rank's work before it waits for any.
+    pub(crate) threads: bool,
+}
+
+impl Ranks {
+    /// Does `f` on every rank.
+    fn each<T: Send>(
+        &mut self,
+        f: impl Fn(&mut Rank) -> Result<T, Fail> + Sync,
+    ) -> Result<Vec<T>, Fail> {
+        if !self.threads {
+            return self.ranks.iter_mut().map(f).collect();
+        }
+        let f = &f;
+        std::thread::scope(|scope| {
+            let start = |rank| scope.spawn(move || f(rank));
+            let threads: Vec<_> = self.ranks.iter_mut().map(start).collect();
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(PANIC.into()))).collect()
+        })
+    }
+
+    /// Runs each contender once and compares its results. The inner error is a wrong result.
+    pub(crate) fn verify(
+        &mut self,
+        job: &Job,
+        inputs: &[Vec<u8>],
+    ) -> Result<Result<(), String>, Fail> {
+        let outcome = job.outcome(inputs);
+        for contender in 0..self.ranks[0].contenders.len() {
+            self.each(|rank| {
+                rank.load(job, &inputs[rank.rank as usize])?;
+                rank.call(contender, job)
+            })?;
+            let verdicts = self
+                .each(|rank| Ok(rank.verify(contender, job, job.expected(rank.rank, &outcome))))?;
+            if let Some(Err(reason)) = verdicts.into_iter().find(Result::is_err) {
+                return Ok(Err(reason));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Times every contender: `[contender][sample]`, the slowest rank's microseconds per call.
+    pub(crate) fn time(&mut self, job: &Job, timing: &Timing) -> Result<Vec<Vec<f64>>, Fail> {
+        let contenders = self.ranks[0].contenders.len();
+        if !timing.eager {
+            self.each(|rank| rank.capture(job, timing.calls))?;
+        }
+        let turns = turns(contenders, timing.replays);
+        let samples = if self.threads {
+            self.sample_in_threads(job, timing, &turns)?
+        } else {
+            self.sample_together(job, timing, &turns)?
+        };
+        let mut times = vec![Vec::new(); contenders];
+        for (sample, contender) in turns.iter().enumerate() {
+            let slowest = samples.iter().map(|rank| rank[sample]).fold(0.0, f64::max);
+            times[*contender].push(slowest);
+        }
+        Ok(times)
+    }
+
+    /// `[rank][turn]`.
+    fn sample_together(
+        &mut self,
+        job: &Job,
+        timing: &Timing,
+        turns: &[usize],
+    ) -> Result<Vec<Vec<f64>>, Fail> {
+        let mut samples = vec![Vec::new(); self.ranks.len()];
+        for contender in turns {
+            self.each(|rank| rank.queue(*contender, job, timing))?;
+            let times = self.each(|rank| rank.finish(*contender, timing))?;
+            samples.iter_mut().zip(times).for_each(|(samples, time)| samples.push(time));
+        }
+        Ok(samples)
+    }
+
+    /// `[rank][turn]`. A rank that fails keeps coming to the barrier, or the others would wait
+    /// for it forever.
+    fn sample_in_threads(
+        &mut self,
+        job: &Job,
+        timing: &Timing,
+        turns: &[usize],
+    ) -> Result<Vec<Vec<f64>>, Fail> {
+        let gate = Barrier::new(self.ranks.len());
+        self.each(|rank| {
+            let mut samples = Ok(Vec::new());
+            for contender in turns {
+                gate.wait();
+                samples = samples.and_then(|mut samples: Vec<f64>| {
+                    rank.queue(*contender, job, timing)?;
+                    samples.push(rank.finish(*contender, timing)?);
+                    Ok(samples)
+                });
+            }
+            samples
+        })
+    }
+}
+
+/// Said of a thread that did not come back.
+const PANIC: &str = "a rank's thread panicked";
+
+/// Whose turn it is, sample by sample: A, or A B B A in quarters.
+fn turns(contenders: usize, replays: usize) -> Vec<usize> {
+    if contenders == 1 {
+        return vec![0; replays];
+    }
+    let (early, late) = (replays / 2, replays - replays / 2);
+    [(0, early), (1, early), (1, late), (0, late)]
+        .into_iter()
+        .flat_map(|(contender, samples)| std::iter::repeat_n(contender, samples))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contenders_take_turns() {
+        assert_eq!(turns(1, 3), [0, 0, 0]);
+        assert_eq!(turns(2, 2), [0, 1, 1, 0]);
+        assert_eq!(turns(2, 3), [0, 1, 1, 1, 0, 0]);
+    }
+}

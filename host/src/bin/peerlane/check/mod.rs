@@ -1,0 +1,236 @@
+//! `peerlane check`: every collective against a CPU reference, on the GPUs or on simulated ones.
+//!
+//! Invariant: a case passes only if every byte of every tensor is what the reference says, ranks
+//! and reruns agree bit for bit, the bytes around each tensor are untouched and no rank recorded an
+//! error. A case that fails prints the command that runs it alone.
+
+mod case;
+mod list;
+mod memory;
+mod round;
+mod run;
+
+use crate::devices::Devices;
+use crate::{Common, Outcome, output, parse};
+use case::Case;
+use list::Filter;
+use peerlane::{Config, DType, Operation};
+pub(crate) use round::POISON;
+use run::{Group, Verdict};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// Failing cases that are printed in full.
+const SHOWN: usize = 10;
+
+/// Options of `peerlane check`.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// World sizes; more ranks than GPUs share them round robin. Left out: sim 1,2,3,5,8, cuda the
+    /// number of GPUs and 3,5,8,16.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=16))]
+    ranks: Vec<u32>,
+    /// Sizes: elements of reductions, bytes of the rest.
+    #[arg(long, value_delimiter = ',')]
+    sizes: Vec<usize>,
+    /// Collectives: all_reduce, reduce_scatter, all_gather, broadcast, gather, barrier.
+    #[arg(long, value_delimiter = ',', value_parser = parse::operation)]
+    ops: Vec<Operation>,
+    /// Element types of reductions: f32, f16, bf16.
+    #[arg(long, value_delimiter = ',', value_parser = parse::dtype)]
+    dtypes: Vec<DType>,
+    /// A few sizes and world sizes, and a share of the cases.
+    #[arg(long)]
+    quick: bool,
+    /// Only cases whose names begin so, all of them.
+    #[arg(long, value_name = "NAME")]
+    case: Option<String>,
+    /// Most bytes of device memory for one rank's mailbox.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    mailbox: Option<usize>,
+    /// Seconds that a rank waits for another before the case fails.
+    #[arg(long, default_value_t = 10)]
+    deadline: u64,
+}
+
+/// What became of the cases of one family.
+#[derive(Default)]
+struct Tally {
+    cases: usize,
+    failed: usize,
+    error: f64,
+    time: Duration,
+}
+
+/// Runs the cases and prints a line per family.
+pub(crate) fn run(options: &Options) -> Outcome {
+    let devices = Devices::open(options.common.devices.as_ref(), options.common.seed)?;
+    let (worlds, sizes) = (worlds(options, &devices), sizes(options, &devices));
+    let filter = filter(options, &devices, &sizes);
+    println!("checking on {devices}, seed {}", options.common.seed);
+    let mut session = Session { options, devices: &devices, rows: Vec::new(), failed: 0, cases: 0 };
+    let started = Instant::now();
+    for world in worlds {
+        session.check_world(world, &filter.cases(world))?;
+    }
+    let (cases, failed) = (session.cases, session.failed);
+    if cases == 0 {
+        return Err("check: no case matches --case, --ops, --ranks and --sizes".into());
+    }
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    let seconds = started.elapsed().as_secs_f64();
+    println!("check: {cases} cases, {failed} failed, {seconds:.1} s on {devices}: {verdict}");
+    if let Some(path) = &options.common.json {
+        let mut value = output::provenance(&devices);
+        value["seed"] = json!(options.common.seed);
+        value["seconds"] = json!(seconds);
+        value["families"] = json!(session.rows);
+        output::write_json(path, &value)?;
+    }
+    Ok(failed == 0)
+}
+
+fn worlds(options: &Options, devices: &Devices) -> Vec<u32> {
+    if !options.ranks.is_empty() {
+        return options.ranks.clone();
+    }
+    let gpus = devices.gpus.len() as u32;
+    let mut worlds = match (options.quick, devices.simulated_only()) {
+        (true, true) => vec![2, 3],
+        (true, false) => vec![gpus, 3],
+        (false, true) => vec![1, 2, 3, 5, 8],
+        (false, false) => vec![gpus, 3, 5, 8, 16],
+    };
+    worlds.sort_unstable();
+    worlds.dedup();
+    worlds
+}
+
+/// Sizes around every unit, slot and page boundary that the kernels know, and some beyond.
+fn sizes(options: &Options, devices: &Devices) -> Vec<usize> {
+    if !options.sizes.is_empty() {
+        return options.sizes.clone();
+    }
+    let mut sizes = vec![0, 1, 2, 3, 7, 8, 33, 1023, 4096];
+    match (options.quick, devices.simulated_only()) {
+        (true, _) => sizes = vec![0, 1, 7, 1023],
+        (false, true) => sizes.push(20_011),
+        (false, false) => sizes.extend([5003, 65_536, 100_003, 1 << 20, 4_000_037]),
+    }
+    sizes
+}
+
+fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Filter<'a> {
+    let (plain_one_in, one_in) = match (options.quick, devices.simulated_only()) {
+        (true, _) => (4, 400),
+        (false, true) => (1, 100),
+        (false, false) => (1, 30),
+    };
+    let operations = if options.ops.is_empty() { &parse::OPERATIONS[..] } else { &options.ops[..] };
+    let dtypes = if options.dtypes.is_empty() { &DType::ALL[..] } else { &options.dtypes[..] };
+    let (name, seed) = (options.case.as_deref(), options.common.seed);
+    Filter { operations, dtypes, sizes, name, one_in, plain_one_in, seed }
+}
+
+/// A run in progress.
+struct Session<'a> {
+    options: &'a Options,
+    devices: &'a Devices,
+    rows: Vec<Value>,
+    cases: usize,
+    failed: usize,
+}
+
+impl Session<'_> {
+    fn check_world(&mut self, world: u32, cases: &[Case]) -> Result<(), peerlane::Error> {
+        let progress = output::progress(cases.len());
+        let mut group = None;
+        for family in cases.chunk_by(|a, b| a.family() == b.family()) {
+            let name = family[0].family();
+            progress.set_message(name.clone());
+            let (mut tally, started) = (Tally::default(), Instant::now());
+            for case in family {
+                let mut current = match group.take() {
+                    Some(group) => group,
+                    None => self.connect(world)?,
+                };
+                let verdict = current.run(case, self.options.common.seed);
+                // After an error ranks may still wait for each other: the next case gets new ones.
+                if verdict.is_ok() {
+                    group = Some(current);
+                }
+                if let Some(line) = self.count(case, verdict, &mut tally) {
+                    progress.suspend(|| println!("{line}"));
+                }
+                progress.inc(1);
+            }
+            tally.time = started.elapsed();
+            progress.suspend(|| self.report(&name, &tally));
+        }
+        progress.finish_and_clear();
+        group.map_or(Ok(()), Group::close)
+    }
+
+    fn connect(&self, world: u32) -> Result<Group, peerlane::Error> {
+        let mut config =
+            Config { deadline: Duration::from_secs(self.options.deadline), ..Config::default() };
+        if let Some(bytes) = self.options.mailbox {
+            config.mailbox_bytes = bytes;
+        }
+        Group::connect(&self.devices.for_ranks(world), &config)
+    }
+
+    /// Adds a verdict to the tally; returns what is to be said about it.
+    fn count(
+        &mut self,
+        case: &Case,
+        verdict: Result<Verdict, peerlane::Error>,
+        tally: &mut Tally,
+    ) -> Option<String> {
+        tally.cases += 1;
+        self.cases += 1;
+        let reason = match verdict {
+            Ok(Verdict::Right(error)) => {
+                if round::is_measurable(case) {
+                    tally.error = tally.error.max(error);
+                }
+                return None;
+            }
+            Ok(Verdict::Wrong(reason)) => reason,
+            Err(error) => error.to_string(),
+        };
+        tally.failed += 1;
+        self.failed += 1;
+        let quiet = self.failed > SHOWN;
+        (!quiet).then(|| format!("FAILED {}: {reason}\n  {}", case.name(), self.replay(case)))
+    }
+
+    /// The command that runs one case alone.
+    fn replay(&self, case: &Case) -> String {
+        let (devices, seed) = (&self.devices.selection, self.options.common.seed);
+        let (world, count, name) = (case.world, case.count, case.name());
+        let mailbox = self.options.mailbox.map_or_else(String::new, |b| format!(" --mailbox {b}"));
+        format!(
+            "peerlane check --devices {devices} --seed {seed} --ranks {world} --sizes {count}{mailbox} --case {name}"
+        )
+    }
+
+    fn report(&mut self, name: &str, tally: &Tally) {
+        let backend = self.devices.backend_name();
+        let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
+        let Tally { cases, failed, error, time } = tally;
+        let seconds = time.as_secs_f64();
+        println!(
+            "{name:<36} {backend:<4} {cases:>5} cases  max error {error:>8.1e}  {seconds:>6.2} s  {verdict}"
+        );
+        self.rows.push(json!({
+            "family": name,
+            "cases": cases,
+            "failed": failed,
+            "max_error": error,
+            "seconds": seconds,
+        }));
+    }
+}

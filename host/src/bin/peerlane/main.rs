@@ -1,0 +1,93 @@
+//! The `peerlane` program: what the GPUs of this machine can do, whether the collectives are right,
+//! and how fast they are.
+//!
+//! Invariant: the exit status is 0 only when everything that was asked for came out right; an error
+//! is one line on stderr.
+
+mod bench;
+mod check;
+mod devices;
+mod output;
+mod parse;
+mod topo;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// What a command ends with: `Ok(false)` where it ran and found something wrong.
+type Outcome = Result<bool, Box<dyn std::error::Error + Send + Sync>>;
+
+#[derive(Parser)]
+#[command(
+    name = "peerlane",
+    version,
+    about = "Peer-to-peer collectives for the GPUs of one machine"
+)]
+struct Program {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Shows the GPUs and how they reach each other.
+    Topo(topo::Options),
+    /// Checks every collective against a CPU reference.
+    Check(check::Options),
+    /// Measures collectives the way nccl-tests does.
+    Bench(bench::Options),
+    /// Writes Markdown tables of results that `bench --json` wrote.
+    Report(bench::report::Options),
+}
+
+/// Options that every command has.
+#[derive(Args, Clone, Debug)]
+struct Common {
+    /// GPUs to use: sim:N, cuda, or cuda:0,1. Left out: the GPUs that are there, else sim:8.
+    #[arg(long, value_name = "DEVICES")]
+    devices: Option<devices::Selection>,
+    /// Write the results to this file too, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Seed of all inputs, and of the simulator's schedule.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+fn main() -> ExitCode {
+    let program = match Program::try_parse() {
+        Ok(program) => program,
+        Err(error) => return explain(&error),
+    };
+    let outcome = match program.command {
+        Command::Topo(options) => topo::run(&options),
+        Command::Check(options) => check::run(&options),
+        Command::Bench(options) => bench::run(&options),
+        Command::Report(options) => bench::report::run(&options),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("peerlane: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints help where it was asked for, and one line where the command line is wrong.
+fn explain(error: &clap::Error) -> ExitCode {
+    let text = error.to_string();
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        // Whoever closed the pipe does not miss the rest.
+        let _ = error.print();
+        return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+    }
+    // What is wrong comes first, then an empty line, then the usage.
+    let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
+    let message = lines.collect::<Vec<_>>().join(" ");
+    eprintln!("peerlane: {}", message.trim_start_matches("error: "));
+    ExitCode::from(2)
+}

@@ -1,0 +1,134 @@
+//! Values of options: byte sizes, element types, operators.
+//!
+//! Invariant: a value that does not parse names what was expected and what came.
+
+use peerlane::{Algorithm, DType, Format, Operation, ReduceOp, Wire};
+
+/// The collectives, in the order in which they are reported.
+pub(crate) const OPERATIONS: [Operation; 6] = [
+    Operation::AllReduce,
+    Operation::ReduceScatter,
+    Operation::AllGather,
+    Operation::Broadcast,
+    Operation::Gather,
+    Operation::Barrier,
+];
+
+/// Finds the choice called `text`.
+fn choose<T: Copy>(
+    text: &str,
+    choices: &[T],
+    name: impl Fn(T) -> &'static str,
+) -> Result<T, String> {
+    let found = choices.iter().copied().find(|choice| name(*choice) == text);
+    found.ok_or_else(|| {
+        let names: Vec<_> = choices.iter().map(|choice| name(*choice)).collect();
+        format!("expected one of {}, got {text}", names.join(", "))
+    })
+}
+
+/// A collective.
+pub(crate) fn operation(text: &str) -> Result<Operation, String> {
+    choose(text, &OPERATIONS, Operation::name)
+}
+
+/// An element type.
+pub(crate) fn dtype(text: &str) -> Result<DType, String> {
+    choose(text, &DType::ALL, DType::name)
+}
+
+/// A reduction operator.
+pub(crate) fn reduce_op(text: &str) -> Result<ReduceOp, String> {
+    choose(text, &ReduceOp::ALL, ReduceOp::name)
+}
+
+/// The name of a wire type.
+pub(crate) const fn wire_name(wire: Wire) -> &'static str {
+    match wire {
+        Wire::Native => "native",
+        Wire::Bf16 => "bf16",
+    }
+}
+
+/// A wire type.
+pub(crate) fn wire(text: &str) -> Result<Wire, String> {
+    choose(text, &[Wire::Native, Wire::Bf16], wire_name)
+}
+
+/// Every way to carry out an all-reduce; `None` leaves the choice to the plan.
+pub(crate) const ALGORITHMS: [Option<Algorithm>; 4] = [
+    Some(Algorithm::OneShot(Format::Packet)),
+    Some(Algorithm::OneShot(Format::Full)),
+    Some(Algorithm::TwoShot),
+    None,
+];
+
+/// The name of a way to carry out an all-reduce.
+pub(crate) const fn algorithm_name(algorithm: Option<Algorithm>) -> &'static str {
+    match algorithm {
+        None => "auto",
+        Some(Algorithm::OneShot(format)) => format.name(),
+        Some(Algorithm::TwoShot) => "two-shot",
+    }
+}
+
+/// The value of `--algorithm`. (An `Option` inside would make clap take the option as optional.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Choice(pub(crate) Option<Algorithm>);
+
+/// A way to carry out an all-reduce.
+pub(crate) fn algorithm(text: &str) -> Result<Choice, String> {
+    choose(text, &ALGORITHMS, algorithm_name).map(Choice)
+}
+
+/// A number of bytes, with an optional suffix K, M or G.
+pub(crate) fn bytes(text: &str) -> Result<usize, String> {
+    let wrong = || format!("expected a size such as 512, 64K or 1M, got {text}");
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number: usize = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+/// Writes a number of bytes as briefly as it reads back: `65536` as `64K`.
+pub(crate) fn bytes_name(bytes: usize) -> String {
+    for (shift, suffix) in [(30, "G"), (20, "M"), (10, "K")] {
+        if bytes != 0 && bytes.is_multiple_of(1 << shift) {
+            return format!("{}{suffix}", bytes >> shift);
+        }
+    }
+    bytes.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(bytes("1"), Ok(1));
+        assert_eq!(bytes("64K"), Ok(65536));
+        assert_eq!(bytes("3M"), Ok(3 << 20));
+        assert!(bytes("K").unwrap_err().contains("got K"));
+        assert!(bytes("-1").is_err());
+        assert!(bytes("99999999999G").is_err());
+        for size in [0, 1, 1000, 1024, 65536, 3 << 20, 1 << 30] {
+            assert_eq!(bytes(&bytes_name(size)), Ok(size));
+        }
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(operation("gather"), Ok(Operation::Gather));
+        assert_eq!(algorithm("auto"), Ok(Choice(None)));
+        assert_eq!(algorithm("two-shot"), Ok(Choice(Some(Algorithm::TwoShot))));
+        assert_eq!(
+            dtype("f64").unwrap_err(),
+            "expected one of f32, f16, bf16, got f64".to_string()
+        );
+    }
+}

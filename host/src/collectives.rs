@@ -1,0 +1,321 @@
+//! The collectives: what each call checks and which kernel it queues.
+//!
+//! Every method is `unsafe` for one reason: it takes addresses of tensors that a kernel will read
+//! and write after it has returned.
+
+use crate::call_log::Signature;
+use crate::communicator::{Communicator, call_flags};
+use crate::error::{Error, Result};
+use crate::gpu::{DevicePtr, Stream};
+use crate::plan::{self, Grid};
+use crate::request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, ReduceOp, Wire};
+
+/// # Safety
+/// Every tensor named in a request has the size that the request says, lies in memory of this
+/// rank's GPU, and stays alive and untouched by others until `stream` has passed the call. `stream`
+/// is a stream or was one that is still being captured; it lives until the next call or `close`.
+#[allow(clippy::missing_safety_doc, reason = "one contract for all, stated on the impl")]
+impl Communicator {
+    /// Reduces `call.count` elements of all ranks into every rank's `dst`.
+    pub unsafe fn all_reduce(&mut self, call: &AllReduce, stream: Stream) -> Result<()> {
+        let operation = Operation::AllReduce;
+        let op = operation.name();
+        let shape = self.ready(operation)?;
+        let tensor_bytes = sized(op, "count", call.count, call.dtype.bytes())?;
+        if tensor_bytes == 0 {
+            return Ok(());
+        }
+        aligned(op, "dst", call.dst, call.dtype)?;
+        if call.contribution {
+            aligned(op, "src", call.src, call.dtype)?;
+        }
+        let expansion = expansion(call.dtype, call.wire);
+        let wire_bytes = tensor_bytes / expansion;
+        let algorithm = match call.algorithm.or(self.config().algorithm) {
+            Some(Algorithm::TwoShot) if shape.world == 1 => Algorithm::OneShot(Format::Full),
+            Some(algorithm) => algorithm,
+            None => plan::all_reduce(shape.world, wire_bytes),
+        };
+        let part_bytes = plan::part_bytes(shape.world, tensor_bytes);
+        let (kernel, grid, variant) = match algorithm {
+            Algorithm::OneShot(format) => (
+                Kernel::all_reduce_one_shot(call.dtype, call.wire, format),
+                plan::grid(&shape, format, wire_bytes, 1),
+                1 + format as u8,
+            ),
+            Algorithm::TwoShot => (
+                Kernel::all_reduce_two_shot(call.dtype, call.wire),
+                plan::grid(&shape, Format::Full, part_bytes / expansion, 2),
+                3,
+            ),
+        };
+        let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
+        let args = Args {
+            src: call.src.0,
+            dst: call.dst.0,
+            bytes: tensor_bytes as u64,
+            part_bytes: part_bytes as u64,
+            op: call.op as u32,
+            scale: scale(call.op, shape.world),
+            flags: self.args(operation).flags | call_flags(call.contribution, grid.streaming),
+            ..self.args(operation)
+        };
+        // SAFETY: passed on to the caller.
+        unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
+    }
+
+    /// Reduces `world x call.count` elements of all ranks; rank r's `dst` gets the r-th part.
+    pub unsafe fn reduce_scatter(&mut self, call: &ReduceScatter, stream: Stream) -> Result<()> {
+        let operation = Operation::ReduceScatter;
+        let op = operation.name();
+        let shape = self.ready(operation)?;
+        let bytes = sized(op, "count", call.count, call.dtype.bytes())?;
+        sized(op, "count", bytes, shape.world as usize)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        aligned(op, "dst", call.dst, call.dtype)?;
+        if call.contribution {
+            aligned(op, "src", call.src, call.dtype)?;
+        }
+        let grid = plan::grid(&shape, Format::Full, bytes / expansion(call.dtype, call.wire), 1);
+        let signature = reduction(operation, call.dtype, call.wire, call.op, 0, bytes);
+        let args = Args {
+            src: call.src.0,
+            dst: call.dst.0,
+            bytes: bytes as u64,
+            op: call.op as u32,
+            scale: scale(call.op, shape.world),
+            flags: self.args(operation).flags | call_flags(call.contribution, grid.streaming),
+            ..self.args(operation)
+        };
+        let kernel = Kernel::reduce_scatter(call.dtype, call.wire);
+        // SAFETY: passed on to the caller.
+        unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
+    }
+
+    /// Copies every rank's `call.bytes` bytes to every rank's `dst`, in rank order.
+    pub unsafe fn all_gather(&mut self, call: &AllGather, stream: Stream) -> Result<()> {
+        let operation = Operation::AllGather;
+        let shape = self.ready(operation)?;
+        sized(operation.name(), "bytes", call.bytes, shape.world as usize)?;
+        if call.bytes == 0 {
+            return Ok(());
+        }
+        present(operation.name(), "src", call.src)?;
+        present(operation.name(), "dst", call.dst)?;
+        let format = plan::format(call.bytes);
+        let grid = plan::grid(&shape, format, call.bytes, 1);
+        let args = Args {
+            src: call.src.0,
+            dst: call.dst.0,
+            bytes: call.bytes as u64,
+            flags: self.args(operation).flags | call_flags(true, grid.streaming),
+            ..self.args(operation)
+        };
+        let signature = movement(operation, 0, call.bytes, 0);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.start(Kernel::all_gather(format), grid, args, self.everyone(), signature, stream)
+        }
+    }
+
+    /// Copies the root's `call.bytes` bytes to every rank.
+    pub unsafe fn broadcast(&mut self, call: &Broadcast, stream: Stream) -> Result<()> {
+        let operation = Operation::Broadcast;
+        let shape = self.ready(operation)?;
+        self.exists(operation.name(), call.root)?;
+        sized(operation.name(), "bytes", call.bytes, 1)?;
+        if call.bytes == 0 || shape.world == 1 {
+            return Ok(());
+        }
+        present(operation.name(), "data", call.data)?;
+        let format = plan::format(call.bytes);
+        let grid = plan::grid(&shape, format, call.bytes, 1);
+        let args = Args {
+            src: call.data.0,
+            dst: call.data.0,
+            bytes: call.bytes as u64,
+            root: call.root,
+            flags: self.args(operation).flags | call_flags(true, grid.streaming),
+            ..self.args(operation)
+        };
+        let signature = movement(operation, call.root, call.bytes, 0);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.start(Kernel::broadcast(format), grid, args, self.everyone(), signature, stream)
+        }
+    }
+
+    /// Joins the members' rows in the root's `dst`. Does nothing on a rank that is neither the root
+    /// nor brings anything.
+    pub unsafe fn gather(&mut self, call: &Gather<'_>, stream: Stream) -> Result<()> {
+        let operation = Operation::Gather;
+        let op = operation.name();
+        let shape = self.ready(operation)?;
+        self.exists(op, call.root)?;
+        if call.widths.len() != shape.world as usize {
+            return Err(invalid(
+                op,
+                "widths",
+                format!("{} widths, one a rank", shape.world),
+                call.widths.len(),
+            ));
+        }
+        let widest = call.widths.iter().copied().max().unwrap_or(0);
+        let total = call.widths.iter().try_fold(0usize, |sum, width| sum.checked_add(*width));
+        sized(op, "widths", total.unwrap_or(usize::MAX), call.rows.max(1))?;
+        let (is_root, width) = (self.rank() == call.root, call.widths[self.rank() as usize]);
+        if call.rows == 0 || widest == 0 || !is_root && width == 0 {
+            return Ok(());
+        }
+        if width != 0 {
+            present(op, "src", call.src)?;
+        }
+        if is_root {
+            present(op, "dst", call.dst)?;
+        }
+        let format = plan::format(call.rows * widest);
+        let grid = plan::grid(&shape, format, call.rows * widest, 1);
+        let mut args = Args {
+            src: call.src.0,
+            dst: call.dst.0,
+            rows: call.rows as u64,
+            root: call.root,
+            flags: self.args(operation).flags | call_flags(true, grid.streaming),
+            ..self.args(operation)
+        };
+        let (mut members, mut hash) = (0u32, call.rows as u64);
+        for (rank, &width) in call.widths.iter().enumerate() {
+            args.widths[rank] = width as u64;
+            members |= ((width != 0) as u32) << rank;
+            hash = (hash ^ width as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+        }
+        let peers = if is_root { members & !(1 << call.root) } else { 1 << call.root };
+        let signature =
+            movement(operation, call.root, call.rows * widest, hash as u32 & 0x0fff_ffff);
+        // SAFETY: passed on to the caller.
+        unsafe { self.start(Kernel::gather(format), grid, args, peers, signature, stream) }
+    }
+
+    /// Holds `stream` until every rank has queued its barrier and reached it.
+    pub fn barrier(&mut self, stream: Stream) -> Result<()> {
+        let operation = Operation::Barrier;
+        let shape = self.ready(operation)?;
+        if shape.world == 1 {
+            return Ok(());
+        }
+        let grid = Grid { blocks: 1, threads: 32, chunk_units: 1, streaming: false };
+        let signature = movement(operation, 0, 0, 0);
+        // SAFETY: the kernel touches no tensor.
+        unsafe {
+            self.start(
+                Kernel::Barrier,
+                grid,
+                self.args(operation),
+                self.everyone(),
+                signature,
+                stream,
+            )
+        }
+    }
+
+    /// The last steps of every call.
+    unsafe fn start(
+        &mut self,
+        kernel: Kernel,
+        grid: Grid,
+        mut args: Args,
+        peers: u32,
+        signature: Signature,
+        stream: Stream,
+    ) -> Result<()> {
+        self.follow(signature.operation.name(), stream)?;
+        self.announce(peers, signature)?;
+        args.chunk_units = grid.chunk_units;
+        // SAFETY: passed on to the caller.
+        unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
+    }
+
+    /// A bit for every rank but this one.
+    fn everyone(&self) -> u32 {
+        ((1u32 << self.world_size()) - 1) & !(1 << self.rank())
+    }
+
+    fn exists(&self, op: &'static str, root: u32) -> Result<()> {
+        if root < self.world_size() {
+            return Ok(());
+        }
+        Err(invalid(op, "root", format!("a rank from 0 to {}", self.world_size() - 1), root))
+    }
+}
+
+/// Tensor bytes per wire byte.
+fn expansion(dtype: DType, wire: Wire) -> usize {
+    if dtype == DType::F32 && wire == Wire::Bf16 { 2 } else { 1 }
+}
+
+fn scale(op: ReduceOp, world: u32) -> f32 {
+    if op == ReduceOp::Avg { 1.0 / world as f32 } else { 1.0 }
+}
+
+fn reduction(
+    operation: Operation,
+    dtype: DType,
+    wire: Wire,
+    op: ReduceOp,
+    algorithm: u8,
+    bytes: usize,
+) -> Signature {
+    let element = Some((dtype, if dtype == DType::F32 { wire } else { Wire::Native }));
+    Signature { operation, element, op, algorithm, root: 0, bytes, shape: 0 }
+}
+
+fn movement(operation: Operation, root: u32, bytes: usize, shape: u32) -> Signature {
+    Signature { operation, element: None, op: ReduceOp::Sum, algorithm: 0, root, bytes, shape }
+}
+
+pub(crate) fn invalid(
+    op: &'static str,
+    argument: &'static str,
+    expected: String,
+    got: impl std::fmt::Display,
+) -> Error {
+    Error::InvalidArgument { op, argument, expected, got: got.to_string() }
+}
+
+/// `count` items of `item` bytes, in bytes, if that is a size a tensor can have.
+fn sized(op: &'static str, argument: &'static str, count: usize, item: usize) -> Result<usize> {
+    // The kernels count units and chunks in 32 bits; 2^40 bytes is far below where that ends.
+    match count.checked_mul(item) {
+        Some(bytes) if bytes <= 1 << 40 => Ok(bytes),
+        _ => Err(invalid(
+            op,
+            argument,
+            "at most 2^40 bytes".into(),
+            format!("{count} x {item} bytes"),
+        )),
+    }
+}
+
+fn present(op: &'static str, argument: &'static str, address: DevicePtr) -> Result<()> {
+    if address.0 != 0 {
+        return Ok(());
+    }
+    Err(invalid(op, argument, "a device address".into(), "null"))
+}
+
+fn aligned(
+    op: &'static str,
+    argument: &'static str,
+    address: DevicePtr,
+    dtype: DType,
+) -> Result<()> {
+    present(op, argument, address)?;
+    if address.0.is_multiple_of(dtype.bytes() as u64) {
+        return Ok(());
+    }
+    let expected = format!("an address aligned to {} bytes for {}", dtype.bytes(), dtype.name());
+    Err(invalid(op, argument, expected, format!("{:#x}", address.0)))
+}

@@ -1,0 +1,82 @@
+//! How large a mailbox is and how it is divided.
+//!
+//! Pure: a function of the world size and a byte limit that all ranks agreed on, so all ranks get
+//! the same layout.
+
+use peerlane_device::abi::Layout;
+
+/// Units in the largest slot: 32 KiB, four units for each of 512 threads.
+const SLOT_UNITS: u32 = 2048;
+/// Units in the smallest slot worth having.
+const LEAST_SLOT_UNITS: u32 = 64;
+/// Lanes per pair, at most: about the multiprocessors of the largest GPUs.
+const LANES: u32 = 128;
+
+/// The layout for `world` ranks whose mailboxes take at most `limit` bytes each, or `None` if the
+/// limit is too small for any.
+///
+/// Slots shrink before lanes do: lanes are what fills a fast link, and a chunk smaller than a slot
+/// costs little.
+pub fn choose(world: u32, limit: usize) -> Option<Layout> {
+    // Two ranks keep few chunks in flight; from three on, a two-shot call has two per turn.
+    let slots = if world <= 2 { 4 } else { 8 };
+    let mut layout = Layout { lanes: LANES, slots, slot_units: SLOT_UNITS, reserved: 0 };
+    while layout.mailbox_bytes(world) > limit {
+        if layout.slot_units > 512 {
+            layout.slot_units /= 2;
+        } else if layout.lanes > 32 {
+            layout.lanes /= 2;
+        } else if layout.slot_units > LEAST_SLOT_UNITS {
+            layout.slot_units /= 2;
+        } else if layout.lanes > 1 {
+            layout.lanes /= 2;
+        } else {
+            return None;
+        }
+    }
+    Some(layout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn default_limit_gives_every_world_many_lanes() {
+        for world in 1..=16 {
+            let layout = choose(world, 32 << 20).unwrap();
+            assert!(layout.mailbox_bytes(world) <= 32 << 20, "{world} ranks: {layout:?}");
+            assert!(layout.lanes >= 32, "{world} ranks: {layout:?}");
+        }
+    }
+
+    #[test]
+    fn a_limit_below_one_lane_is_refused() {
+        assert_eq!(choose(2, 8192), None);
+    }
+
+    proptest! {
+        #[test]
+        fn regions_never_overlap(world in 2u32..=16, limit in 20_000usize..64 << 20) {
+            let Some(layout) = choose(world, limit) else { return Ok(()) };
+            prop_assert!(layout.mailbox_bytes(world) <= limit);
+            prop_assert!(layout.slots.is_power_of_two());
+            let lane = layout.slots as usize * layout.slot_units as usize * 16;
+            prop_assert!(layout.slots(0, 0) >= layout.words(layout.lanes - 1) + 256);
+            for source in 0..world - 1 {
+                prop_assert_eq!(layout.slots(source, 1) - layout.slots(source, 0), lane);
+                prop_assert_eq!(layout.slots(source + 1, 0), layout.slots(source, layout.lanes - 1) + lane);
+            }
+        }
+
+        #[test]
+        fn every_sender_has_its_own_region(world in 2u32..=16, receiver in 0u32..16) {
+            let receiver = receiver % world;
+            let mut sources: Vec<u32> =
+                (0..world).filter(|r| *r != receiver).map(|r| Layout::source(r, receiver, world)).collect();
+            sources.sort_unstable();
+            prop_assert_eq!(sources, (0..world - 1).collect::<Vec<_>>());
+        }
+    }
+}

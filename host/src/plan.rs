@@ -1,0 +1,141 @@
+//! Which algorithm a call takes, and how its units are spread over blocks and threads.
+//!
+//! Pure: no GPU, no I/O. The inputs are the same on every rank (sizes that ranks must bring alike,
+//! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
+
+use crate::request::Algorithm;
+use peerlane_device::abi::{Format, Layout, MAX_THREADS, UNIT};
+
+/// What all ranks of a communicator have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Number of ranks.
+    pub world: u32,
+    /// The mailbox layout.
+    pub layout: Layout,
+    /// Most blocks that a call may use on any rank.
+    pub max_blocks: u32,
+}
+
+/// How a kernel is launched and how it cuts its message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks, the same on every rank.
+    pub blocks: u32,
+    /// Threads in each block.
+    pub threads: u32,
+    /// Units in a full chunk.
+    pub chunk_units: u32,
+    /// Whether a block needs more slots than the half of a lane that is surely free at its start,
+    /// and so must return credits as it goes.
+    pub streaming: bool,
+}
+
+/// Wire bytes up to which data and flags travel together. Above, the doubled bytes cost more than a
+/// packet saves; measured on two and four H200s (docs/performance.md).
+const PACKET_BYTES: usize = 32 << 10;
+
+/// The algorithm for an all-reduce of `wire_bytes` bytes.
+///
+/// One-shot takes one step and (n-1) x S, two-shot two steps and 2(n-1)/n x S; they meet where the
+/// saved bytes are worth a step: S = step x bandwidth / ((n-1)(1-2/n)), with 1.8 us a step and
+/// 370 GB/s out of an H100 or H200. Two ranks never gain from two-shot.
+pub fn all_reduce(world: u32, wire_bytes: usize) -> Algorithm {
+    const STEP_BYTES: usize = 666_000;
+    let n = world as usize;
+    if n > 2 && wire_bytes > STEP_BYTES * n / ((n - 1) * (n - 2)) {
+        return Algorithm::TwoShot;
+    }
+    Algorithm::OneShot(format(wire_bytes))
+}
+
+/// The format for a message of `bytes` bytes.
+pub fn format(bytes: usize) -> Format {
+    if bytes <= PACKET_BYTES { Format::Packet } else { Format::Full }
+}
+
+/// The grid for messages of `wire_bytes` bytes to each peer, each chunk using `slots_per_chunk`
+/// slots of a lane.
+pub fn grid(shape: &Shape, format: Format, wire_bytes: usize, slots_per_chunk: u32) -> Grid {
+    let units = wire_bytes.div_ceil(format.payload()).max(1);
+    let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
+    let threads = threads(units, most_blocks);
+    // One chunk a block if it fits a slot; whole rows of threads, so that no warp is half empty.
+    let share = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
+    let chunk_units = share.min(shape.layout.slot_units as usize);
+    let chunks = units.div_ceil(chunk_units);
+    let blocks = chunks.min(most_blocks);
+    let slots = chunks.div_ceil(blocks) * slots_per_chunk as usize;
+    Grid {
+        blocks: blocks as u32,
+        threads,
+        chunk_units: chunk_units as u32,
+        streaming: slots > shape.layout.slots as usize / 2,
+    }
+}
+
+/// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
+/// scheduler.
+fn threads(units: usize, most_blocks: usize) -> u32 {
+    let even = units.div_ceil(most_blocks).next_power_of_two();
+    (even as u32).clamp(128, MAX_THREADS)
+}
+
+/// Tensor bytes of every part but the last of a two-shot all-reduce of `bytes` tensor bytes: whole
+/// units of either alignment, so that every part begins aligned if the tensor does.
+pub fn part_bytes(world: u32, bytes: usize) -> usize {
+    bytes.div_ceil(world as usize).next_multiple_of(2 * UNIT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout;
+    use proptest::prelude::*;
+
+    fn shape(world: u32, max_blocks: u32) -> Shape {
+        Shape { world, layout: layout::choose(world, 32 << 20).unwrap(), max_blocks }
+    }
+
+    proptest! {
+        #[test]
+        fn a_grid_covers_the_message_and_fits_the_layout(
+            world in 1u32..=16, max_blocks in 1u32..=264, bytes in 0usize..256 << 20, full: bool, slots in 1u32..=2,
+        ) {
+            let shape = shape(world, max_blocks);
+            let format = if full { Format::Full } else { Format::Packet };
+            let grid = grid(&shape, format, bytes, slots);
+            let units = bytes.div_ceil(format.payload());
+            prop_assert!(grid.blocks >= 1 && grid.blocks <= max_blocks.min(shape.layout.lanes));
+            prop_assert!(grid.threads.is_power_of_two() && grid.threads <= MAX_THREADS);
+            prop_assert!(grid.chunk_units >= 1 && grid.chunk_units <= shape.layout.slot_units);
+            // No block is idle.
+            prop_assert!(units.max(1).div_ceil(grid.chunk_units as usize) >= grid.blocks as usize);
+            if !grid.streaming {
+                let chunks = units.div_ceil(grid.chunk_units as usize).div_ceil(grid.blocks as usize);
+                prop_assert!(chunks as u32 * slots <= shape.layout.slots / 2);
+            }
+        }
+
+        #[test]
+        fn parts_cover_the_tensor_and_begin_aligned(world in 2u32..=16, bytes in 1usize..1 << 30) {
+            let part = part_bytes(world, bytes);
+            prop_assert!(part * world as usize >= bytes);
+            prop_assert_eq!(part % 32, 0);
+        }
+    }
+
+    #[test]
+    fn two_ranks_always_take_one_step() {
+        for shift in 0..30 {
+            assert!(matches!(all_reduce(2, 1 << shift), Algorithm::OneShot(_)));
+        }
+    }
+
+    #[test]
+    fn large_worlds_change_to_two_shot_earlier() {
+        let turning_point =
+            |world| (0..30).find(|s| all_reduce(world, 1 << s) == Algorithm::TwoShot);
+        assert!(turning_point(8) < turning_point(4) && turning_point(4) < turning_point(3));
+    }
+}

@@ -1,0 +1,288 @@
+//! What a reduction must give, computed on the CPU.
+//!
+//! Invariant: pure and independent of the kernels. [`Reduction::exact`] takes the documented steps
+//! (each value as it travels, f32, rank order, one rounding), so a right result equals it bit for
+//! bit. [`Reduction::bounds`] takes the sum in f64 and says how far those steps may stray from it,
+//! so a mistake in the steps themselves does not pass either.
+
+use crate::{DType, ReduceOp, Wire};
+use half::{bf16, f16};
+
+/// A reduction of all ranks' tensors. `None` stands for a rank that contributes nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Reduction<'a> {
+    /// Each rank's tensor, in rank order, as it lies in memory; all of one size.
+    pub inputs: &'a [Option<&'a [u8]>],
+    /// Element type of the tensors.
+    pub dtype: DType,
+    /// How values are combined.
+    pub op: ReduceOp,
+    /// How f32 elements travel, results included.
+    pub wire: Wire,
+}
+
+/// Where a result must lie.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bound {
+    /// The reduction, taken in f64.
+    pub value: f64,
+    /// How far from it a result may be; infinite where a value is not finite or may overflow.
+    pub tolerance: f64,
+}
+
+impl Reduction<'_> {
+    /// The result, bit for bit, except that a NaN may be any NaN and that a maximum or minimum
+    /// of two zeros may be either (see [`same`]).
+    pub fn exact(&self, elements: usize) -> Vec<u8> {
+        let adds = matches!(self.op, ReduceOp::Sum | ReduceOp::Avg);
+        // -0.0 and NaN change nothing, where 0.0 would turn -0.0 into 0.0.
+        let mut totals = vec![if adds { -0.0 } else { f32::NAN }; elements];
+        for input in self.inputs.iter().flatten() {
+            assert_eq!(input.len(), elements * self.dtype.bytes(), "bytes of a rank's tensor");
+            for (total, bytes) in totals.iter_mut().zip(input.chunks_exact(self.dtype.bytes())) {
+                *total = combine(self.op, *total, self.received(bytes));
+            }
+        }
+        let scale = if self.op == ReduceOp::Avg { 1.0 / self.inputs.len() as f32 } else { 1.0 };
+        let mut result = Vec::with_capacity(elements * self.dtype.bytes());
+        for total in totals {
+            let value = travelled(self.dtype, self.wire, total * scale);
+            push(self.dtype, value, &mut result);
+        }
+        result
+    }
+
+    /// The result in f64, and how far f32 sums and one rounding may stray from it.
+    pub fn bounds(&self, elements: usize) -> Vec<Bound> {
+        let size = self.dtype.bytes();
+        let element = |index: usize| {
+            let values = self.inputs.iter().flatten().map(move |input| {
+                f64::from(self.received(&input[index * size..(index + 1) * size]))
+            });
+            self.bound(values)
+        };
+        (0..elements).map(element).collect()
+    }
+
+    /// The bound of one element.
+    fn bound(&self, values: impl Iterator<Item = f64>) -> Bound {
+        let world = self.inputs.len() as f64;
+        let (mut sum, mut magnitude, mut best) = (0.0, 0.0, f64::NAN);
+        for value in values {
+            sum += value;
+            magnitude += value.abs();
+            best = match self.op {
+                ReduceOp::Max => best.max(value),
+                _ => best.min(value),
+            };
+        }
+        let (value, error) = match self.op {
+            ReduceOp::Max | ReduceOp::Min => (best, 0.0),
+            ReduceOp::Sum => (sum, world * EPSILON * magnitude),
+            // Two more roundings: of 1/world, and of the product, which may also be subnormal.
+            ReduceOp::Avg => {
+                (sum / world, (world + 2.0) * EPSILON * magnitude / world + f64::from_bits(1))
+            }
+        };
+        let (bits, smallest, largest) = self.output();
+        let reach = value.abs() + error;
+        let tolerance = error + (reach * 2f64.powi(-bits)).max(smallest / 2.0);
+        let fits = magnitude < f64::from(f32::MAX) && reach + tolerance < largest;
+        Bound { value, tolerance: if fits { tolerance } else { f64::INFINITY } }
+    }
+
+    /// Significant bits, smallest positive and largest finite value of what a result is rounded to.
+    fn output(&self) -> (i32, f64, f64) {
+        match (self.dtype, self.wire) {
+            (DType::F32, Wire::Native) => (24, f64::from(f32::from_bits(1)), f64::from(f32::MAX)),
+            (DType::F16, _) => (11, 2f64.powi(-24), f64::from(f16::MAX)),
+            (DType::Bf16, _) | (DType::F32, Wire::Bf16) => {
+                (8, 2f64.powi(-133), f64::from(bf16::MAX))
+            }
+        }
+    }
+
+    /// An element as every rank, its owner included, takes it into the reduction.
+    fn received(&self, bytes: &[u8]) -> f32 {
+        travelled(self.dtype, self.wire, value(self.dtype, bytes))
+    }
+}
+
+/// Half a unit in the last place of 1.0f32.
+const EPSILON: f64 = 1.0 / (1u32 << 24) as f64;
+
+/// One step of a reduction, as the kernels take it: a NaN loses against a number.
+fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
+    match op {
+        ReduceOp::Sum | ReduceOp::Avg => a + b,
+        ReduceOp::Max => a.max(b),
+        ReduceOp::Min => a.min(b),
+    }
+}
+
+/// `value` after a trip over the wire.
+fn travelled(dtype: DType, wire: Wire, value: f32) -> f32 {
+    match (dtype, wire) {
+        (DType::F32, Wire::Bf16) => bf16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
+/// The element that starts at `bytes`.
+///
+/// # Panics
+/// If `bytes` is shorter than an element.
+pub fn value(dtype: DType, bytes: &[u8]) -> f32 {
+    match dtype {
+        DType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        DType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        DType::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+    }
+}
+
+/// Appends `value`, rounded to nearest even.
+pub fn push(dtype: DType, value: f32, bytes: &mut Vec<u8>) {
+    match dtype {
+        DType::F32 => bytes.extend(value.to_le_bytes()),
+        DType::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
+        DType::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+    }
+}
+
+/// Whether two elements are the same result of `op`: the same bits, or both NaN, or, for a maximum
+/// or minimum, both zero (IEEE 754 leaves the sign to the machine).
+pub fn same(dtype: DType, op: ReduceOp, a: &[u8], b: &[u8]) -> bool {
+    if a == b {
+        return true;
+    }
+    let (a, b) = (value(dtype, a), value(dtype, b));
+    let picks = matches!(op, ReduceOp::Max | ReduceOp::Min);
+    a.is_nan() && b.is_nan() || picks && a == 0.0 && b == 0.0
+}
+
+/// The first element in which two results of `op` are not the [`same`].
+pub fn first_difference(dtype: DType, op: ReduceOp, a: &[u8], b: &[u8]) -> Option<usize> {
+    if a == b {
+        return None;
+    }
+    let size = dtype.bytes();
+    let mut pairs = a.chunks_exact(size).zip(b.chunks_exact(size));
+    pairs.position(|(a, b)| !same(dtype, op, a, b))
+}
+
+/// The largest error of `result`, or the first element that lies outside its bound.
+pub fn largest_error(dtype: DType, result: &[u8], bounds: &[Bound]) -> Result<f64, usize> {
+    let mut largest = 0.0f64;
+    for (index, (bytes, bound)) in result.chunks_exact(dtype.bytes()).zip(bounds).enumerate() {
+        if bound.tolerance.is_finite() {
+            let error = (f64::from(value(dtype, bytes)) - bound.value).abs();
+            if error.is_nan() || error > bound.tolerance {
+                return Err(index);
+            }
+            largest = largest.max(error);
+        }
+    }
+    Ok(largest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::{Rng, Values, elements};
+
+    fn reduce(dtype: DType, op: ReduceOp, wire: Wire, ranks: &[&[f32]]) -> Vec<f32> {
+        let pack = |values: &&[f32]| {
+            let mut bytes = Vec::new();
+            values.iter().for_each(|v| push(dtype, *v, &mut bytes));
+            bytes
+        };
+        let tensors: Vec<_> = ranks.iter().map(pack).collect();
+        let inputs: Vec<_> = tensors.iter().map(|t| Some(t.as_slice())).collect();
+        let result = Reduction { inputs: &inputs, dtype, op, wire }.exact(ranks[0].len());
+        result.chunks_exact(dtype.bytes()).map(|b| value(dtype, b)).collect()
+    }
+
+    #[test]
+    fn sums_in_rank_order() {
+        // (1e8 + 1) - 1e8 is 0 in f32, 1e8 - 1e8 + 1 is 1: the order shows.
+        let sum = |order: [f32; 3]| {
+            let [a, b, c] = order;
+            reduce(DType::F32, ReduceOp::Sum, Wire::Native, &[&[a], &[b], &[c]])[0]
+        };
+        assert_eq!(sum([1e8, 1.0, -1e8]), 0.0);
+        assert_eq!(sum([1e8, -1e8, 1.0]), 1.0);
+    }
+
+    #[test]
+    fn rounds_once() {
+        // In f16 2048 + 1 rounds back to 2048; in f32 the two ones add up first.
+        let ranks: [&[f32]; 3] = [&[2048.0], &[1.0], &[1.0]];
+        assert_eq!(reduce(DType::F16, ReduceOp::Sum, Wire::Native, &ranks), [2050.0]);
+    }
+
+    #[test]
+    fn an_average_divides_before_the_rounding() {
+        let ranks: [&[f32]; 2] = [&[65504.0], &[65504.0]];
+        assert_eq!(reduce(DType::F16, ReduceOp::Avg, Wire::Native, &ranks), [65504.0]);
+    }
+
+    #[test]
+    fn a_bf16_wire_rounds_values_and_result() {
+        let ranks: [&[f32]; 2] = [&[1.0 + 1.0 / 512.0], &[1.0]];
+        assert_eq!(reduce(DType::F32, ReduceOp::Sum, Wire::Bf16, &ranks), [2.0]);
+        let ranks: [&[f32]; 2] = [&[256.0], &[1.0]];
+        assert_eq!(reduce(DType::F32, ReduceOp::Sum, Wire::Bf16, &ranks), [256.0]);
+    }
+
+    #[test]
+    fn signs_of_zero_survive_and_nan_loses() {
+        let zeros = reduce(DType::F32, ReduceOp::Sum, Wire::Native, &[&[-0.0], &[-0.0]]);
+        assert!(zeros[0].is_sign_negative());
+        let ranks: [&[f32]; 2] = [&[f32::NAN, 1.0], &[2.0, f32::NAN]];
+        assert_eq!(reduce(DType::F32, ReduceOp::Max, Wire::Native, &ranks), [2.0, 1.0]);
+        assert_eq!(reduce(DType::Bf16, ReduceOp::Min, Wire::Native, &ranks), [2.0, 1.0]);
+    }
+
+    #[test]
+    fn nobody_contributes() {
+        let none = Reduction {
+            inputs: &[None, None],
+            dtype: DType::F16,
+            op: ReduceOp::Sum,
+            wire: Wire::Native,
+        };
+        assert_eq!(none.exact(1), [0, 0x80]);
+        assert!(value(DType::F16, &Reduction { op: ReduceOp::Max, ..none }.exact(1)).is_nan());
+    }
+
+    #[test]
+    fn every_exact_result_lies_in_its_bounds() {
+        let mut rng = Rng::new(1, "bounds");
+        for dtype in DType::ALL {
+            for op in ReduceOp::ALL {
+                for values in [Values::Ordinary, Values::Special] {
+                    for wire in [Wire::Native, Wire::Bf16] {
+                        let tensors: Vec<_> =
+                            (0..5).map(|_| elements(dtype, 999, values, &mut rng)).collect();
+                        let inputs: Vec<_> = tensors.iter().map(|t| Some(t.as_slice())).collect();
+                        let reduction = Reduction { inputs: &inputs, dtype, op, wire };
+                        let (exact, bounds) = (reduction.exact(999), reduction.bounds(999));
+                        let error = largest_error(dtype, &exact, &bounds);
+                        assert!(error.is_ok(), "{dtype:?} {op:?} {values:?} {wire:?}: {error:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_bit_is_seen() {
+        let mut rng = Rng::new(2, "wrong");
+        let right = elements(DType::F32, 100, Values::Ordinary, &mut rng);
+        let mut wrong = right.clone();
+        wrong[4 * 37] ^= 1;
+        assert_eq!(first_difference(DType::F32, ReduceOp::Sum, &right, &wrong), Some(37));
+        assert!(same(DType::F32, ReduceOp::Max, &0f32.to_le_bytes(), &(-0f32).to_le_bytes()));
+        assert!(!same(DType::F32, ReduceOp::Sum, &0f32.to_le_bytes(), &(-0f32).to_le_bytes()));
+    }
+}

@@ -1,0 +1,179 @@
+//! How the ranks of one process meet when each has a thread of its own.
+//!
+//! A [`Meeting`] carries rounds of an exchange: every rank brings a value and leaves with all of
+//! them. A rank that gives up takes the others with it, by name; so does one that never comes.
+
+use crate::error::{Error, Result};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// Where the threads of a group of ranks meet. Clone it into each of them.
+#[derive(Clone)]
+pub struct Meeting {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    world: u32,
+    patience: Duration,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// One round of values after the other; a value is any type, the same in one round.
+    rounds: Vec<Vec<Option<Box<dyn std::any::Any + Send>>>>,
+    joined: Vec<bool>,
+    failed: Option<String>,
+}
+
+impl Meeting {
+    /// A meeting of `world` ranks that wait `patience` for each other.
+    pub fn new(world: u32, patience: Duration) -> Meeting {
+        let state = State { joined: vec![false; world as usize], ..State::default() };
+        Meeting {
+            shared: Arc::new(Shared {
+                world,
+                patience,
+                state: Mutex::new(state),
+                changed: Condvar::new(),
+            }),
+        }
+    }
+
+    /// Number of ranks.
+    pub fn world(&self) -> u32 {
+        self.shared.world
+    }
+
+    /// Enters the meeting as `rank`, which nobody else may do.
+    pub(crate) fn enter(&self, rank: u32) -> Result<()> {
+        let world = self.shared.world;
+        let mut state = self.lock();
+        match state.joined.get_mut(rank as usize) {
+            None => {
+                Err(self
+                    .error(format!("rank {rank} does not exist; ranks go from 0 to {}", world - 1)))
+            }
+            Some(true) => Err(self.error(format!("rank {rank} is used twice"))),
+            Some(joined) => {
+                *joined = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Brings `value` to round number `round` and waits for everybody else's, in rank order.
+    pub(crate) fn exchange<T: Clone + Send + 'static>(
+        &self,
+        rank: u32,
+        round: usize,
+        value: T,
+    ) -> Result<Vec<T>> {
+        let deadline = Instant::now() + self.shared.patience;
+        let mut state = self.lock();
+        while state.rounds.len() <= round {
+            let empty = (0..self.shared.world).map(|_| None).collect();
+            state.rounds.push(empty);
+        }
+        state.rounds[round][rank as usize] = Some(Box::new(value));
+        self.shared.changed.notify_all();
+        loop {
+            if let Some(reason) = &state.failed {
+                return Err(self.error(reason.clone()));
+            }
+            let values: Vec<T> = state.rounds[round]
+                .iter()
+                .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
+                .collect();
+            if values.len() == self.shared.world as usize {
+                return Ok(values);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let missing = missing(&state.rounds[round]);
+                let reason =
+                    format!("rank {rank} waited {:?} in vain for {missing}", self.shared.patience);
+                state.failed = Some(reason.clone());
+                self.shared.changed.notify_all();
+                return Err(self.error(reason));
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(|poison| poison.into_inner())
+                .0;
+        }
+    }
+
+    /// Ends the meeting for everybody because `rank` failed with `error`.
+    pub(crate) fn give_up(&self, rank: u32, error: &Error) {
+        let mut state = self.lock();
+        if state.failed.is_none() {
+            state.failed = Some(format!("rank {rank} failed: {error}"));
+        }
+        self.shared.changed.notify_all();
+    }
+
+    fn error(&self, reason: String) -> Error {
+        Error::Rendezvous { world: self.shared.world, reason }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        // A thread that panicked in here left no half-made change: every update is one assignment.
+        self.shared.state.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+/// The ranks that have not brought a value, as text.
+fn missing(values: &[Option<Box<dyn std::any::Any + Send>>]) -> String {
+    let ranks: Vec<String> = values
+        .iter()
+        .enumerate()
+        .filter(|(_, v)| v.is_none())
+        .map(|(r, _)| r.to_string())
+        .collect();
+    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, ranks.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everybody_leaves_with_everything() {
+        let meeting = Meeting::new(4, Duration::from_secs(10));
+        std::thread::scope(|scope| {
+            for rank in 0..4 {
+                let meeting = meeting.clone();
+                scope.spawn(move || {
+                    assert_eq!(meeting.exchange(rank, 0, rank * 10).unwrap(), [0, 10, 20, 30]);
+                    assert_eq!(
+                        meeting.exchange(rank, 1, format!("{rank}")).unwrap(),
+                        ["0", "1", "2", "3"]
+                    );
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_rank_that_never_comes_is_named() {
+        let meeting = Meeting::new(3, Duration::from_millis(20));
+        let other = meeting.clone();
+        let first = std::thread::spawn(move || other.exchange(0, 0, ()));
+        let error = meeting.exchange(2, 0, ()).unwrap_err().to_string();
+        assert!(error.contains("rank 1"), "{error}");
+        assert!(first.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn a_rank_used_twice_is_named() {
+        let meeting = Meeting::new(2, Duration::from_secs(1));
+        meeting.enter(1).unwrap();
+        assert!(meeting.enter(1).unwrap_err().to_string().contains("rank 1 is used twice"));
+        assert!(meeting.enter(2).unwrap_err().to_string().contains("rank 2 does not exist"));
+    }
+}
