@@ -65,6 +65,9 @@ pub(super) struct Policy {
     pub(super) spin: Chance,
     /// That something leaves a store buffer after a turn.
     pub(super) drain: Chance,
+    /// How many quarters of the store buffers something leaves when nobody can run. Few let waiting
+    /// lanes see halves of things; many spare them looking in vain again and again.
+    pub(super) flush: usize,
     /// That what leaves a store buffer is one word, not all of its unit that is there.
     pub(super) tear: Chance,
     /// That a stream whose next operation could start does not start it yet.
@@ -82,6 +85,7 @@ impl Policy {
             put: random.power(10, 15),
             spin: random.power(9, 14),
             drain: random.power(9, 16),
+            flush: 1 << random.below(5),
             tear: random.power(12, 16),
             hold: random.power(8, 15),
             skew: random.below(3),

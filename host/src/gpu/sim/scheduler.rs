@@ -322,7 +322,7 @@ impl Scheduler {
     fn round(&mut self) -> Option<Event> {
         for kernel in self.kernels.iter().flatten() {
             let waiting = kernel.context.dirty.borrow().len();
-            for _ in 0..waiting.div_ceil(4) {
+            for _ in 0..(waiting * self.machine.policy.flush).div_ceil(4) {
                 kernel.context.land_some();
             }
         }
