@@ -177,7 +177,7 @@ impl CudaBuilder {
             let join = |thread: thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             };
-            threads.into_iter().map(join).collect()
+            all_or_errors(threads.into_iter().map(join))
         })
     }
 
@@ -344,6 +344,26 @@ fn assemble(
     findings.extend(new);
     let registers = functions.into_iter().filter_map(|f| Some((f.symbol, f.registers?)));
     Ok(registers.collect())
+}
+
+/// All reports, or what is wrong with each variant that failed. What keeps rustc from compiling
+/// keeps it from compiling any variant, and is said once.
+fn all_or_errors(
+    results: impl Iterator<Item = Result<Report, BuildError>>,
+) -> Result<Vec<Report>, BuildError> {
+    let (mut reports, mut errors) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(report) => reports.push(report),
+            Err(error @ BuildError::Verification { .. }) => errors.push(error),
+            Err(error) => return Err(error),
+        }
+    }
+    match errors.len() {
+        0 => Ok(reports),
+        1 => Err(errors.remove(0)),
+        _ => Err(BuildError::Variants(errors)),
+    }
 }
 
 /// `peerlane-device` in cargo's target folder: the one place that a debug build, a release build

@@ -86,6 +86,10 @@ pub enum BuildError {
         findings: Vec<Finding>,
     },
 
+    /// More than one variant failed.
+    #[error("{}", .0.iter().map(BuildError::to_string).collect::<Vec<_>>().join("\n"))]
+    Variants(Vec<BuildError>),
+
     /// ptxas refused.
     #[error("{} refused the PTX for {arch}:\n{output}", .ptxas.display())]
     Ptxas {

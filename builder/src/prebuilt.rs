@@ -6,7 +6,6 @@
 
 use crate::compile::{DEVICE_FLAGS, FLAGS};
 use crate::{Arch, BuildError, text};
-use peerlane_device::abi::MAX_THREADS;
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,18 +18,18 @@ pub(crate) fn hash_sources(device: &Path) -> Result<String, BuildError> {
     files.sort();
     let mut hash = Sha256::new();
     for file in files {
-        let text = fs::read(&file).map_err(BuildError::io("read", &file))?;
+        let content = fs::read(&file).map_err(BuildError::io("read", &file))?;
         let name = file.strip_prefix(&src).unwrap_or(&file).to_string_lossy().replace('\\', "/");
         // Lengths keep the end of one file from counting as the start of the next.
         hash.update((name.len() as u64).to_le_bytes());
         hash.update(name);
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text);
+        hash.update((content.len() as u64).to_le_bytes());
+        hash.update(content);
     }
     for flag in FLAGS.iter().chain(&DEVICE_FLAGS) {
         hash.update(flag);
     }
-    hash.update(MAX_THREADS.to_le_bytes());
+    hash.update(text::launch_bound());
     Ok(hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect())
 }
 

@@ -8,9 +8,19 @@ use peerlane_device::abi::MAX_THREADS;
 /// How the first line starts; the hash of the sources follows.
 const SOURCES: &str = "// peerlane sources ";
 
-/// The finished file: header, then rustc's PTX with launch bounds on its entries.
+/// The launch bound of every entry, between its parameter list and its body.
+///
+/// Without `.maxntid` ptxas may use so many registers that a launch with [`MAX_THREADS`] is
+/// refused. With it alone, ptxas aims at two blocks per multiprocessor and rather spills than use
+/// more than half of the registers; `.minnctapersm 1` says that one block is enough.
+pub(crate) fn launch_bound() -> String {
+    format!("\n.maxntid {MAX_THREADS}, 1, 1\n.minnctapersm 1")
+}
+
+/// The finished file: header, then rustc's PTX with launch bounds and without comments.
 pub(crate) fn finish(ptx: &str, sources: &str, rustc: &str) -> String {
-    format!("{SOURCES}{sources}\n// compiled by {rustc}\n{}", with_launch_bounds(ptx))
+    let bounded = with_launch_bounds(&without_comments(ptx));
+    format!("{SOURCES}{sources}\n// compiled by {rustc}\n{bounded}")
 }
 
 /// The hash in the first line of a finished file.
@@ -23,18 +33,23 @@ pub(crate) fn compiler_of(ptx: &str) -> Option<&str> {
     ptx.lines().nth(1)?.strip_prefix("// compiled by ")
 }
 
-/// Adds `.maxntid` to every entry.
-///
-/// Without it ptxas may use so many registers that a launch with [`MAX_THREADS`] is refused. rustc
-/// has no attribute for it, so it goes between the parameter list and the body.
+/// Removes what LLVM says about its own work: a third of the text, which every program that embeds
+/// the kernels would carry.
+fn without_comments(ptx: &str) -> String {
+    let code = ptx.lines().map(|line| line.split("//").next().unwrap_or_default().trim_end());
+    code.filter(|line| !line.is_empty()).flat_map(|line| [line, "\n"]).collect()
+}
+
+/// Adds the launch bound to every entry. rustc has no attribute for it.
 fn with_launch_bounds(ptx: &str) -> String {
-    let mut out = String::with_capacity(ptx.len() + 1024);
+    let bound = launch_bound();
+    let mut out = String::with_capacity(ptx.len() + 4096);
     let mut rest = ptx;
     while let Some(entry) = rest.find(".entry ") {
         let Some(close) = rest[entry..].find(')') else { break };
         let (head, tail) = rest.split_at(entry + close + 1);
         out.push_str(head);
-        out.push_str(&format!("\n.maxntid {MAX_THREADS}, 1, 1"));
+        out.push_str(&bound);
         rest = tail;
     }
     out.push_str(rest);
@@ -51,9 +66,21 @@ mod tests {
     #[test]
     fn every_entry_gets_the_bound_between_parameters_and_body() {
         let bounded = with_launch_bounds(TWO);
-        assert!(bounded.contains(".entry a()\n.maxntid 512, 1, 1\n{"), "{bounded}");
-        assert!(bounded.contains("b_param_0[16]\n)\n.maxntid 512, 1, 1\n{"), "{bounded}");
+        assert!(
+            bounded.contains(".entry a()\n.maxntid 512, 1, 1\n.minnctapersm 1\n{"),
+            "{bounded}"
+        );
+        assert!(
+            bounded.contains("b_param_0[16]\n)\n.maxntid 512, 1, 1\n.minnctapersm 1\n{"),
+            "{bounded}"
+        );
         assert_eq!(bounded.matches(".maxntid").count(), 2);
+    }
+
+    #[test]
+    fn comments_and_empty_lines_go() {
+        let ptx = "//\n// LLVM\n\nadd x;\t// why\n\t// begin inline asm\n\tsub y;\n";
+        assert_eq!(without_comments(ptx), "add x;\n\tsub y;\n");
     }
 
     #[test]

@@ -58,7 +58,11 @@ fn a_good_crate_builds_for_every_variant() {
         assert_eq!(ptx, report.ptx);
         assert!(ptx.starts_with(&format!("// peerlane sources {}\n", report.sources)));
         assert!(ptx.contains(&format!(".target {}", report.arch)));
-        assert_eq!(ptx.matches(".maxntid 512, 1, 1\n{").count(), 3, "one bound per entry");
+        assert_eq!(
+            ptx.matches(".maxntid 512, 1, 1\n.minnctapersm 1\n{").count(),
+            3,
+            "one bound per entry"
+        );
         assert!(matches!(report.origin, Origin::Compiled(_)));
         assert_eq!(report.kernels.len(), 3);
         let asked = report.kernels.iter().all(|kernel| kernel.registers.is_some());
@@ -109,6 +113,16 @@ fn every_broken_rule_is_found_under_the_kernels_name() {
     found("bad_stack", |d| matches!(d, Defect::LocalMemory(_)));
     found("bad_missing", |d| *d == Defect::Missing);
     found("bad_stranger", |d| *d == Defect::Unexpected);
+}
+
+#[test]
+fn every_variant_that_fails_is_named() {
+    let builder = CudaBuilder::new(fixture("bad")).cache(cache()).expect(Vec::new());
+    let Some(result) = unless_no_toolchain(builder.check_all()) else { return };
+    let message = result.expect_err("each kernel breaks a rule").to_string();
+    for arch in Arch::ALL {
+        assert!(message.contains(&format!("the PTX for {arch} breaks")), "{message}");
+    }
 }
 
 #[test]

@@ -181,10 +181,11 @@ impl Place {
         if offset < self.width {
             return (0, offset);
         }
+        // A width is never 0 here; the checked forms keep a panic out of the kernel.
         let row = if (offset | self.width) >> 32 == 0 {
-            (offset as u32 / self.width as u32) as u64
+            (offset as u32).checked_div(self.width as u32).unwrap_or(0) as u64
         } else {
-            offset / self.width
+            offset.checked_div(self.width).unwrap_or(0)
         };
         (row, offset - row * self.width)
     }

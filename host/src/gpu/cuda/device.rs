@@ -14,7 +14,7 @@ use peerlane_device::abi::Kernel;
 use std::ptr::null_mut;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// A real GPU. [`devices`](super::devices) and [`device`](super::device) make them.
+/// A real GPU. [`devices`](super::devices) and [`open`](super::open) make them.
 pub struct CudaGpu {
     pub(super) properties: Properties,
     pub(super) kernels: OnceLock<Kernels>,
@@ -35,6 +35,12 @@ impl CudaGpu {
     /// The architecture of the PTX that [`Gpu::load_kernels`] loaded; `None` before it did.
     pub fn ptx_variant(&self) -> Option<&'static str> {
         self.kernels.get().map(Kernels::variant)
+    }
+
+    /// Why [`Gpu::load_kernels`] did not load a better variant, one line for each that the driver
+    /// refused. Empty if it took the best one that the GPU can run.
+    pub fn ptx_refusals(&self) -> &[String] {
+        self.kernels.get().map_or(&[], Kernels::refusals)
     }
 
     #[inline]

@@ -27,6 +27,9 @@ extern "C" fn absent() -> u32 {
     SHARED_OBJECT_INIT_FAILED
 }
 
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+compile_error!("the jumps into the CUDA driver are written for x86_64 and aarch64 only");
+
 #[cfg(target_arch = "x86_64")]
 macro_rules! jump {
     ($offset:literal) => {

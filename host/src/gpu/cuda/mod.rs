@@ -1,7 +1,7 @@
 //! Real GPUs, through the CUDA driver.
 //!
 //! Invariant: a program that holds this module starts on any machine. Nothing here touches the
-//! driver before [`devices`] or [`device`] is called; without one they return
+//! driver before [`devices`] or [`device()`] is called; without one they return
 //! [`Error::NoDriver`]. No call changes the caller's current context.
 //!
 //! `driver` finds the library, `call` is the one way to call it, `context` makes a device current,
@@ -37,7 +37,15 @@ const CONNECTIONS: &str = "32";
 /// # Errors
 /// [`Error::NoDriver`] if there is no driver.
 pub fn devices() -> Result<Vec<GpuRef>> {
-    (0..count()?).map(open).collect()
+    (0..count()?).map(|ordinal| Ok(share(ordinal)? as GpuRef)).collect()
+}
+
+/// The GPU with this index, as [`open`] gives it.
+///
+/// # Errors
+/// As [`open`].
+pub fn device(ordinal: u32) -> Result<GpuRef> {
+    Ok(open(ordinal)?)
 }
 
 /// The GPU with this index. Two calls with one index give the same [`CudaGpu`] while the first is
@@ -45,9 +53,9 @@ pub fn devices() -> Result<Vec<GpuRef>> {
 ///
 /// # Errors
 /// [`Error::NoDriver`] if there is no driver, [`Error::InvalidArgument`] if there is no such GPU.
-pub fn device(ordinal: u32) -> Result<GpuRef> {
-    check_ordinal("cuda::device", "ordinal", ordinal)?;
-    open(ordinal)
+pub fn open(ordinal: u32) -> Result<Arc<CudaGpu>> {
+    check_ordinal("cuda::open", "ordinal", ordinal)?;
+    share(ordinal)
 }
 
 /// Gives every GPU 32 hardware queues instead of 8, unless the environment says otherwise.
@@ -97,7 +105,8 @@ fn check_ordinal(op: &'static str, argument: &'static str, ordinal: u32) -> Resu
     })
 }
 
-fn open(ordinal: u32) -> Result<GpuRef> {
+/// The one [`CudaGpu`] of a GPU that exists.
+fn share(ordinal: u32) -> Result<Arc<CudaGpu>> {
     static OPEN: Mutex<Option<HashMap<u32, Weak<CudaGpu>>>> = Mutex::new(None);
     let mut guard = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     let open = guard.get_or_insert_default();

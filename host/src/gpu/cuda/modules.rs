@@ -48,6 +48,7 @@ pub(super) struct Kernels {
     module: sys::CUmodule,
     functions: [sys::CUfunction; KERNELS],
     variant: &'static str,
+    refusals: Vec<String>,
 }
 
 // SAFETY: the driver allows every call on a module and its functions from any thread.
@@ -64,7 +65,11 @@ impl Kernels {
         let mut refusals = Vec::new();
         for variant in &variants {
             match load_module(context, variant)? {
-                Ok(module) => return find_functions(context, variant, module),
+                Ok(module) => {
+                    let mut kernels = find_functions(context, variant, module)?;
+                    kernels.refusals = refusals;
+                    return Ok(kernels);
+                }
                 Err(refusal) => refusals.push(refusal),
             }
         }
@@ -80,6 +85,11 @@ impl Kernels {
     /// The architecture that the loaded PTX was made for.
     pub(super) fn variant(&self) -> &'static str {
         self.variant
+    }
+
+    /// Why better variants were not loaded, one line for each.
+    pub(super) fn refusals(&self) -> &[String] {
+        &self.refusals
     }
 
     /// Unloads the module.
@@ -188,7 +198,12 @@ fn none_left(properties: &Properties, refusals: &[String]) -> Error {
 
 /// Looks up every kernel. Unloads the module if one is missing.
 fn find_functions(context: &Context, variant: &Variant, module: sys::CUmodule) -> Result<Kernels> {
-    let mut kernels = Kernels { module, functions: [null_mut(); KERNELS], variant: variant.name };
+    let mut kernels = Kernels {
+        module,
+        functions: [null_mut(); KERNELS],
+        variant: variant.name,
+        refusals: Vec::new(),
+    };
     for &kernel in Kernel::ALL {
         match find_function(context, module, kernel) {
             Ok(function) => kernels.functions[kernel as usize] = function,

@@ -4,8 +4,8 @@
 
 use super::call::code;
 use super::*;
-use crate::gpu::{Backend, DevicePtr, Stream};
-use peerlane_device::abi::Kernel;
+use crate::gpu::{Backend, DevicePtr, Gpu, Stream};
+use peerlane_device::abi::{Args, Kernel};
 use std::ptr::null_mut;
 
 /// The GPUs to test on. Without a driver there is the right error, and there are none.
@@ -245,4 +245,32 @@ fn every_kernel_loads_and_fits() {
             assert!(blocks >= gpu.properties().multiprocessors, "{kernel:?}: {blocks} blocks");
         }
     }
+}
+
+#[test]
+fn loading_tells_what_it_chose() {
+    for gpu in gpus() {
+        let gpu = open(gpu.properties().ordinal).unwrap();
+        gpu.load_kernels().unwrap();
+        eprintln!("{:?} {:?}", gpu.ptx_variant(), gpu.ptx_refusals());
+        assert!(gpu.ptx_variant().is_some());
+    }
+}
+
+#[test]
+fn a_kernel_launches_once_it_is_loaded() {
+    if gpus().is_empty() {
+        return;
+    }
+    let gpu = CudaGpu::open(0).unwrap();
+    // SAFETY: `Args` holds integers and one float, for all of which zero is a value.
+    let nothing: Args = unsafe { std::mem::zeroed() };
+    let launch = |gpu: &CudaGpu| {
+        // SAFETY: zero bytes are reduced, so no address is followed.
+        unsafe { gpu.launch(Kernel::LocalReduceF32, 1, 32, &nothing, Stream(0)) }
+    };
+    assert!(matches!(launch(&gpu), Err(Error::Unsupported { op: "launch", .. })));
+    gpu.load_kernels().unwrap();
+    launch(&gpu).unwrap();
+    gpu.stream_synchronize(Stream(0)).unwrap();
 }

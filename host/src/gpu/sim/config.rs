@@ -1,0 +1,56 @@
+//! What a simulated machine is like, and what it says about itself.
+//!
+//! Invariant: two worlds made from equal configurations behave the same.
+
+/// A simulated machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// GPUs in the machine.
+    pub devices: u32,
+    /// Everything that is left to chance follows from it: schedule, store buffers, paces.
+    pub seed: u64,
+    /// Whether signals and slots reach memory late, out of order and torn, as the hardware's
+    /// memory model allows. Without it every store is visible at once.
+    pub weak: bool,
+    /// Multiprocessors that each GPU reports.
+    pub multiprocessors: u32,
+    /// Bytes of memory of each GPU.
+    pub memory_bytes: u64,
+    /// Pairs of GPUs that cannot reach each other, in either direction.
+    pub unreachable: Vec<(u32, u32)>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            devices: 8,
+            seed: 1,
+            weak: true,
+            multiprocessors: 16,
+            memory_bytes: 8 << 30,
+            unreachable: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Whether one GPU can map another's memory.
+    pub(super) fn reaches(&self, from: u32, to: u32) -> bool {
+        !self.unreachable.iter().any(|&(a, b)| (a, b) == (from, to) || (b, a) == (from, to))
+    }
+}
+
+/// What a world has done so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statistics {
+    /// The seed that the world was made with.
+    pub seed: u64,
+    /// Turns that lanes have taken.
+    pub steps: u64,
+    /// Kernels started.
+    pub launches: u64,
+    /// Simulated nanoseconds since the world began.
+    pub clock_ns: u64,
+    /// A hash over every turn: equal traces mean equal interleavings.
+    pub trace: u64,
+}

@@ -1,0 +1,266 @@
+//! The state of a world, and how it moves: streams feed the scheduler, which feeds them back.
+//!
+//! Invariant: nothing moves but inside [`Engine::run`], which somebody calls who waits. So a host
+//! thread alone sees the same world for the same calls.
+
+use super::capture::Capture;
+use super::config::{Config, Statistics};
+use super::context::Machine;
+use super::fail;
+use super::memory::Memory;
+use super::random::{Policy, Random};
+use super::scheduler::{Event, Scheduler};
+use super::stream::{EventState, Queue};
+use super::work::{GraphPlan, GraphRun, Mark, Owner, Work};
+use crate::error::Error;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Simulated time without any event after which kernels count as hung.
+const HANG_NS: u64 = 3_600_000_000_000;
+
+/// Worlds made so far, so that no two share a handle.
+static WORLDS: AtomicU64 = AtomicU64::new(1);
+
+/// How far a call to [`Engine::run`] came.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// An operation of a stream completed.
+    Progressed,
+    /// The turns are over.
+    Spent,
+    /// All lanes wait: this many nanoseconds may be skipped.
+    Idle(u64),
+    /// Nothing is running and nothing can start.
+    Nothing,
+}
+
+/// An executable graph in the table.
+pub(super) struct GraphEntry {
+    pub(super) plan: Arc<GraphPlan>,
+    /// Set when the latest launch is done: launches of one graph do not overlap.
+    pub(super) last: Option<Mark>,
+}
+
+/// The state of one world.
+pub(super) struct Engine {
+    pub(super) scheduler: Scheduler,
+    pub(super) streams: BTreeMap<u64, Queue>,
+    pub(super) events: BTreeMap<u64, (u32, EventState)>,
+    pub(super) captures: BTreeMap<u64, Capture>,
+    pub(super) graphs: BTreeMap<u64, GraphEntry>,
+    /// Some stream may have something to start.
+    pub(super) stirred: bool,
+    /// Operations of streams completed so far.
+    pub(super) completed: u64,
+    /// The error of each device whose kernel did something forbidden.
+    failed: Vec<Option<Error>>,
+    running_graphs: Vec<Option<GraphRun>>,
+    startable: VecDeque<(u32, Work, Owner)>,
+    launches: u64,
+    next_handle: u64,
+    seed: u64,
+}
+
+// SAFETY: the `Rc`s, cells and coroutines in here are reachable from here only, and whoever uses
+// them holds the world's lock, so threads take turns with all of them at once.
+unsafe impl Send for Engine {}
+
+impl Engine {
+    pub(super) fn new(config: &Config) -> Engine {
+        let random = Random::new(config.seed);
+        let policy = Policy::new(&random);
+        let machine = Rc::new(Machine {
+            random,
+            policy,
+            memory: RefCell::new(Memory::new(config.devices)),
+            weak: config.weak,
+            clock: Cell::new(0),
+            progress: Cell::new(false),
+        });
+        let streams = (0..config.devices).map(|d| (default_stream(d), Queue::new(d)));
+        Engine {
+            scheduler: Scheduler::new(machine),
+            streams: streams.collect(),
+            events: BTreeMap::new(),
+            captures: BTreeMap::new(),
+            graphs: BTreeMap::new(),
+            stirred: false,
+            completed: 0,
+            failed: vec![None; config.devices as usize],
+            running_graphs: Vec::new(),
+            startable: VecDeque::new(),
+            launches: 0,
+            next_handle: WORLDS.fetch_add(1, Ordering::Relaxed) << 32,
+            seed: config.seed,
+        }
+    }
+
+    pub(super) fn machine(&self) -> &Machine {
+        &self.scheduler.machine
+    }
+
+    pub(super) fn handle(&mut self) -> u64 {
+        self.next_handle += 1;
+        self.next_handle
+    }
+
+    pub(super) fn statistics(&self) -> Statistics {
+        Statistics {
+            seed: self.seed,
+            steps: self.scheduler.steps,
+            launches: self.launches,
+            clock_ns: self.machine().clock.get(),
+            trace: self.scheduler.trace,
+        }
+    }
+
+    /// The error that `device` is stuck with, if any.
+    pub(super) fn check(&self, device: u32) -> Result<(), Error> {
+        self.failed[device as usize].clone().map_or(Ok(()), Err)
+    }
+
+    /// Frees memory; it stays readable for stores on their way until no kernel runs.
+    pub(super) fn free(&mut self, device: u32, base: u64, pinned_host: bool) -> Result<(), Error> {
+        let mut memory = self.machine().memory.borrow_mut();
+        if !memory.free(device, base, pinned_host) {
+            let call = if pinned_host { "cuMemFreeHost" } else { "cuMemFree" };
+            return Err(fail::driver(call, device, fail::INVALID_VALUE));
+        }
+        if self.scheduler.is_empty() {
+            memory.release_freed();
+        }
+        Ok(())
+    }
+
+    /// Moves the world for about `turns` turns, or until an operation of a stream completes.
+    pub(super) fn run(&mut self, turns: u64) -> Outcome {
+        let completed = self.completed;
+        loop {
+            while self.stirred || !self.startable.is_empty() {
+                self.pump();
+            }
+            if self.completed != completed {
+                return Outcome::Progressed;
+            }
+            match self.scheduler.run(turns) {
+                Event::Spent => return Outcome::Spent,
+                Event::Empty => return Outcome::Nothing,
+                Event::Idle(ns) => return Outcome::Idle(ns),
+                Event::Finished(owner) => self.complete(owner),
+                Event::Failed(device, reason) => self.fail(device, reason),
+            }
+        }
+    }
+
+    /// Lets simulated time pass while nothing happens.
+    pub(super) fn advance(&mut self, ns: u64) {
+        if self.scheduler.advance(ns) < HANG_NS {
+            return;
+        }
+        let hung: Vec<_> = self.scheduler.running().collect();
+        for (name, device) in hung {
+            self.fail(
+                device,
+                format!("kernel {name}: nothing has happened for an hour of simulated time"),
+            );
+        }
+    }
+
+    /// Starts what can start.
+    fn pump(&mut self) {
+        while let Some((device, work, owner)) = self.startable.pop_front() {
+            self.start(device, work, owner);
+        }
+        if std::mem::take(&mut self.stirred) {
+            let keys: Vec<u64> = self.streams.keys().copied().collect();
+            for key in keys {
+                self.pump_stream(key);
+            }
+        }
+    }
+
+    /// Starts `work`; what is not a kernel or a graph is done at once.
+    pub(super) fn start(&mut self, device: u32, work: Work, owner: Owner) {
+        if self.failed[device as usize].is_some() {
+            return self.complete(owner);
+        }
+        match work {
+            Work::Launch(launch) => {
+                self.launches += 1;
+                self.scheduler.launch(&launch, self.launches, owner);
+            }
+            Work::Graph(plan) => self.start_graph(plan, owner),
+            immediate => {
+                if let Err(reason) = self.scheduler.transfer(device, &immediate) {
+                    self.fail(device, reason);
+                }
+                self.complete(owner);
+            }
+        }
+    }
+
+    fn start_graph(&mut self, plan: Arc<GraphPlan>, owner: Owner) {
+        if plan.nodes.is_empty() {
+            return self.complete(owner);
+        }
+        let free = self.running_graphs.iter().position(Option::is_none);
+        let graph = free.unwrap_or_else(|| {
+            self.running_graphs.push(None);
+            self.running_graphs.len() - 1
+        });
+        let run = GraphRun::new(plan, owner);
+        for node in run.roots() {
+            let at = &run.plan.nodes[node];
+            self.startable.push_back((at.device, at.work.clone(), Owner::Node { graph, node }));
+        }
+        self.running_graphs[graph] = Some(run);
+    }
+
+    /// `owner`'s work is done.
+    fn complete(&mut self, owner: Owner) {
+        match owner {
+            Owner::Stream(key) => {
+                if let Some(queue) = self.streams.get_mut(&key) {
+                    queue.busy = false;
+                }
+                self.stirred = true;
+                self.completed += 1;
+            }
+            Owner::Node { graph, node } => {
+                let Some(run) = &mut self.running_graphs[graph] else { return };
+                for next in run.done(node) {
+                    let at = &run.plan.nodes[next];
+                    let owner = Owner::Node { graph, node: next };
+                    self.startable.push_back((at.device, at.work.clone(), owner));
+                }
+                if run.is_done() {
+                    let owner = run.owner;
+                    self.running_graphs[graph] = None;
+                    self.complete(owner);
+                }
+            }
+        }
+        if self.scheduler.is_empty() {
+            self.machine().memory.borrow_mut().release_freed();
+        }
+    }
+
+    /// Makes `device` unusable, as an illegal access makes a CUDA context. Its kernels end, what is
+    /// queued on it completes without effect, and every call that waits for it says why.
+    fn fail(&mut self, device: u32, reason: String) {
+        let error = Error::Simulated { device, reason, seed: self.seed };
+        self.failed[device as usize].get_or_insert(error);
+        for owner in self.scheduler.remove_device(device) {
+            self.complete(owner);
+        }
+    }
+}
+
+/// The key of a device's default stream; no handle reaches it.
+pub(super) fn default_stream(device: u32) -> u64 {
+    u64::MAX - u64::from(device)
+}

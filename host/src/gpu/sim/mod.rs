@@ -1,0 +1,70 @@
+//! Simulated GPUs: a machine of virtual GPUs on the CPU, behind the same trait as real ones.
+//!
+//! Every GPU thread is a coroutine that runs the kernel's own Rust source. A seed decides which
+//! runs next and when a store reaches memory, so a failure comes back with its seed.
+//!
+//! Invariant: what a real GPU might forgive, this one does not. Stores are late, torn and out of
+//! order unless a fence orders them; ranks run at very different paces; every access is checked.
+//! It promises nothing about speed: simulated time only orders events and lets deadlines pass.
+//!
+//! What it does not model: caches and load reordering (a load always sees memory as it is when it
+//! runs), limits on resident blocks, and bandwidth.
+
+mod capture;
+mod config;
+mod context;
+mod engine;
+mod fail;
+mod gpu;
+mod kernel;
+mod lane;
+mod memory;
+mod outbox;
+mod random;
+mod scheduler;
+mod stack;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod work;
+mod world;
+
+pub use config::{Config, Statistics};
+pub use lane::SimLane;
+
+use super::GpuRef;
+use std::sync::Arc;
+
+/// A simulated machine. It lives as long as one of its GPUs.
+pub struct World(Arc<world::Shared>);
+
+impl World {
+    /// Makes a machine.
+    pub fn new(config: &Config) -> World {
+        World(Arc::new(world::Shared::new(config)))
+    }
+
+    /// The seed that it was made with.
+    pub fn seed(&self) -> u64 {
+        self.0.config.seed
+    }
+
+    /// What it has done so far.
+    pub fn statistics(&self) -> Statistics {
+        self.0.statistics()
+    }
+
+    /// Its GPUs, by ordinal.
+    pub fn devices(&self) -> Vec<GpuRef> {
+        (0..self.0.config.devices).map(|ordinal| Arc::new(self.gpu(ordinal)) as GpuRef).collect()
+    }
+
+    fn gpu(&self, ordinal: u32) -> gpu::SimGpu {
+        gpu::SimGpu::new(&self.0, ordinal)
+    }
+}
+
+/// The GPUs of a new simulated machine.
+pub fn devices(config: &Config) -> Vec<GpuRef> {
+    World::new(config).devices()
+}

@@ -1,0 +1,333 @@
+//! Which lane runs next, and how simulated time passes.
+//!
+//! Invariant: every lane that can run runs again after finitely many turns, every store in a buffer
+//! lands after finitely many turns, and simulated time jumps only when no lane of the world can do
+//! anything but wait.
+//!
+//! A turn goes to a random lane of a random block, several in a row to lanes of the same block.
+//! Lanes that wait for memory fall behind: they are tried now and then while others have work, and
+//! all of them once nobody has. A round in which all of them look and none finds anything means
+//! that only time can help.
+
+use super::context::{Machine, TURN_NS, Turn};
+use super::kernel::{KernelRun, Step};
+use super::work::{Launch, Owner, Work};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::rc::Rc;
+
+/// Attempts to find a block whose pace lets it run; the last one is taken whatever its pace.
+const ATTEMPTS: usize = 16;
+/// The first jump in time when all lanes wait; each later one is a quarter of the time waited.
+const FIRST_JUMP_NS: u64 = 200;
+
+/// Simulated time to start any operation of a stream.
+const OPERATION_NS: u64 = 1000;
+/// Simulated speed of copies and fills.
+const BYTES_PER_NS: u64 = 200;
+
+/// A block of a running kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct BlockRef {
+    slot: usize,
+    block: u32,
+}
+
+/// A sleeping lane; ordered by when it wakes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Sleeper {
+    until: u64,
+    serial: u64,
+    slot: usize,
+    block: u32,
+    thread: u32,
+}
+
+/// Why the scheduler stopped.
+pub(super) enum Event {
+    /// The turns asked for are over.
+    Spent,
+    /// No kernel is running.
+    Empty,
+    /// All lanes wait; this many nanoseconds may be skipped.
+    Idle(u64),
+    /// The kernel of this owner is over.
+    Finished(Owner),
+    /// A kernel did something forbidden on this device. It is still there.
+    Failed(u32, String),
+}
+
+/// All running kernels.
+pub(super) struct Scheduler {
+    pub(super) machine: Rc<Machine>,
+    /// Turns taken so far.
+    pub(super) steps: u64,
+    /// A hash over every turn: which lane, and how it ended.
+    pub(super) trace: u64,
+    kernels: Vec<Option<KernelRun>>,
+    ready: Vec<BlockRef>,
+    behind: Vec<BlockRef>,
+    sleeping: BinaryHeap<Reverse<Sleeper>>,
+    /// Simulated time since something last happened.
+    idle: u64,
+    /// Lanes that wait have not looked since something happened or time passed.
+    fresh: bool,
+}
+
+impl Scheduler {
+    pub(super) fn new(machine: Rc<Machine>) -> Scheduler {
+        Scheduler {
+            machine,
+            steps: 0,
+            trace: 0,
+            kernels: Vec::new(),
+            ready: Vec::new(),
+            behind: Vec::new(),
+            sleeping: BinaryHeap::new(),
+            idle: 0,
+            fresh: true,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.kernels.iter().all(Option::is_none)
+    }
+
+    /// The name and device of every running kernel.
+    pub(super) fn running(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        self.kernels.iter().flatten().map(|kernel| (kernel.context.name, kernel.context.device))
+    }
+
+    /// Starts a kernel; `serial` differs for every launch.
+    pub(super) fn launch(&mut self, launch: &Launch, serial: u64, owner: Owner) {
+        self.pass(OPERATION_NS);
+        let mut kernel = KernelRun::new(&self.machine, serial, launch, owner);
+        let slot = self.kernels.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.kernels.push(None);
+            self.kernels.len() - 1
+        });
+        for (block, run) in (0..).zip(&mut kernel.blocks) {
+            run.listed_ready = true;
+            self.ready.push(BlockRef { slot, block });
+        }
+        self.kernels[slot] = Some(kernel);
+    }
+
+    /// Does what is not a kernel, at once.
+    pub(super) fn transfer(&mut self, device: u32, work: &Work) -> Result<(), String> {
+        let bytes = self.machine.memory.borrow().transfer(device, work)?;
+        self.pass(OPERATION_NS + bytes as u64 / BYTES_PER_NS);
+        Ok(())
+    }
+
+    /// Time goes by because something happens.
+    fn pass(&self, ns: u64) {
+        self.machine.clock.set(self.machine.clock.get() + ns);
+        self.machine.progress.set(true);
+    }
+
+    /// Takes away all kernels of `device` and says whose they were. Their stores land.
+    pub(super) fn remove_device(&mut self, device: u32) -> Vec<Owner> {
+        let of_device =
+            |k: &Option<KernelRun>| k.as_ref().is_some_and(|k| k.context.device == device);
+        let slots = (0..self.kernels.len()).filter(|&slot| of_device(&self.kernels[slot]));
+        let slots: Vec<usize> = slots.collect();
+        slots.into_iter().filter_map(|slot| self.remove(slot)).collect()
+    }
+
+    fn remove(&mut self, slot: usize) -> Option<Owner> {
+        let kernel = self.kernels[slot].take()?;
+        kernel.context.land_all();
+        self.ready.retain(|block| block.slot != slot);
+        self.behind.retain(|block| block.slot != slot);
+        self.machine.progress.set(true);
+        Some(kernel.owner)
+    }
+
+    /// Lets `ns` nanoseconds pass in which nothing happens; returns for how long nothing has.
+    pub(super) fn advance(&mut self, ns: u64) -> u64 {
+        self.machine.clock.set(self.machine.clock.get() + ns);
+        self.idle += ns;
+        self.fresh = true;
+        self.idle
+    }
+
+    /// Runs until something happens that streams must know, for about `turns` turns.
+    pub(super) fn run(&mut self, turns: u64) -> Event {
+        let end = self.steps + turns;
+        while self.steps < end {
+            self.wake();
+            let event = match self.pick() {
+                Some(block) => self.burst(block),
+                None => self.round(),
+            };
+            if let Some(event) = event {
+                return event;
+            }
+        }
+        Event::Spent
+    }
+
+    /// Makes lanes whose time has come ready.
+    fn wake(&mut self) {
+        let now = self.machine.clock.get();
+        while let Some(Reverse(sleeper)) = self.sleeping.peek().copied()
+            && sleeper.until <= now
+        {
+            self.sleeping.pop();
+            if let Some(kernel) = &mut self.kernels[sleeper.slot]
+                && kernel.serial == sleeper.serial
+            {
+                kernel.blocks[sleeper.block as usize].ready.push(sleeper.thread);
+                self.list(BlockRef { slot: sleeper.slot, block: sleeper.block });
+            }
+        }
+    }
+
+    /// Chooses a block with a lane that can run.
+    fn pick(&mut self) -> Option<BlockRef> {
+        let machine = Rc::clone(&self.machine);
+        if !self.behind.is_empty()
+            && !self.ready.is_empty()
+            && machine.random.chance(machine.policy.spin)
+        {
+            return Some(self.revive(machine.random.below(self.behind.len())));
+        }
+        for attempt in 0.. {
+            if self.ready.is_empty() {
+                return None;
+            }
+            let index = machine.random.below(self.ready.len());
+            let chosen = self.ready[index];
+            let Some(run) = self.block(chosen) else {
+                self.ready.swap_remove(index);
+                continue;
+            };
+            if run.ready.is_empty() {
+                run.listed_ready = false;
+                self.ready.swap_remove(index);
+            } else if attempt >= ATTEMPTS || machine.random.chance(run.pace << 8) {
+                return Some(chosen);
+            }
+        }
+        None
+    }
+
+    fn block(&mut self, at: BlockRef) -> Option<&mut super::kernel::BlockRun> {
+        self.kernels[at.slot].as_mut().map(|kernel| &mut kernel.blocks[at.block as usize])
+    }
+
+    /// Lets the waiting lanes of one block look.
+    fn revive(&mut self, index: usize) -> BlockRef {
+        let chosen = self.behind.swap_remove(index);
+        if let Some(run) = self.block(chosen) {
+            run.listed_behind = false;
+            run.ready.append(&mut run.behind);
+        }
+        self.list(chosen);
+        chosen
+    }
+
+    /// Puts a block into the lists that its lanes call for.
+    fn list(&mut self, at: BlockRef) {
+        let Some(run) = self.block(at) else { return };
+        let ready = !run.ready.is_empty() && !std::mem::replace(&mut run.listed_ready, true);
+        let behind = !run.behind.is_empty() && !std::mem::replace(&mut run.listed_behind, true);
+        if ready {
+            self.ready.push(at);
+        }
+        if behind {
+            self.behind.push(at);
+        }
+    }
+
+    /// Gives turns to lanes of one block.
+    fn burst(&mut self, at: BlockRef) -> Option<Event> {
+        let machine = Rc::clone(&self.machine);
+        let turns = 1 + machine.random.below(machine.policy.burst as usize);
+        for _ in 0..turns {
+            let Some(kernel) = &mut self.kernels[at.slot] else { break };
+            let ready = &mut kernel.blocks[at.block as usize].ready;
+            if ready.is_empty() {
+                break;
+            }
+            let thread = ready.swap_remove(machine.random.below(ready.len()));
+            let device = kernel.context.device;
+            let (turn, step) = kernel.step(at.block, thread);
+            self.account(at, thread, turn);
+            match step {
+                Step::Continue => {}
+                Step::Sleep(until) => self.sleep(at, thread, until),
+                Step::Finished => return self.remove(at.slot).map(Event::Finished),
+                Step::Failed(reason) => return Some(Event::Failed(device, reason)),
+            }
+            self.drain();
+        }
+        self.list(at);
+        None
+    }
+
+    fn sleep(&mut self, at: BlockRef, thread: u32, until: u64) {
+        if let Some(kernel) = &self.kernels[at.slot] {
+            let BlockRef { slot, block } = at;
+            let sleeper = Sleeper { until, serial: kernel.serial, slot, block, thread };
+            self.sleeping.push(Reverse(sleeper));
+        }
+    }
+
+    fn account(&mut self, at: BlockRef, thread: u32, turn: Turn) {
+        let ended = match turn {
+            Turn::Ready => 1,
+            Turn::Waiting => 2,
+            Turn::Barrier(_) => 3,
+            Turn::Sleep(_) => 4,
+            Turn::Fault => 5,
+        };
+        let who = (at.slot as u64) << 48 | u64::from(at.block) << 24 | u64::from(thread) << 4;
+        let mixed = (self.trace ^ who ^ ended).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.trace = mixed ^ (mixed >> 29);
+        self.steps += 1;
+        self.machine.clock.set(self.machine.clock.get() + TURN_NS);
+    }
+
+    /// After a turn: perhaps a store lands somewhere.
+    fn drain(&mut self) {
+        let machine = &*self.machine;
+        if machine.weak && machine.random.chance(machine.policy.drain) {
+            let slot = machine.random.below(self.kernels.len());
+            if let Some(kernel) = &self.kernels[slot] {
+                kernel.context.land_some();
+            }
+        }
+    }
+
+    /// Nobody can run: lets stores land, then lets all that wait look, then asks for time.
+    fn round(&mut self) -> Option<Event> {
+        for kernel in self.kernels.iter().flatten() {
+            let waiting = kernel.context.dirty.borrow().len();
+            for _ in 0..waiting.div_ceil(4) {
+                kernel.context.land_some();
+            }
+        }
+        if self.machine.progress.take() {
+            self.idle = 0;
+            self.fresh = true;
+        }
+        if std::mem::take(&mut self.fresh) && !self.behind.is_empty() {
+            while !self.behind.is_empty() {
+                self.revive(self.behind.len() - 1);
+            }
+            return None;
+        }
+        if self.is_empty() {
+            return Some(Event::Empty);
+        }
+        let quarter = (self.idle / 4).max(FIRST_JUMP_NS);
+        let wake = self
+            .sleeping
+            .peek()
+            .map_or(0, |Reverse(s)| s.until.saturating_sub(self.machine.clock.get()));
+        // Where some only wait, the sleepers are awaited step by step: an overshoot is a delay.
+        Some(Event::Idle(if self.behind.is_empty() { quarter.max(wake) } else { quarter }))
+    }
+}
