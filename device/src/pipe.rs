@@ -253,8 +253,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         unsafe {
             let credit = self.words + (lane_words::CREDIT + 4 * peer as usize) as u64;
             let mut patience = Patience { turns: 0, since: 0 };
-            // Both counters wrap; their distance is at most `slots`.
-            while number.wrapping_sub(lane.poll_word(credit)) >= args.layout.slots {
+            // Both wrap, so their distance counts. It may be negative: where this thread has no unit
+            // in the chunk, the peer may have taken the others' and returned the slot already.
+            while number.wrapping_sub(lane.poll_word(credit)) as i32 >= args.layout.slots as i32 {
                 if self.broken(flags::BREAK_CREDIT)
                     || !self.keep_waiting(&mut patience, peer, phase::CREDIT)
                 {
