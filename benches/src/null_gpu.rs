@@ -191,14 +191,7 @@ impl Gpu for NullGpu {
     }
 
     #[inline]
-    unsafe fn launch(
-        &self,
-        _: Kernel,
-        _: u32,
-        _: u32,
-        args: &Args,
-        _: Stream,
-    ) -> Result<()> {
+    unsafe fn launch(&self, _: Kernel, _: u32, _: u32, args: &Args, _: Stream) -> Result<()> {
         // A driver reads the arguments, so they must have been built.
         black_box(args);
         self.launches.fetch_add(1, Ordering::Relaxed);

@@ -171,12 +171,7 @@ impl Rig {
 
     /// Times what `queue` queues: `calls` times in a graph, the graph `repeats` times between two
     /// events, so that the host is not in the measurement.
-    pub fn time(
-        &self,
-        calls: u32,
-        repeats: u32,
-        queue: impl Fn() -> Result<()>,
-    ) -> Result<Timing> {
+    pub fn time(&self, calls: u32, repeats: u32, queue: impl Fn() -> Result<()>) -> Result<Timing> {
         self.gpu.capture_begin(self.stream)?;
         // A capture must be ended whatever happened in it.
         let queued = (0..calls).try_for_each(|_| queue());
