@@ -10,7 +10,7 @@
 
 use peerlane::gpu::{GpuRef, cuda};
 use peerlane_benches::real_gpus;
-use peerlane_benches::rig::Rig;
+use peerlane_benches::rig::{Rig, Timing};
 use peerlane_benches::solo::{Pair, Solo, queue_barrier, queue_nothing};
 use peerlane_benches::table::{
     PairRow, Report, SoloRow, pair_header, pair_line, solo_header, solo_line,
@@ -27,11 +27,10 @@ const PACKET_SIZES: usize = 2;
 const GRAPH_BYTES: usize = 1 << 30;
 /// Fewest and most launches in a graph.
 const CALLS: (usize, usize) = (8, 100);
-/// Graphs timed, of which the median counts.
+/// Graphs or probes timed, of which the median counts.
 const REPEATS: u32 = 20;
-/// Rounds of a ping-pong, and ping-pongs.
+/// Rounds of a probe.
 const ROUNDS: u32 = 1000;
-const PAIR_REPEATS: u32 = 10;
 /// What a pair's rigs need besides mailboxes.
 const PAIR_BYTES: usize = 4096;
 
@@ -67,7 +66,7 @@ fn run(gpus: &[GpuRef], part: &str) -> Result<(), String> {
         driver: cuda::version().map_err(|error| error.to_string())?,
         gpus: gpus.iter().map(|gpu| gpu.properties().clone()).collect(),
         solo: alone(&gpus[0], part).map_err(|error| error.to_string())?,
-        pairs: if "probe".contains(part) { pairs(gpus) } else { Vec::new() },
+        pairs: pairs(gpus, part),
     };
     match env::var_os("PEERLANE_BENCH_JSON").map(PathBuf::from) {
         Some(path) => report.write(&path),
@@ -122,23 +121,40 @@ fn calls(bytes: usize) -> u32 {
     (GRAPH_BYTES / bytes).clamp(CALLS.0, CALLS.1) as u32
 }
 
-/// Every two GPUs, and before them two ranks on the first one. A pair that fails is a row too: one
-/// broken link says nothing about the others.
-fn pairs(gpus: &[GpuRef]) -> Vec<PairRow> {
+/// Every two GPUs, and before them two ranks on the first one. What fails is a row too: one broken
+/// link says nothing about the others.
+fn pairs(gpus: &[GpuRef], part: &str) -> Vec<PairRow> {
     println!("{}", pair_header());
     let others = (0..gpus.len()).flat_map(|from| (from + 1..gpus.len()).map(move |to| (from, to)));
     let mut rows = Vec::new();
     for (from, to) in std::iter::once((0, 0)).chain(others) {
-        let ordinal = |index: usize| gpus[index].properties().ordinal;
-        let step = pair([&gpus[from], &gpus[to]]).map_err(|error| error.to_string());
-        let row = PairRow { gpus: [ordinal(from), ordinal(to)], step };
-        println!("{}", pair_line(&row));
-        rows.push(row);
+        let (from, to) = (&gpus[from], &gpus[to]);
+        for (name, measure) in [("barrier_of_two", barrier as Measure), ("probe", probe)] {
+            if !name.contains(part) {
+                continue;
+            }
+            let timing = pair([from, to], measure).map_err(|error| error.to_string());
+            let ordinals = [from, to].map(|gpu| gpu.properties().ordinal);
+            let row = PairRow { gpus: ordinals, name, timing };
+            println!("{}", pair_line(&row));
+            rows.push(row);
+        }
     }
     rows
 }
 
-fn pair(gpus: [&GpuRef; 2]) -> peerlane::Result<peerlane_benches::rig::Timing> {
+type Measure = fn(&mut Pair<'_>) -> peerlane::Result<Timing>;
+
+fn barrier(pair: &mut Pair<'_>) -> peerlane::Result<Timing> {
+    pair.barrier(CALLS.1 as u32, REPEATS)
+}
+
+fn probe(pair: &mut Pair<'_>) -> peerlane::Result<Timing> {
+    pair.probe(ROUNDS, REPEATS)
+}
+
+/// Measures two fresh rigs: a probe that failed leaves its mailboxes unusable.
+fn pair(gpus: [&GpuRef; 2], measure: Measure) -> peerlane::Result<Timing> {
     let rigs = [Rig::new(gpus[0], PAIR_BYTES)?, Rig::new(gpus[1], PAIR_BYTES)?];
-    Pair::new([&rigs[0], &rigs[1]])?.ping_pong(ROUNDS, PAIR_REPEATS)
+    measure(&mut Pair::new([&rigs[0], &rigs[1]])?)
 }

@@ -5,7 +5,7 @@
 
 use crate::median;
 use peerlane::Result;
-use peerlane::gpu::{DevicePtr, Event, GpuRef, HostMemory, Stream};
+use peerlane::gpu::{DevicePtr, Event, GpuRef, Graph, HostMemory, Stream};
 use peerlane::plan::Shape;
 use peerlane_device::abi::{
     Args, FREE, Kernel, Layout, MAX_RANKS, MAX_THREADS, Operation, Status, state,
@@ -24,6 +24,14 @@ pub struct Timing {
     pub least_us: f64,
     /// The median of all repetitions, in microseconds.
     pub median_us: f64,
+}
+
+impl Timing {
+    /// What repetitions that took `samples` microseconds amount to.
+    pub fn of(samples: &mut [f64]) -> Timing {
+        let least_us = samples.iter().copied().fold(f64::INFINITY, f64::min);
+        Timing { least_us, median_us: median(samples) }
+    }
 }
 
 /// One GPU, set up for lone kernels.
@@ -169,31 +177,52 @@ impl Rig {
         unsafe { self.status.host.cast::<Status>().read_volatile() }
     }
 
-    /// Times what `queue` queues: `calls` times in a graph, the graph `repeats` times between two
-    /// events, so that the host is not in the measurement.
+    /// Times what `queue` queues: `calls` times in a graph, the graph `repeats` times, so that the
+    /// host is not in the measurement.
     pub fn time(&self, calls: u32, repeats: u32, queue: impl Fn() -> Result<()>) -> Result<Timing> {
+        let graph = self.record(calls, queue)?;
+        // The first repetition uploads the graph and warms the caches.
+        let samples: Result<Vec<f64>> = (0..=repeats)
+            .map(|_| {
+                self.replay(graph)?;
+                self.finish()?;
+                Ok(self.elapsed_us()? / calls as f64)
+            })
+            .collect();
+        // SAFETY: recorded above; `finish` waited for it, or the device is lost.
+        unsafe { self.forget(graph)? };
+        Ok(Timing::of(&mut samples?[1..]))
+    }
+
+    /// Records `calls` times what `queue` queues.
+    pub fn record(&self, calls: u32, queue: impl Fn() -> Result<()>) -> Result<Graph> {
         self.gpu.capture_begin(self.stream)?;
         // A capture must be ended whatever happened in it.
         let queued = (0..calls).try_for_each(|_| queue());
-        let graph = self.gpu.capture_end(self.stream);
+        let graph = self.gpu.capture_end(self.stream)?;
         queued?;
-        let graph = graph?;
-        let mut samples = Vec::new();
-        let timed = (0..=repeats).try_for_each(|_| {
-            self.gpu.event_record(self.start, self.stream)?;
-            self.gpu.graph_launch(graph, self.stream)?;
-            self.gpu.event_record(self.end, self.stream)?;
-            self.finish()?;
-            let elapsed = self.gpu.event_elapsed_ms(self.start, self.end)?;
-            samples.push(elapsed as f64 * 1e3 / calls as f64);
-            Ok(())
-        });
-        // SAFETY: made above; `finish` waited for it, or the device is lost.
-        let destroyed = unsafe { self.gpu.graph_destroy(graph) };
-        timed.and(destroyed)?;
-        // The first repetition uploads the graph and warms the caches.
-        let least_us = samples[1..].iter().copied().fold(f64::INFINITY, f64::min);
-        Ok(Timing { least_us, median_us: median(&mut samples[1..]) })
+        Ok(graph)
+    }
+
+    /// Queues a graph between the rig's two events.
+    pub fn replay(&self, graph: Graph) -> Result<()> {
+        self.gpu.event_record(self.start, self.stream)?;
+        self.gpu.graph_launch(graph, self.stream)?;
+        self.gpu.event_record(self.end, self.stream)
+    }
+
+    /// Microseconds that the last graph took. It must be done.
+    pub fn elapsed_us(&self) -> Result<f64> {
+        Ok(self.gpu.event_elapsed_ms(self.start, self.end)? as f64 * 1e3)
+    }
+
+    /// Destroys a graph.
+    ///
+    /// # Safety
+    /// [`Rig::record`] of this rig made it; it is not running and not used again.
+    pub unsafe fn forget(&self, graph: Graph) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.gpu.graph_destroy(graph) }
     }
 }
 

@@ -3,12 +3,11 @@
 //! A kernel of a collective in a world of one waits for nobody: what is left is reading its tensor,
 //! the books of the pipes and writing the result.
 
-use crate::median;
 use crate::rig::{Rig, Timing};
 use peerlane::Result;
+use peerlane::gpu::Graph;
 use peerlane::plan::{self, Grid};
-use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, Status, Wire, probe};
-use std::time::Duration;
+use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, Wire, probe};
 
 /// A kernel that runs alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,10 +88,10 @@ pub fn queue_barrier(rig: &Rig) -> Result<()> {
     unsafe { rig.launch(Kernel::Barrier, 1, 32, &args) }
 }
 
-/// Two rigs that write into each other's mailboxes.
+/// Two rigs that write into each other's mailboxes: ranks 0 and 1 of a world of two.
 pub struct Pair<'a> {
     rigs: [&'a Rig; 2],
-    /// The first round that neither side has seen.
+    /// The first round of the probe that neither side has seen.
     next_round: u32,
 }
 
@@ -108,41 +107,67 @@ impl<'a> Pair<'a> {
         Ok(Pair { rigs, next_round: 1 })
     }
 
-    /// One step: the time in which 2 KiB and a flag go from each side to the other and are checked,
-    /// from `repeats` launches of `rounds` steps each, by the GPUs' own clocks.
-    pub fn ping_pong(&mut self, rounds: u32, repeats: u32) -> Result<Timing> {
-        let mut samples = Vec::new();
-        // The first launch warms up and is not counted.
-        for _ in 0..=repeats {
-            let steps = self.bounce(rounds)?;
-            samples.push(steps.as_nanos() as f64 / 1e3 / rounds as f64);
+    /// One barrier of the two: a kernel, and an empty packet each way. From `repeats` graphs of
+    /// `calls` barriers.
+    pub fn barrier(&mut self, calls: u32, repeats: u32) -> Result<Timing> {
+        let record = |rank: usize| {
+            let (rig, args) = (self.rigs[rank], self.args(rank, Operation::Barrier));
+            // SAFETY: both peers are rigs whose mailboxes the other has mapped.
+            rig.record(calls, || unsafe { rig.launch(Kernel::Barrier, 1, 32, &args) })
+        };
+        let graphs = [record(0)?, record(1)?];
+        let samples: Result<Vec<f64>> =
+            (0..=repeats).map(|_| Ok(self.replay(graphs)? / calls as f64)).collect();
+        for (rig, graph) in self.rigs.iter().zip(graphs) {
+            // SAFETY: recorded above; `replay` waited for it, or the device is lost.
+            unsafe { rig.forget(graph)? };
         }
-        let least_us = samples[1..].iter().copied().fold(f64::INFINITY, f64::min);
-        Ok(Timing { least_us, median_us: median(&mut samples[1..]) })
+        Ok(Timing::of(&mut samples?[1..]))
     }
 
-    /// The slower side's time for `rounds` rounds.
-    fn bounce(&mut self, rounds: u32) -> Result<Duration> {
+    /// Runs a graph on each side; the slower one's microseconds.
+    fn replay(&self, graphs: [Graph; 2]) -> Result<f64> {
+        self.rigs.iter().zip(graphs).try_for_each(|(rig, graph)| rig.replay(graph))?;
+        self.finish()?;
+        Ok(self.rigs[0].elapsed_us()?.max(self.rigs[1].elapsed_us()?))
+    }
+
+    /// One step of the probe: 2 KiB and a flag go from each side to the other and are checked. From
+    /// `repeats` launches of `rounds` steps each, by the GPUs' own clocks.
+    pub fn probe(&mut self, rounds: u32, repeats: u32) -> Result<Timing> {
+        // The first launch warms up and is not counted.
+        let samples: Result<Vec<f64>> =
+            (0..=repeats).map(|_| Ok(self.bounce(rounds)? / rounds as f64)).collect();
+        Ok(Timing::of(&mut samples?[1..]))
+    }
+
+    /// The slower side's microseconds for `rounds` rounds.
+    fn bounce(&mut self, rounds: u32) -> Result<f64> {
         for (rank, rig) in self.rigs.iter().enumerate() {
-            let mut args = rig.args(Operation::Probe);
-            args.peers[..2].copy_from_slice(&self.rigs.map(Rig::mailbox));
-            (args.rank, args.world, args.peer) = (rank as u32, 2, 1 - rank as u32);
-            (args.mode, args.rounds, args.rows) =
-                (probe::PING_PONG, rounds, self.next_round as u64);
+            let mut args = self.args(rank, Operation::Probe);
+            args.mode = probe::PING_PONG;
+            (args.rounds, args.rows) = (rounds, self.next_round as u64);
             // SAFETY: both peers are rigs whose mailboxes the other has mapped.
             unsafe { rig.launch(Kernel::Probe, 1, 32, &args)? };
         }
         self.next_round += rounds;
-        // Both are waited for before either error is returned.
-        let ends = self.rigs.map(Rig::finish);
-        ends.into_iter().collect::<Result<()>>()?;
-        let slower = self.rigs.map(|rig| read_probe(&rig.status())).into_iter().max();
-        Ok(Duration::from_nanos(slower.unwrap_or(0)))
+        self.finish()?;
+        let slower = self.rigs.map(|rig| rig.status().probe_ns).into_iter().max();
+        Ok(slower.unwrap_or(0) as f64 / 1e3)
     }
-}
 
-fn read_probe(status: &Status) -> u64 {
-    status.probe_ns
+    /// The arguments of one side.
+    fn args(&self, rank: usize, operation: Operation) -> Args {
+        let mut args = self.rigs[rank].args(operation);
+        args.peers[..2].copy_from_slice(&self.rigs.map(Rig::mailbox));
+        (args.rank, args.world, args.peer) = (rank as u32, 2, 1 - rank as u32);
+        args
+    }
+
+    /// Waits for both sides, and only then says whether either failed.
+    fn finish(&self) -> Result<()> {
+        self.rigs.map(Rig::finish).into_iter().collect()
+    }
 }
 
 #[cfg(test)]
@@ -191,9 +216,13 @@ mod tests {
     }
 
     #[test]
-    fn two_gpus_bounce_a_message() {
-        let rigs = rigs(2, 1);
-        let timing = Pair::new([&rigs[0], &rigs[1]]).unwrap().ping_pong(4, 2).unwrap();
-        assert!(timing.least_us > 0.0 && timing.least_us <= timing.median_us, "{timing:?}");
+    fn two_gpus_meet() {
+        for seed in 0..20 {
+            let rigs = rigs(2, seed);
+            let mut pair = Pair::new([&rigs[0], &rigs[1]]).unwrap();
+            let timing = pair.barrier(5, 2).unwrap();
+            assert!(timing.least_us > 0.0 && timing.least_us <= timing.median_us, "{timing:?}");
+            pair.probe(1, 2).unwrap();
+        }
     }
 }

@@ -35,8 +35,10 @@ impl SoloRow {
 pub struct PairRow {
     /// Ordinals of the two GPUs; equal where one GPU held both ranks.
     pub gpus: [u32; 2],
-    /// The time of one step, or why there is none.
-    pub step: Result<Timing, String>,
+    /// What was timed.
+    pub name: &'static str,
+    /// Its time, or why there is none.
+    pub timing: Result<Timing, String>,
 }
 
 /// Everything that one run measured.
@@ -85,19 +87,19 @@ pub fn solo_line(row: &SoloRow) -> String {
     )
 }
 
+/// The line over the rows of pairs.
+pub fn pair_header() -> String {
+    format!("{:<42} {:>10} {:>10}", "pair", "median us", "least us")
+}
+
 /// A pair's row.
 pub fn pair_line(row: &PairRow) -> String {
     let [from, to] = row.gpus;
-    let pair = format!("GPU {from} and GPU {to}");
-    match &row.step {
-        Ok(step) => format!("{pair:<42} {:>10.2} {:>10.2}", step.median_us, step.least_us),
-        Err(reason) => format!("{pair:<42} {reason}"),
+    let name = format!("{}, GPU {from} and GPU {to}", row.name);
+    match &row.timing {
+        Ok(timing) => format!("{name:<42} {:>10.2} {:>10.2}", timing.median_us, timing.least_us),
+        Err(reason) => format!("{name:<42} {reason}"),
     }
-}
-
-/// The line over the rows of pairs.
-pub fn pair_header() -> String {
-    format!("{:<42} {:>10} {:>10}", "probe, one step", "median us", "least us")
 }
 
 /// A size in the largest unit that divides it.
@@ -126,12 +128,12 @@ mod tests {
             timing: TIMING,
             gb_per_s: SoloRow::rate(3 * bytes as u64, TIMING),
         };
-        let lines = [row(0, 0), row(132, 16 << 10), row(132, 256 << 20), row(1, 100)];
-        for line in lines.iter().map(solo_line) {
+        let rows = [row(0, 0), row(132, 16 << 10), row(132, 256 << 20), row(1, 100)];
+        for line in rows.iter().map(solo_line) {
             assert_eq!(line.len(), solo_header().len(), "{line}");
         }
         assert!(
-            solo_line(&lines[1]).contains("16 KiB    132 x 128       2.00       1.50      24.6")
+            solo_line(&rows[1]).contains("16 KiB    132 x 128       2.00       1.50      24.6")
         );
     }
 
@@ -143,12 +145,12 @@ mod tests {
             gpus: Vec::new(),
             solo: Vec::new(),
             pairs: vec![
-                PairRow { gpus: [0, 1], step: Ok(TIMING) },
-                PairRow { gpus: [0, 2], step: Err("unreachable".into()) },
+                PairRow { gpus: [0, 1], name: "barrier", timing: Ok(TIMING) },
+                PairRow { gpus: [0, 2], name: "probe", timing: Err("unreachable".into()) },
             ],
         };
         let json = serde_json::to_value(&report).unwrap();
-        assert_eq!(json["pairs"][0]["step"]["Ok"]["median_us"], 2.0);
-        assert_eq!(json["pairs"][1]["step"]["Err"], "unreachable");
+        assert_eq!(json["pairs"][0]["timing"]["Ok"]["median_us"], 2.0);
+        assert_eq!(json["pairs"][1]["timing"]["Err"], "unreachable");
     }
 }
