@@ -113,11 +113,12 @@ impl SimLane {
             return;
         }
         context.list();
+        // Room is made for all words at once: the halves of a unit enter whole, to land whole.
+        while context.outbox.is_full() {
+            let machine = &*kernel.machine;
+            context.outbox.land_some(context.published(), &machine.random, machine.policy.tear);
+        }
         for (value, address) in values.iter().zip((address..).step_by(4)) {
-            if context.outbox.is_full() {
-                let machine = &*kernel.machine;
-                context.outbox.land_some(context.published(), &machine.random, machine.policy.tear);
-            }
             context.outbox.put(address, *value);
         }
     }
@@ -265,6 +266,12 @@ impl Lane for SimLane {
         self.check("poll", address, 4);
         self.maybe_yield(self.context().kernel().machine.policy.poll);
         self.see(address)
+    }
+
+    unsafe fn add_word(self, address: u64, value: u32) {
+        self.plain("add", address, 4);
+        // SAFETY: `plain` has checked it.
+        unsafe { word(address) }.fetch_add(value, Ordering::Relaxed);
     }
 
     unsafe fn claim_word(self, address: u64) -> bool {
