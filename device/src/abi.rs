@@ -9,7 +9,7 @@ pub const MAX_RANKS: usize = 16;
 /// A free slot of a pipe holds this value in every 32-bit word; a word that differs has arrived.
 ///
 /// All ones is what `memset(0xff)` leaves, and as data it is a rare NaN for every float type.
-/// Data that do contain it are announced with a flag (`pipe::Call::seal`).
+/// Data that do contain it are announced with a flag (`pipe::Call::turn`).
 pub const FREE: u32 = u32::MAX;
 
 /// Bytes of one unit: the widest store a GPU thread makes, and what a thread polls at once.
@@ -189,10 +189,10 @@ macro_rules! for_each_kernel {
             AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 3;
             AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 2;
             AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 3;
-            AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 4;
-            AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 4;
-            AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 4;
-            AllReduceTwoShotF32AsBf16 "peerlane_all_reduce_two_shot_f32_as_bf16" two_shot::<F32AsBf16> 4;
+            AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 2;
+            AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 2;
+            AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 2;
+            AllReduceTwoShotF32AsBf16 "peerlane_all_reduce_two_shot_f32_as_bf16" two_shot::<F32AsBf16> 2;
             ReduceScatterF32 "peerlane_reduce_scatter_f32" reduce_scatter::<F32> 3;
             ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 3;
             ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 3;
@@ -350,8 +350,6 @@ pub struct Args {
 pub mod flags {
     /// This rank contributes the neutral element instead of its tensor.
     pub const NO_CONTRIBUTION: u32 = 1;
-    /// Credits are returned inside the call: the call needs more slots than half a lane has.
-    pub const STREAMING: u32 = 2;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;
     /// Test only: leave consumed slots dirty.

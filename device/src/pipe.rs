@@ -1,4 +1,4 @@
-//! The verbs that algorithms are written in: reserve, put, seal, take, release.
+//! The verbs that algorithms are written in: begin, reserve, put, take, turn, end.
 //!
 //! A *pipe* carries chunks from one rank to another through one *lane* (one block on either side).
 //! It is a first-in first-out queue of slots in the receiver's mailbox. Invariants:
@@ -107,8 +107,17 @@ pub struct Call<'a, L, F> {
     args: &'a Args,
     /// Address of this lane's counters in this rank's mailbox.
     words: u64,
-    /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
+    /// Whether this thread keeps the books of the pipes to and from the rank of its own number. Only
+    /// then do the next four mean anything.
     books: bool,
+    /// Whether it has returned the credits of earlier calls.
+    returned: bool,
+    /// Slots sent to that rank before this call.
+    sent_before: u32,
+    /// Slots received from that rank before this call.
+    received_before: u32,
+    /// Calls before this one; block 0 counts them.
+    epoch: u32,
     /// How the first failed wait of this thread failed; 0 while none has.
     failure: u32,
     form: PhantomData<F>,
@@ -127,29 +136,59 @@ const TURNS_PER_LOOK: u32 = 128;
 const TURNS_PER_SEAL: u32 = 4;
 
 impl<'a, L: Lane, F: Form> Call<'a, L, F> {
-    /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each), and returns
-    /// their senders the slots that earlier calls consumed.
+    /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each).
     ///
-    /// Returning them here rather than at the end of those calls needs no fence: a kernel's stores
-    /// are complete before the next kernel of the stream begins.
+    /// The counters are loaded here and used at the end, so that no thread waits for them.
     #[inline(always)]
     pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
         let words = lane.peer(args.rank) + args.layout.words(lane.block()) as u64;
         let thread = lane.thread();
         let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
-        let call = Call { lane, args, words, books, failure: 0, form: PhantomData };
-        if books {
-            // SAFETY: the counters lie in this rank's mailbox and in the peer's.
-            unsafe { call.return_credit(thread, call.received(thread)) };
+        let mut call = Call {
+            lane,
+            args,
+            words,
+            books,
+            returned: false,
+            sent_before: 0,
+            received_before: 0,
+            epoch: 0,
+            failure: 0,
+            form: PhantomData,
+        };
+        // SAFETY: the counters lie in this rank's mailbox.
+        unsafe {
+            if books {
+                call.sent_before = call.sent(thread);
+                call.received_before = call.received(thread);
+            }
+            if lane.block() == 0 && thread == 0 {
+                call.epoch =
+                    lane.load_u32(lane.peer(args.rank) + offset_of!(Control, epoch) as u64);
+            }
         }
         call
+    }
+
+    /// Returns to their senders the slots that earlier calls consumed. Every path to a wait or a
+    /// barrier passes here first, or ranks could wait for each other's credits for ever.
+    ///
+    /// That it is not the end of those calls needs no fence: a kernel's stores are complete before
+    /// the next kernel of the stream begins.
+    #[inline(always)]
+    unsafe fn return_credits(&mut self) {
+        if self.books && !self.returned {
+            self.returned = true;
+            // SAFETY: a word of the peer's mailbox that only this rank writes.
+            unsafe { self.return_credit(self.lane.thread(), self.received_before) };
+        }
     }
 
     /// Ends the call, once this thread has taken all it needed. The thread whose number is a peer's
     /// rank says how many slots went to that peer and came from it; other threads' numbers are
     /// not looked at.
     #[inline(always)]
-    pub unsafe fn end(self, sent: u32, received: u32) {
+    pub unsafe fn end(mut self, sent: u32, received: u32) {
         let (lane, thread) = (self.lane, self.lane.thread());
         if !self.ok() {
             let (state, phase, peer) =
@@ -157,20 +196,23 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             // SAFETY: the status page and all mailboxes are alive as long as the communicator.
             unsafe { fail(lane, self.args, state, peer, phase) };
         }
-        // No thread reads the counters after this.
-        lane.sync_threads();
         // SAFETY: the counters and the control block lie in this rank's mailbox, and this thread
         // is their only writer on this rank.
         unsafe {
+            self.return_credits();
+            // No thread reads the counters after this.
+            lane.sync_threads();
             if self.books {
-                let counter = self.words + (lane_words::SENT + 4 * thread as usize) as u64;
-                lane.store_u32(counter, lane.load_u32(counter).wrapping_add(sent));
-                let counter = self.words + (lane_words::RECEIVED + 4 * thread as usize) as u64;
-                lane.store_u32(counter, lane.load_u32(counter).wrapping_add(received));
+                let counter = |offset: usize| self.words + (offset + 4 * thread as usize) as u64;
+                lane.store_u32(counter(lane_words::SENT), self.sent_before.wrapping_add(sent));
+                lane.store_u32(
+                    counter(lane_words::RECEIVED),
+                    self.received_before.wrapping_add(received),
+                );
             }
             if lane.block() == 0 && thread == 0 {
                 let epoch = lane.peer(self.args.rank) + offset_of!(Control, epoch) as u64;
-                lane.store_u32(epoch, lane.load_u32(epoch).wrapping_add(1));
+                lane.store_u32(epoch, self.epoch.wrapping_add(1));
             }
         }
     }
@@ -187,14 +229,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         self.failure == 0
     }
 
-    /// The number that the first slot sent to `peer` in this call has.
+    /// The number of the first slot that goes to `peer` in this call.
     #[inline(always)]
     pub unsafe fn sent(&self, peer: u32) -> u32 {
         // SAFETY: a counter of this rank's mailbox.
         unsafe { self.lane.load_u32(self.words + (lane_words::SENT + 4 * peer as usize) as u64) }
     }
 
-    /// The number that the first slot received from `peer` in this call has.
+    /// The number of the first slot that comes from `peer` in this call.
     #[inline(always)]
     pub unsafe fn received(&self, peer: u32) -> u32 {
         // SAFETY: a counter of this rank's mailbox.
@@ -211,8 +253,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         unsafe {
             let credit = self.words + (lane_words::CREDIT + 4 * peer as usize) as u64;
             let mut patience = Patience { turns: 0, since: 0 };
-            // Both counters wrap; their distance is at most `slots`.
-            while number.wrapping_sub(lane.poll_word(credit)) >= args.layout.slots {
+            // Both wrap, so their distance counts. It may be negative: where this thread has no unit
+            // in the chunk, the peer may have taken the others' and returned the slot already.
+            while number.wrapping_sub(lane.poll_word(credit)) as i32 >= args.layout.slots as i32 {
                 if self.broken(flags::BREAK_CREDIT)
                     || !self.keep_waiting(&mut patience, peer, phase::CREDIT)
                 {
@@ -246,28 +289,56 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         });
     }
 
-    /// Tells each rank in `peers` that everything sent up to slot number `sent(peer) + done - 1`
-    /// is complete, if any thread of the block put a unit that looks free there. All threads of
-    /// the block call it after their last `put`.
-    ///
-    /// The barrier orders the other threads' stores before this thread's fence, and the fence
-    /// orders them before the seal.
+    /// Ends the only turn of sending: as [`Call::turn`], but without a barrier where there is nothing
+    /// to tell.
     #[inline(always)]
-    pub unsafe fn seal(&self, peers: u32, done: u32, hidden: bool) {
-        let (lane, thread) = (self.lane, self.lane.thread());
-        if F::FORMAT as u32 == Format::Packet as u32 || self.broken(flags::BREAK_SEAL) {
-            return;
-        }
-        let hidden =
-            if self.broken(flags::BREAK_SYNC) { hidden } else { lane.sync_threads_or(hidden) };
-        if hidden && self.books && peers >> thread & 1 != 0 {
-            if !self.broken(flags::BREAK_FENCE) {
-                lane.fence_system();
+    pub unsafe fn seal(&mut self, to: u32, sent: u32, hidden: bool) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if F::FORMAT as u32 == Format::Packet as u32 {
+                self.return_credits();
+            } else {
+                self.turn(to, sent, hidden, 0, 0);
             }
-            // SAFETY: a word of the peer's mailbox that only this rank writes.
-            unsafe {
-                let sealed = self.peer_word(thread, lane_words::SEALED);
-                lane.put_word(sealed, self.sent(thread).wrapping_add(done));
+        }
+    }
+
+    /// Ends a turn of the block: all its threads come here after their last `put` and `take` of it.
+    ///
+    /// If any thread put a unit that looks free (`hidden`), tells each rank in `to` that the first
+    /// `sent` slots of this call are complete. Returns to each rank in `from` the first `taken` slots
+    /// of this call, a number that only the thread of that rank is asked for.
+    ///
+    /// The barrier orders the other threads' stores before this thread's fence, and the fence orders
+    /// them before the words.
+    #[inline(always)]
+    pub unsafe fn turn(&mut self, to: u32, sent: u32, hidden: bool, from: u32, taken: u32) {
+        let (lane, thread) = (self.lane, self.lane.thread());
+        // SAFETY: words of the peers' mailboxes that only this rank writes.
+        unsafe {
+            self.return_credits();
+            let hidden = if self.broken(flags::BREAK_SYNC) {
+                hidden
+            } else if F::FORMAT as u32 == Format::Packet as u32 {
+                lane.sync_threads();
+                false
+            } else {
+                lane.sync_threads_or(hidden)
+            };
+            let seals =
+                self.books && hidden && to >> thread & 1 != 0 && !self.broken(flags::BREAK_SEAL);
+            let releases = self.books && taken != 0 && from >> thread & 1 != 0;
+            if seals || releases {
+                if !self.broken(flags::BREAK_FENCE) {
+                    lane.fence_system();
+                }
+                if seals {
+                    let sealed = self.peer_word(thread, lane_words::SEALED);
+                    lane.put_word(sealed, self.sent_before.wrapping_add(sent));
+                }
+                if releases {
+                    self.return_credit(thread, self.received_before.wrapping_add(taken));
+                }
             }
         }
     }
@@ -350,29 +421,6 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         all
     }
 
-    /// Returns to each sender in `peers` the first `taken` slots of this call, a number that only the
-    /// thread of that sender's rank is asked for. All threads of the block call it after their last
-    /// `take` of those slots.
-    ///
-    /// The barrier and the fence order the block's cleaning before the credit.
-    #[inline(always)]
-    pub unsafe fn release(&self, peers: u32, taken: u32) {
-        let (lane, thread) = (self.lane, self.lane.thread());
-        if self.args.flags & flags::STREAMING == 0 {
-            return;
-        }
-        if !self.broken(flags::BREAK_SYNC) {
-            lane.sync_threads();
-        }
-        if self.books && peers >> thread & 1 != 0 {
-            if !self.broken(flags::BREAK_FENCE) {
-                lane.fence_system();
-            }
-            // SAFETY: the counters lie in this rank's mailbox and in the peer's.
-            unsafe { self.return_credit(thread, self.received(thread).wrapping_add(taken)) };
-        }
-    }
-
     /// Address of slot number `number` of the pipe from `sender` to `receiver`.
     #[inline(always)]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
@@ -407,6 +455,8 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Another turn of a wait for `peer`; false once a wait has failed, this one or one before.
     #[inline(always)]
     fn keep_waiting(&mut self, patience: &mut Patience, peer: u32, phase: u32) -> bool {
+        // SAFETY: a word of the peer's mailbox that only this rank writes.
+        unsafe { self.return_credits() };
         self.lane.pause();
         patience.turns = patience.turns.wrapping_add(1);
         if patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {

@@ -41,12 +41,12 @@ impl Communicator {
         let (kernel, grid, variant) = match algorithm {
             Algorithm::OneShot(format) => (
                 Kernel::all_reduce_one_shot(call.dtype, call.wire, format),
-                plan::grid(&shape, format, wire_bytes, 1),
+                plan::grid(&shape, format, wire_bytes),
                 1 + format as u8,
             ),
             Algorithm::TwoShot => (
                 Kernel::all_reduce_two_shot(call.dtype, call.wire),
-                plan::grid(&shape, Format::Full, part_bytes / expansion, 2),
+                plan::grid(&shape, Format::Full, part_bytes / expansion),
                 3,
             ),
         };
@@ -58,7 +58,7 @@ impl Communicator {
             part_bytes: part_bytes as u64,
             op: call.op as u32,
             scale: scale(call.op, shape.world),
-            flags: self.args(operation).flags | call_flags(call.contribution, grid.streaming),
+            flags: self.args(operation).flags | call_flags(call.contribution),
             ..self.args(operation)
         };
         // SAFETY: passed on to the caller.
@@ -79,7 +79,7 @@ impl Communicator {
         if call.contribution {
             aligned(op, "src", call.src, call.dtype)?;
         }
-        let grid = plan::grid(&shape, Format::Full, bytes / expansion(call.dtype, call.wire), 1);
+        let grid = plan::grid(&shape, Format::Full, bytes / expansion(call.dtype, call.wire));
         let signature = reduction(operation, call.dtype, call.wire, call.op, 0, bytes);
         let args = Args {
             src: call.src.0,
@@ -87,7 +87,7 @@ impl Communicator {
             bytes: bytes as u64,
             op: call.op as u32,
             scale: scale(call.op, shape.world),
-            flags: self.args(operation).flags | call_flags(call.contribution, grid.streaming),
+            flags: self.args(operation).flags | call_flags(call.contribution),
             ..self.args(operation)
         };
         let kernel = Kernel::reduce_scatter(call.dtype, call.wire);
@@ -106,12 +106,11 @@ impl Communicator {
         present(operation.name(), "src", call.src)?;
         present(operation.name(), "dst", call.dst)?;
         let format = plan::format(call.bytes);
-        let grid = plan::grid(&shape, format, call.bytes, 1);
+        let grid = plan::grid(&shape, format, call.bytes);
         let args = Args {
             src: call.src.0,
             dst: call.dst.0,
             bytes: call.bytes as u64,
-            flags: self.args(operation).flags | call_flags(true, grid.streaming),
             ..self.args(operation)
         };
         let signature = movement(operation, 0, call.bytes, 0);
@@ -132,13 +131,12 @@ impl Communicator {
         }
         present(operation.name(), "data", call.data)?;
         let format = plan::format(call.bytes);
-        let grid = plan::grid(&shape, format, call.bytes, 1);
+        let grid = plan::grid(&shape, format, call.bytes);
         let args = Args {
             src: call.data.0,
             dst: call.data.0,
             bytes: call.bytes as u64,
             root: call.root,
-            flags: self.args(operation).flags | call_flags(true, grid.streaming),
             ..self.args(operation)
         };
         let signature = movement(operation, call.root, call.bytes, 0);
@@ -177,13 +175,12 @@ impl Communicator {
             present(op, "dst", call.dst)?;
         }
         let format = plan::format(call.rows * widest);
-        let grid = plan::grid(&shape, format, call.rows * widest, 1);
+        let grid = plan::grid(&shape, format, call.rows * widest);
         let mut args = Args {
             src: call.src.0,
             dst: call.dst.0,
             rows: call.rows as u64,
             root: call.root,
-            flags: self.args(operation).flags | call_flags(true, grid.streaming),
             ..self.args(operation)
         };
         let (mut members, mut hash) = (0u32, call.rows as u64);
@@ -206,7 +203,7 @@ impl Communicator {
         if shape.world == 1 {
             return Ok(());
         }
-        let grid = Grid { blocks: 1, threads: 32, chunk_units: 1, streaming: false };
+        let grid = Grid { blocks: 1, threads: 32, chunk_units: 1 };
         let signature = movement(operation, 0, 0, 0);
         // SAFETY: the kernel touches no tensor.
         unsafe {

@@ -317,13 +317,6 @@ impl Drop for Communicator {
 }
 
 /// The flag bits of a call.
-pub(crate) fn call_flags(contribution: bool, streaming: bool) -> u32 {
-    let mut bits = 0;
-    if !contribution {
-        bits |= flags::NO_CONTRIBUTION;
-    }
-    if streaming {
-        bits |= flags::STREAMING;
-    }
-    bits
+pub(crate) fn call_flags(contribution: bool) -> u32 {
+    if contribution { 0 } else { flags::NO_CONTRIBUTION }
 }

@@ -26,9 +26,6 @@ pub struct Grid {
     pub threads: u32,
     /// Units in a full chunk.
     pub chunk_units: u32,
-    /// Whether a block needs more slots than the half of a lane that is surely free at its start,
-    /// and so must return credits as it goes.
-    pub streaming: bool,
 }
 
 /// Wire bytes up to which data and flags travel together. Above, the doubled bytes cost more than a
@@ -54,9 +51,8 @@ pub fn format(bytes: usize) -> Format {
     if bytes <= PACKET_BYTES { Format::Packet } else { Format::Full }
 }
 
-/// The grid for messages of `wire_bytes` bytes to each peer, each chunk using `slots_per_chunk`
-/// slots of a lane.
-pub fn grid(shape: &Shape, format: Format, wire_bytes: usize, slots_per_chunk: u32) -> Grid {
+/// The grid for messages of `wire_bytes` bytes to each peer.
+pub fn grid(shape: &Shape, format: Format, wire_bytes: usize) -> Grid {
     let units = wire_bytes.div_ceil(format.payload()).max(1);
     let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
     let threads = threads(units, most_blocks);
@@ -65,13 +61,7 @@ pub fn grid(shape: &Shape, format: Format, wire_bytes: usize, slots_per_chunk: u
     let chunk_units = share.min(shape.layout.slot_units as usize);
     let chunks = units.div_ceil(chunk_units);
     let blocks = chunks.min(most_blocks);
-    let slots = chunks.div_ceil(blocks) * slots_per_chunk as usize;
-    Grid {
-        blocks: blocks as u32,
-        threads,
-        chunk_units: chunk_units as u32,
-        streaming: slots > shape.layout.slots as usize / 2,
-    }
+    Grid { blocks: blocks as u32, threads, chunk_units: chunk_units as u32 }
 }
 
 /// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
@@ -100,21 +90,17 @@ mod tests {
     proptest! {
         #[test]
         fn a_grid_covers_the_message_and_fits_the_layout(
-            world in 1u32..=16, max_blocks in 1u32..=264, bytes in 0usize..256 << 20, full: bool, slots in 1u32..=2,
+            world in 1u32..=16, max_blocks in 1u32..=264, bytes in 0usize..256 << 20, full: bool,
         ) {
             let shape = shape(world, max_blocks);
             let format = if full { Format::Full } else { Format::Packet };
-            let grid = grid(&shape, format, bytes, slots);
+            let grid = grid(&shape, format, bytes);
             let units = bytes.div_ceil(format.payload());
             prop_assert!(grid.blocks >= 1 && grid.blocks <= max_blocks.min(shape.layout.lanes));
             prop_assert!(grid.threads.is_power_of_two() && grid.threads <= MAX_THREADS);
             prop_assert!(grid.chunk_units >= 1 && grid.chunk_units <= shape.layout.slot_units);
             // No block is idle.
             prop_assert!(units.max(1).div_ceil(grid.chunk_units as usize) >= grid.blocks as usize);
-            if !grid.streaming {
-                let chunks = units.div_ceil(grid.chunk_units as usize).div_ceil(grid.blocks as usize);
-                prop_assert!(chunks as u32 * slots <= shape.layout.slots / 2);
-            }
         }
 
         #[test]

@@ -27,9 +27,11 @@ pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
         let mut turn = 0;
         while turn < lag || src.has(block + (turn - lag) * blocks) {
             let ahead = block + turn * blocks;
-            if src.has(ahead) {
+            let hidden = src.has(ahead) && {
                 let own = part(args.rank).chunk(ahead);
-                let hidden = send_and_keep(&mut call, args, src.chunk(ahead), own, turn);
+                send_and_keep(&mut call, args, src.chunk(ahead), own, turn)
+            };
+            if lag == 0 {
                 call.seal(everyone, turn + 1, hidden);
             }
             if turn >= lag {
@@ -38,7 +40,10 @@ pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
                     let chunk = part(peer).chunk(block + (turn - lag) * blocks);
                     take_bytes(&mut call, peer, number, chunk);
                 }
-                call.release(everyone, turn - lag + 1);
+            }
+            // The last turn leaves returning its slot to the next call.
+            if lag != 0 && src.has(ahead) {
+                call.turn(everyone, turn + 1, hidden, everyone, turn);
             }
             turn += 1;
         }

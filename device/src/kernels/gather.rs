@@ -86,8 +86,11 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
                 });
                 more |= message.has(chunk_index + blocks);
             }
-            call.release(peers, taken::<L, F>(lane, args, turn + 1));
             turn += 1;
+            // The last turn leaves returning its slots to the next call.
+            if more {
+                call.turn(0, 0, false, peers, taken::<L, F>(lane, args, turn));
+            }
         }
         call.end(0, taken::<L, F>(lane, args, turn));
     }

@@ -25,25 +25,22 @@ pub unsafe fn one_shot<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Arg
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, everyone);
         let (block, blocks) = (lane.block(), lane.blocks());
-        // With several chunks, reducing stays one behind sending: the link works meanwhile.
+        // With several chunks, reducing stays one behind sending, so that the link never idles.
         let lag = src.has(block + blocks) as u32;
         let mut turn = 0;
         while turn < lag || src.has(block + (turn - lag) * blocks) {
             let ahead = src.chunk(block + turn * blocks);
-            if ahead.units > 0 {
-                send::<L, E, F>(&mut call, lane, args, ahead, turn);
+            let hidden = ahead.units > 0 && send::<L, E, F>(&mut call, args, ahead, turn);
+            if lag == 0 {
+                call.seal(everyone, turn + 1, hidden);
             }
             if turn >= lag {
                 let index = block + (turn - lag) * blocks;
-                reduce::<L, E, F>(
-                    &mut call,
-                    lane,
-                    args,
-                    src.chunk(index),
-                    dst.chunk(index),
-                    turn - lag,
-                );
-                call.release(everyone, turn - lag + 1);
+                reduce::<L, E, F>(&mut call, args, src.chunk(index), dst.chunk(index), turn - lag);
+            }
+            // The last turn leaves returning its slot to the next call.
+            if lag != 0 && ahead.units > 0 {
+                call.turn(everyone, turn + 1, hidden, everyone, turn);
             }
             turn += 1;
         }
@@ -51,15 +48,16 @@ pub unsafe fn one_shot<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Arg
     }
 }
 
-/// Sends a chunk to every peer as slot number `turn` of this call.
+/// Sends a chunk to every peer as slot number `turn` of this call. Returns whether this thread sent
+/// anything that looks like a free slot.
 #[inline(always)]
 unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
     call: &mut Call<'_, L, F>,
-    lane: L,
     args: &Args,
     chunk: Chunk,
     turn: u32,
-) {
+) -> bool {
+    let lane = call.lane();
     let mut hidden = false;
     // SAFETY: passed on to the caller.
     unsafe {
@@ -72,20 +70,20 @@ unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
                 call.put_units(slot, index, number, units);
             }
         });
-        call.seal(everyone_else(args.world, args.rank), turn + 1, hidden);
     }
+    hidden
 }
 
 /// Reduces a chunk from this rank's tensor and every peer's slot number `turn`, in rank order.
 #[inline(always)]
 unsafe fn reduce<L: Lane, E: Element + Codec, F: Form>(
     call: &mut Call<'_, L, F>,
-    lane: L,
     args: &Args,
     own: Chunk,
     result: Chunk,
     turn: u32,
 ) {
+    let lane = call.lane();
     let whole = own.whole_units().min(result.whole_units());
     // SAFETY: passed on to the caller.
     unsafe {

@@ -29,8 +29,8 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
         let mut turn = 0;
         while turn < lag || own.has(block + (turn - lag) * blocks) {
             let ahead = block + turn * blocks;
-            if own.has(ahead) {
-                let hidden = send_parts::<L, E>(&mut call, args, part, ahead, turn);
+            let hidden = own.has(ahead) && send_parts::<L, E>(&mut call, args, part, ahead, turn);
+            if lag == 0 {
                 call.seal(everyone, turn + 1, hidden);
             }
             if turn >= lag {
@@ -44,7 +44,10 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
                         store_units::<L, E, Full, N>(lane, result, index, units);
                     }
                 });
-                call.release(everyone, turn - lag + 1);
+            }
+            // The last turn leaves returning its slot to the next call.
+            if lag != 0 && own.has(ahead) {
+                call.turn(everyone, turn + 1, hidden, everyone, turn);
             }
             turn += 1;
         }

@@ -33,28 +33,30 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     unsafe {
         let mut call = Call::<L, Full>::begin(lane, args, everyone);
         let mut turn = 0;
-        loop {
+        while turn < 2 || full.has(block + (turn - 2) * blocks) {
             let sends = full.has(block + turn * blocks);
+            let (mut hidden, mut sent, mut taken) = (false, 0, 0);
             if sends {
-                let index = block + turn * blocks;
                 let source = |rank| part::<E>(args, args.src, rank);
-                let hidden = send_parts::<L, E>(&mut call, args, source, index, scatter_slot(turn));
-                call.seal(everyone, scatter_slot(turn) + 1, hidden);
+                let slot = scatter_slot(turn);
+                hidden = send_parts::<L, E>(&mut call, args, source, block + turn * blocks, slot);
+                sent = slot + 1;
             }
             if turn >= 1 && full.has(block + (turn - 1) * blocks) {
-                let index = block + (turn - 1) * blocks;
                 let slot = result_slot(turn - 1, sends);
-                let hidden = reduce_own::<L, E>(&mut call, args, index, turn - 1, slot);
-                call.seal(everyone, slot + 1, hidden);
+                let index = block + (turn - 1) * blocks;
+                hidden |= reduce_own::<L, E>(&mut call, args, index, turn - 1, slot);
+                sent = slot + 1;
             }
             if turn >= 2 {
-                if !full.has(block + (turn - 2) * blocks) {
-                    break;
-                }
                 let index = block + (turn - 2) * blocks;
-                let more = full.has(index + blocks);
-                take_results::<L, E>(&mut call, args, index, result_slot(turn - 2, more));
-                call.release(everyone, result_slot(turn - 2, more) + 1);
+                let slot = result_slot(turn - 2, full.has(index + blocks));
+                take_results::<L, E>(&mut call, args, index, slot);
+                taken = slot + 1;
+            }
+            // The last turn sends nothing, and leaves returning its slots to the next call.
+            if turn < 2 || full.has(block + (turn - 1) * blocks) {
+                call.turn(everyone, sent, hidden, everyone, taken);
             }
             turn += 1;
         }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Simulated time without any event after which kernels count as hung.
-const HANG_NS: u64 = 3_600_000_000_000;
+const HANG_NS: u64 = 300_000_000_000;
 
 /// Worlds made so far, so that no two share a handle.
 static WORLDS: AtomicU64 = AtomicU64::new(1);
@@ -156,6 +156,11 @@ impl Engine {
         }
     }
 
+    /// For how long nothing has happened.
+    pub(super) fn idle_ns(&self) -> u64 {
+        self.scheduler.idle
+    }
+
     /// Lets simulated time pass while nothing happens.
     pub(super) fn advance(&mut self, ns: u64) {
         if self.scheduler.advance(ns) < HANG_NS {
@@ -165,7 +170,7 @@ impl Engine {
         for (name, device) in hung {
             self.fail(
                 device,
-                format!("kernel {name}: nothing has happened for an hour of simulated time"),
+                format!("kernel {name}: nothing has happened for five minutes of simulated time"),
             );
         }
     }

@@ -3,13 +3,10 @@
 //! Invariant: what a call can refuse it refuses before it changes anything, as the driver does;
 //! what only the running kernel shows makes the device unusable, as an illegal access does.
 
-use super::context::Machine;
-use super::engine::{Engine, default_stream};
+use super::device::SimGpu;
 use super::fail;
-use super::kernel::Body;
 use super::stream::{EventState, Queue};
-use super::work::{Launch, Work};
-use super::world::Shared;
+use super::work::Work;
 use crate::error::{Error, Result};
 use crate::gpu::{
     Backend, DevicePtr, Event, Gpu, Graph, HostMemory, PeerAccess, Properties, Stream,
@@ -19,142 +16,6 @@ use std::sync::Arc;
 
 /// Blocks that a multiprocessor holds at once, however large.
 const RESIDENT_BLOCKS: u32 = 2;
-
-/// One GPU of a simulated machine.
-pub(super) struct SimGpu {
-    world: Arc<Shared>,
-    properties: Properties,
-}
-
-impl SimGpu {
-    pub(super) fn new(world: &Arc<Shared>, ordinal: u32) -> SimGpu {
-        let config = &world.config;
-        let properties = Properties {
-            ordinal,
-            name: "Peerlane simulated GPU".into(),
-            uuid: format!("GPU-50656572-6c61-6e65-5349-4d{ordinal:010x}"),
-            pci_bus_id: format!("0000:{:02x}:00.0", 0x18 + 8 * ordinal),
-            compute_capability: (9, 0),
-            multiprocessors: config.multiprocessors,
-            memory_bytes: config.memory_bytes,
-        };
-        SimGpu { world: Arc::clone(world), properties }
-    }
-
-    fn ordinal(&self) -> u32 {
-        self.properties.ordinal
-    }
-
-    fn error(&self, call: &'static str, code: fail::Code) -> Error {
-        fail::driver(call, self.ordinal(), code)
-    }
-
-    /// The key of a stream of this device, if the device still works.
-    fn stream(&self, engine: &Engine, call: &'static str, stream: Stream) -> Result<u64> {
-        engine.check(self.ordinal())?;
-        let key = if stream.0 == 0 { default_stream(self.ordinal()) } else { stream.0 };
-        match engine.streams.get(&key) {
-            Some(queue) if queue.device == self.ordinal() && !queue.destroyed => Ok(key),
-            _ => Err(fail::handle(call, self.ordinal())),
-        }
-    }
-
-    /// Checks that this GPU may use `bytes` bytes of its own memory.
-    fn own(
-        &self,
-        machine: &Machine,
-        call: &'static str,
-        at: DevicePtr,
-        bytes: usize,
-    ) -> Result<()> {
-        let memory = machine.memory.borrow();
-        let found = memory.find(self.ordinal(), at.0, bytes);
-        let foreign = memory.owner(at.0).is_some_and(|owner| owner != self.ordinal());
-        let reason = match found {
-            Ok(_) if foreign => "it is a peer's memory".to_owned(),
-            Ok(_) => return Ok(()),
-            Err(reason) => reason,
-        };
-        Err(Error::InvalidArgument {
-            op: call,
-            argument: "address",
-            expected: format!("{bytes} bytes of memory of GPU {}", self.ordinal()),
-            got: format!("{:#x}: {reason}", at.0),
-        })
-    }
-
-    /// Checks that `dst` is this GPU's or a peer's whose access is enabled.
-    fn reachable(&self, machine: &Machine, dst: DevicePtr, bytes: usize) -> Result<()> {
-        let memory = machine.memory.borrow();
-        match memory.owner(dst.0) {
-            Some(to) if !memory.peer_enabled(self.ordinal(), to) => Err(Error::Unreachable {
-                from: self.ordinal(),
-                to,
-                reason: "its peer access is not enabled".into(),
-            }),
-            Some(to) if to != self.ordinal() => {
-                let invalid = |_| self.error("cuMemcpyAsync", fail::INVALID_VALUE);
-                memory.find(self.ordinal(), dst.0, bytes).map(drop).map_err(invalid)
-            }
-            _ => {
-                drop(memory);
-                self.own(machine, "cuMemcpyAsync", dst, bytes)
-            }
-        }
-    }
-
-    /// Queues a kernel whose lanes run `body`.
-    pub(super) fn launch_body(
-        &self,
-        name: &'static str,
-        body: Body,
-        (blocks, threads): (u32, u32),
-        args: &Args,
-        stream: Stream,
-    ) -> Result<()> {
-        const CALL: &str = "cuLaunchKernel";
-        if blocks == 0 || threads == 0 {
-            return Err(self.error(CALL, fail::INVALID_VALUE));
-        }
-        if threads > MAX_THREADS {
-            return Err(self.error(CALL, fail::OUT_OF_RESOURCES));
-        }
-        let engine = &mut self.world.enter().engine;
-        let key = self.stream(engine, CALL, stream)?;
-        let device = self.ordinal();
-        let launch = Launch { name, device, blocks, threads, args: *args, body };
-        engine.queue(key, Work::Launch(Arc::new(launch)));
-        Ok(())
-    }
-
-    /// Waits until `stream` has nothing left, then asks `then`.
-    fn finish<T>(
-        &self,
-        call: &'static str,
-        stream: Stream,
-        mut then: impl FnMut(&mut Engine) -> Result<T>,
-    ) -> Result<T> {
-        let key = {
-            let engine = &mut self.world.enter().engine;
-            let key = self.stream(engine, call, stream)?;
-            engine.refuse_capture(call, key)?;
-            key
-        };
-        self.world.wait(self.ordinal(), |engine| {
-            if let Err(error) = engine.check(self.ordinal()) {
-                return Some(Err(error));
-            }
-            engine.is_done(key).then(|| then(engine))
-        })
-    }
-
-    fn peer(&self, call: &'static str, peer: u32) -> Result<bool> {
-        if peer >= self.world.config.devices || peer == self.ordinal() {
-            return Err(self.error(call, fail::INVALID_DEVICE));
-        }
-        Ok(self.world.config.reaches(self.ordinal(), peer))
-    }
-}
 
 impl Gpu for SimGpu {
     fn backend(&self) -> Backend {

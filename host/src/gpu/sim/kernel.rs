@@ -44,7 +44,7 @@ pub(super) enum Step {
     Continue,
     /// The lane sleeps until this time.
     Sleep(u64),
-    /// The last lane has ended.
+    /// The last lane has ended; stores may still be on their way.
     Finished,
     /// The kernel did something forbidden.
     Failed(String),
@@ -77,7 +77,7 @@ impl KernelRun {
         let random = &machine.random;
         let kernel_pace = machine.policy.pace(random);
         let block_run = |_| BlockRun {
-            ready: (0..threads).collect(),
+            ready: random.shuffled(threads),
             pace: (kernel_pace * machine.policy.pace(random) / 256).max(1),
             live: threads,
             ..BlockRun::default()
@@ -123,6 +123,11 @@ impl KernelRun {
             }
         };
         (turn, step)
+    }
+
+    /// Whether its lanes have ended and its stores have landed.
+    pub(super) fn is_over(&self) -> bool {
+        self.live_blocks == 0 && self.context.dirty.borrow().is_empty()
     }
 
     fn failed(&self, block: u32, thread: u32, reason: &str) -> Step {

@@ -113,11 +113,12 @@ impl SimLane {
             return;
         }
         context.list();
+        // Room is made for all words at once: the halves of a unit enter whole, to land whole.
+        while context.outbox.is_full() {
+            let machine = &*kernel.machine;
+            context.outbox.land_some(context.published(), &machine.random, machine.policy.tear);
+        }
         for (value, address) in values.iter().zip((address..).step_by(4)) {
-            if context.outbox.is_full() {
-                let machine = &*kernel.machine;
-                context.outbox.land_some(context.published(), &machine.random, machine.policy.tear);
-            }
             context.outbox.put(address, *value);
         }
     }

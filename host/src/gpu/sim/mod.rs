@@ -7,12 +7,13 @@
 //! order unless a fence orders them; ranks run at very different paces; every access is checked.
 //! It promises nothing about speed: simulated time only orders events and lets deadlines pass.
 //!
-//! What it does not model: caches and load reordering (a load always sees memory as it is when it
+//! A unit lands whole or in halves of 8 bytes. What it does not model: caches and load reordering (a load always sees memory as it is when it
 //! runs), limits on resident blocks, and bandwidth.
 
 mod capture;
 mod config;
 mod context;
+mod device;
 mod engine;
 mod fail;
 mod gpu;
@@ -59,8 +60,8 @@ impl World {
         (0..self.0.config.devices).map(|ordinal| Arc::new(self.gpu(ordinal)) as GpuRef).collect()
     }
 
-    fn gpu(&self, ordinal: u32) -> gpu::SimGpu {
-        gpu::SimGpu::new(&self.0, ordinal)
+    fn gpu(&self, ordinal: u32) -> device::SimGpu {
+        device::SimGpu::new(&self.0, ordinal)
     }
 }
 

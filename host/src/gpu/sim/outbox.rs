@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::Ordering;
 
-/// Words that an outbox holds at most; a put into a full one makes another word land first.
+/// Words that an outbox holds before it counts as full; a put makes another land first then.
 const CAPACITY: usize = 64;
 const UNIT_MASK: u64 = !15;
 const HALF_MASK: u64 = !7;

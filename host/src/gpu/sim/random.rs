@@ -34,6 +34,15 @@ impl Random {
         (self.next() & 0xffff) < u64::from(chance)
     }
 
+    /// The numbers below `count` in random order.
+    pub(super) fn shuffled(&self, count: u32) -> Vec<u32> {
+        let mut numbers: Vec<u32> = (0..count).collect();
+        for index in (1..numbers.len()).rev() {
+            numbers.swap(index, self.below(index + 1));
+        }
+        numbers
+    }
+
     /// A power of two from `2^low` to `2^high`.
     fn power(&self, low: u32, high: u32) -> u32 {
         1 << (low as usize + self.below((high - low + 1) as usize))
@@ -46,6 +55,8 @@ impl Random {
 pub(super) struct Policy {
     /// Most turns that one block gets before another is chosen.
     pub(super) burst: u32,
+    /// That a lane gets a turn because it had the last one.
+    pub(super) stay: Chance,
     /// That a poll gives up its turn.
     pub(super) poll: Chance,
     /// That a put gives up its turn.
@@ -54,6 +65,9 @@ pub(super) struct Policy {
     pub(super) spin: Chance,
     /// That something leaves a store buffer after a turn.
     pub(super) drain: Chance,
+    /// How many quarters of the store buffers something leaves when nobody can run. Few let waiting
+    /// lanes see halves of things; many spare them looking in vain again and again.
+    pub(super) flush: usize,
     /// That what leaves a store buffer is one word, not all of its unit that is there.
     pub(super) tear: Chance,
     /// That a stream whose next operation could start does not start it yet.
@@ -66,10 +80,12 @@ impl Policy {
     pub(super) fn new(random: &Random) -> Policy {
         Policy {
             burst: random.power(0, 6),
+            stay: 65536 - random.power(10, 16),
             poll: random.power(9, 15),
             put: random.power(10, 15),
             spin: random.power(9, 14),
             drain: random.power(9, 16),
+            flush: 1 << random.below(5),
             tear: random.power(12, 16),
             hold: random.power(8, 15),
             skew: random.below(3),

@@ -69,7 +69,7 @@ pub(super) struct Scheduler {
     behind: Vec<BlockRef>,
     sleeping: BinaryHeap<Reverse<Sleeper>>,
     /// Simulated time since something last happened.
-    idle: u64,
+    pub(super) idle: u64,
     /// Lanes that wait have not looked since something happened or time passed.
     fresh: bool,
 }
@@ -168,7 +168,8 @@ impl Scheduler {
         Event::Spent
     }
 
-    /// Makes lanes whose time has come ready.
+    /// Lanes whose time has come wait again, for their next turn. They are not ready at once: lanes
+    /// that sleep briefly between looks would keep time from jumping.
     fn wake(&mut self) {
         let now = self.machine.clock.get();
         while let Some(Reverse(sleeper)) = self.sleeping.peek().copied()
@@ -178,7 +179,7 @@ impl Scheduler {
             if let Some(kernel) = &mut self.kernels[sleeper.slot]
                 && kernel.serial == sleeper.serial
             {
-                kernel.blocks[sleeper.block as usize].ready.push(sleeper.thread);
+                kernel.blocks[sleeper.block as usize].behind.push(sleeper.thread);
                 self.list(BlockRef { slot: sleeper.slot, block: sleeper.block });
             }
         }
@@ -191,7 +192,8 @@ impl Scheduler {
             && !self.ready.is_empty()
             && machine.random.chance(machine.policy.spin)
         {
-            return Some(self.revive(machine.random.below(self.behind.len())));
+            let lanes = machine.policy.burst as usize;
+            return Some(self.revive(machine.random.below(self.behind.len()), lanes));
         }
         for attempt in 0.. {
             if self.ready.is_empty() {
@@ -217,12 +219,17 @@ impl Scheduler {
         self.kernels[at.slot].as_mut().map(|kernel| &mut kernel.blocks[at.block as usize])
     }
 
-    /// Lets the waiting lanes of one block look.
-    fn revive(&mut self, index: usize) -> BlockRef {
+    /// Lets up to `lanes` waiting lanes of one block look. Few while others have work: if all of
+    /// them did each time, nobody else would get on.
+    fn revive(&mut self, index: usize, lanes: usize) -> BlockRef {
+        let machine = Rc::clone(&self.machine);
         let chosen = self.behind.swap_remove(index);
         if let Some(run) = self.block(chosen) {
             run.listed_behind = false;
-            run.ready.append(&mut run.behind);
+            for _ in 0..lanes.min(run.behind.len()) {
+                let lane = run.behind.swap_remove(machine.random.below(run.behind.len()));
+                run.ready.push(lane);
+            }
         }
         self.list(chosen);
         chosen
@@ -251,20 +258,30 @@ impl Scheduler {
             if ready.is_empty() {
                 break;
             }
-            let thread = ready.swap_remove(machine.random.below(ready.len()));
+            // Whoever was last goes on, or anybody: some lanes get far ahead of their block.
+            let stay = machine.random.chance(machine.policy.stay);
+            let index = if stay { ready.len() - 1 } else { machine.random.below(ready.len()) };
+            let thread = ready.swap_remove(index);
             let device = kernel.context.device;
             let (turn, step) = kernel.step(at.block, thread);
             self.account(at, thread, turn);
             match step {
                 Step::Continue => {}
                 Step::Sleep(until) => self.sleep(at, thread, until),
-                Step::Finished => return self.remove(at.slot).map(Event::Finished),
+                Step::Finished => break,
                 Step::Failed(reason) => return Some(Event::Failed(device, reason)),
             }
             self.drain();
         }
         self.list(at);
-        None
+        self.finished()
+    }
+
+    /// Ends a kernel whose lanes have ended and whose stores have landed.
+    fn finished(&mut self) -> Option<Event> {
+        let over = |kernel: &Option<KernelRun>| kernel.as_ref().is_some_and(KernelRun::is_over);
+        let slot = self.kernels.iter().position(over)?;
+        self.remove(slot).map(Event::Finished)
     }
 
     fn sleep(&mut self, at: BlockRef, thread: u32, until: u64) {
@@ -305,22 +322,25 @@ impl Scheduler {
     fn round(&mut self) -> Option<Event> {
         for kernel in self.kernels.iter().flatten() {
             let waiting = kernel.context.dirty.borrow().len();
-            for _ in 0..waiting.div_ceil(4) {
+            for _ in 0..(waiting * self.machine.policy.flush).div_ceil(4) {
                 kernel.context.land_some();
             }
+        }
+        if let Some(event) = self.finished() {
+            return Some(event);
+        }
+        if self.is_empty() {
+            return Some(Event::Empty);
         }
         if self.machine.progress.take() {
             self.idle = 0;
             self.fresh = true;
         }
-        if std::mem::take(&mut self.fresh) && !self.behind.is_empty() {
+        if std::mem::take(&mut self.fresh) {
             while !self.behind.is_empty() {
-                self.revive(self.behind.len() - 1);
+                self.revive(self.behind.len() - 1, usize::MAX);
             }
             return None;
-        }
-        if self.is_empty() {
-            return Some(Event::Empty);
         }
         let quarter = (self.idle / 4).max(FIRST_JUMP_NS);
         let wake = self

@@ -7,11 +7,11 @@ mod memory_model;
 mod schedule;
 mod streams;
 
-use super::gpu::SimGpu;
+use super::device::SimGpu;
 use super::{Config, SimLane, World};
 use crate::error::Result;
 use crate::gpu::{DevicePtr, Gpu, Stream};
-use peerlane_device::abi::{Args, DType, Layout};
+use peerlane_device::abi::{Args, Layout, ReduceOp};
 use std::sync::Arc;
 
 /// The default stream.
@@ -93,15 +93,16 @@ fn args() -> Args {
         status: 0,
         bytes: 0,
         rows: 0,
+        part_bytes: 0,
+        rounds: 0,
         deadline_ns: 0,
         rank: 0,
         world: 1,
         root: 0,
         operation: 0,
-        op: DType::F32 as u32,
+        op: ReduceOp::Sum as u32,
         flags: 0,
         chunk_units: 0,
-        chunks: 0,
         peer: 0,
         mode: 0,
         scale: 1.0,

@@ -70,12 +70,12 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let (worlds, sizes) = (worlds(options, &devices), sizes(options, &devices));
     let filter = filter(options, &devices, &sizes);
     println!("checking on {devices}, seed {}", options.common.seed);
-    let mut session = Session { options, devices: &devices, rows: Vec::new(), failed: 0, cases: 0 };
+    let mut session = Session { options, devices, rows: Vec::new(), failed: 0, cases: 0 };
     let started = Instant::now();
     for world in worlds {
         session.check_world(world, &filter.cases(world))?;
     }
-    let (cases, failed) = (session.cases, session.failed);
+    let Session { devices, rows, cases, failed, .. } = session;
     if cases == 0 {
         return Err("check: no case matches --case, --ops, --ranks and --sizes".into());
     }
@@ -86,7 +86,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
         let mut value = output::provenance(&devices);
         value["seed"] = json!(options.common.seed);
         value["seconds"] = json!(seconds);
-        value["families"] = json!(session.rows);
+        value["families"] = json!(rows);
         output::write_json(path, &value)?;
     }
     Ok(failed == 0)
@@ -137,13 +137,15 @@ fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Fi
 /// A run in progress.
 struct Session<'a> {
     options: &'a Options,
-    devices: &'a Devices,
+    devices: Devices,
     rows: Vec<Value>,
     cases: usize,
     failed: usize,
 }
 
 impl Session<'_> {
+    /// Runs the cases of one world size, one after the other on the same ranks: what a call leaves
+    /// behind in a mailbox is what the next one finds.
     fn check_world(&mut self, world: u32, cases: &[Case]) -> Result<(), peerlane::Error> {
         let progress = output::progress(cases.len());
         let mut group = None;
@@ -161,8 +163,18 @@ impl Session<'_> {
                 if verdict.is_ok() {
                     group = Some(current);
                 }
-                if let Some(line) = self.count(case, verdict, &mut tally) {
-                    progress.suspend(|| println!("{line}"));
+                tally.cases += 1;
+                match verdict {
+                    Ok(Verdict::Right(error)) if round::is_measurable(case) => {
+                        tally.error = tally.error.max(error);
+                    }
+                    Ok(Verdict::Right(_)) => {}
+                    Ok(Verdict::Wrong(reason)) => {
+                        progress.suspend(|| self.complain(case, &reason, &mut tally));
+                    }
+                    Err(error) => {
+                        progress.suspend(|| self.complain(case, &error.to_string(), &mut tally));
+                    }
                 }
                 progress.inc(1);
             }
@@ -173,54 +185,77 @@ impl Session<'_> {
         group.map_or(Ok(()), Group::close)
     }
 
-    fn connect(&self, world: u32) -> Result<Group, peerlane::Error> {
+    /// New ranks, on simulated GPUs of a new machine: theirs may have ended with an error, and what
+    /// happens next must not depend on what happened before.
+    fn connect(&mut self, world: u32) -> Result<Group, peerlane::Error> {
         let mut config =
             Config { deadline: Duration::from_secs(self.options.deadline), ..Config::default() };
         if let Some(bytes) = self.options.mailbox {
             config.mailbox_bytes = bytes;
         }
+        if self.devices.simulated_only() {
+            let selection = self.devices.selection.clone();
+            self.devices = Devices::open(Some(&selection), self.options.common.seed)?;
+        }
         Group::connect(&self.devices.for_ranks(world), &config)
     }
 
-    /// Adds a verdict to the tally; returns what is to be said about it.
-    fn count(
-        &mut self,
-        case: &Case,
-        verdict: Result<Verdict, peerlane::Error>,
-        tally: &mut Tally,
-    ) -> Option<String> {
-        tally.cases += 1;
-        self.cases += 1;
-        let reason = match verdict {
-            Ok(Verdict::Right(error)) => {
-                if round::is_measurable(case) {
-                    tally.error = tally.error.max(error);
-                }
-                return None;
-            }
-            Ok(Verdict::Wrong(reason)) => reason,
-            Err(error) => error.to_string(),
-        };
+    /// Counts a failed case and says how to see it again.
+    fn complain(&mut self, case: &Case, reason: &str, tally: &mut Tally) {
         tally.failed += 1;
         self.failed += 1;
-        let quiet = self.failed > SHOWN;
-        (!quiet).then(|| format!("FAILED {}: {reason}\n  {}", case.name(), self.replay(case)))
+        if self.failed > SHOWN {
+            return;
+        }
+        println!("FAILED {}: {reason}", case.name());
+        let alone =
+            self.connect(case.world).and_then(|mut g| g.run(case, self.options.common.seed));
+        if matches!(alone, Ok(Verdict::Right(_))) {
+            println!(
+                "  passes alone; after the cases before it: {}",
+                self.replay_world(case.world)
+            );
+        } else {
+            println!("  {}", self.replay(case));
+        }
     }
 
     /// The command that runs one case alone.
     fn replay(&self, case: &Case) -> String {
-        let (devices, seed) = (&self.devices.selection, self.options.common.seed);
         let (world, count, name) = (case.world, case.count, case.name());
+        format!("{} --ranks {world} --sizes {count} --case {name}", self.replay_start())
+    }
+
+    /// The command that runs all cases of a world size.
+    fn replay_world(&self, world: u32) -> String {
+        let mut command = format!("{} --ranks {world}", self.replay_start());
+        let Options { sizes, ops, dtypes, case, quick, .. } = self.options;
+        let mut add = |option: &str, values: Vec<String>| {
+            if !values.is_empty() {
+                command += &format!(" --{option} {}", values.join(","));
+            }
+        };
+        add("sizes", sizes.iter().map(usize::to_string).collect());
+        add("ops", ops.iter().map(|op| op.name().into()).collect());
+        add("dtypes", dtypes.iter().map(|dtype| dtype.name().into()).collect());
+        add("case", case.iter().cloned().collect());
+        if *quick {
+            command += " --quick";
+        }
+        command
+    }
+
+    fn replay_start(&self) -> String {
+        let (devices, seed) = (&self.devices.selection, self.options.common.seed);
         let mailbox = self.options.mailbox.map_or_else(String::new, |b| format!(" --mailbox {b}"));
-        format!(
-            "peerlane check --devices {devices} --seed {seed} --ranks {world} --sizes {count}{mailbox} --case {name}"
-        )
+        format!("peerlane check --devices {devices} --seed {seed}{mailbox}")
     }
 
     fn report(&mut self, name: &str, tally: &Tally) {
         let backend = self.devices.backend_name();
         let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
         let Tally { cases, failed, error, time } = tally;
+        self.cases += cases;
         let seconds = time.as_secs_f64();
         println!(
             "{name:<36} {backend:<4} {cases:>5} cases  max error {error:>8.1e}  {seconds:>6.2} s  {verdict}"

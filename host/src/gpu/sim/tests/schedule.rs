@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::gpu::Gpu;
 use peerlane_device::abi::Args;
 use peerlane_device::lane::Lane;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[test]
 fn a_barrier_waits_for_the_block() {
@@ -51,7 +51,11 @@ fn divergent_barriers_are_found() {
     });
     assert!(left.contains("3 threads wait in a block barrier, 5 have ended"), "{left}");
     let mixed = failure(|lane, _| {
-        if lane.thread() < 3 { lane.sync_threads() } else { drop(lane.sync_threads_or(true)) }
+        if lane.thread() < 3 {
+            lane.sync_threads();
+        } else {
+            lane.sync_threads_or(true);
+        }
     });
     assert!(mixed.contains("one kind of block barrier"), "{mixed}");
 }
@@ -122,7 +126,7 @@ fn a_kernel_that_never_ends_is_found() {
             lane.pause();
         }
     });
-    assert!(reason.contains("nothing has happened for an hour"), "{reason}");
+    assert!(reason.contains("nothing has happened for five minutes"), "{reason}");
 }
 
 #[test]
@@ -161,12 +165,10 @@ fn numbers_round_as_the_hardware_does() {
 
 #[test]
 fn speed() {
-    let start = Instant::now();
-    let (mut steps, mut worst) = (0, start.elapsed());
+    let (mut steps, mut worst, mut total) = (0, Duration::ZERO, Duration::ZERO);
     const CALLS: u32 = 20;
     for seed in 0..u64::from(CALLS) {
-        let config = Config { seed, ..Config::default() };
-        let machine = Machine::with(&config, 8 * 4 * 128 * 16);
+        let machine = Machine::with(&Config { seed, ..Config::default() }, 8 * 4 * 128 * 16);
         machine.synchronize().unwrap();
         let call = Instant::now();
         for rank in 0..8 {
@@ -174,12 +176,12 @@ fn speed() {
         }
         machine.synchronize().unwrap();
         worst = worst.max(call.elapsed());
+        total += call.elapsed();
         steps += machine.world.statistics().steps;
     }
-    let elapsed = start.elapsed();
     println!(
         "{:.1} M turns/s; an exchange of 8 GPUs x 4 blocks x 128 lanes: {:?} on average, {worst:?} at worst",
-        steps as f64 / elapsed.as_secs_f64() / 1e6,
-        elapsed / CALLS,
+        steps as f64 / total.as_secs_f64() / 1e6,
+        total / CALLS,
     );
 }
