@@ -116,6 +116,16 @@ impl Script {
         Script::new(self.images.len() as u32, &self.jobs, seed)
     }
 
+    /// What every rank's memory must hold after the calls; a NaN may be any NaN.
+    pub fn expected(&self) -> Vec<Vec<u8>> {
+        self.images.iter().map(|image| image.after.clone()).collect()
+    }
+
+    /// Whether the byte at `at` of a rank's memory is the result of a reduction.
+    pub fn is_computed(&self, rank: usize, at: usize) -> bool {
+        self.images[rank].computed.iter().any(|computed| computed.range.contains(&at))
+    }
+
     /// What is wrong with the ranks' memory after the calls, if anything.
     pub fn verify(&self, found: &[Vec<u8>]) -> Result<(), String> {
         for (rank, (image, found)) in self.images.iter().zip(found).enumerate() {
@@ -271,20 +281,18 @@ fn reduce(
     absent: u32,
     count: usize,
 ) -> Vec<u8> {
-    let input = |(rank, source): (usize, &'_ Vec<u8>)| absent >> rank & 1 == 0 && !source.is_empty();
-    let inputs: Vec<Option<&[u8]>> = sources
-        .iter()
-        .enumerate()
-        .map(|(rank, source)| input((rank, source)).then_some(source.as_slice()))
-        .collect();
+    let contributes = |rank: usize| absent >> rank & 1 == 0;
+    let input = |(rank, source): (usize, _)| contributes(rank).then_some(source);
+    let inputs: Vec<Option<&[u8]>> =
+        sources.iter().map(Vec::as_slice).enumerate().map(input).collect();
     Reduction { inputs: &inputs, dtype, op, wire }.exact(count)
 }
 
 /// Members' rows joined along their last dimension.
 pub fn join_rows(sources: &[Vec<u8>], widths: &[usize], rows: usize) -> Vec<u8> {
     let row = |row: usize| {
-        let part = |(source, width): (&Vec<u8>, &usize)| source[row * width..(row + 1) * width].to_vec();
-        sources.iter().zip(widths).flat_map(part).collect::<Vec<u8>>()
+        let cut = |(source, width): (&Vec<u8>, &usize)| source[row * width..][..*width].to_vec();
+        sources.iter().zip(widths).flat_map(cut).collect::<Vec<u8>>()
     };
     (0..rows).flat_map(row).collect()
 }
