@@ -295,55 +295,60 @@ impl Kernel {
 
 /// The argument of every kernel, by value.
 ///
-/// `peers` and `widths` come first: the device indexes them at run time through the parameter
-/// bank, at these offsets.
+/// What a small call touches comes first, in as few 64-byte lines of the constant bank as possible:
+/// each first touch of a line costs a kernel about 0.1 us. The device indexes `peers` and `widths` at
+/// run time through the parameter bank, by their offsets here.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Args {
-    /// Address of each rank's mailbox as this rank sees it; its own at index `rank`.
-    pub peers: [u64; MAX_RANKS],
-    /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
-    pub widths: [u64; MAX_RANKS],
-    /// Tensor to read.
-    pub src: u64,
-    /// Tensor to write; may equal `src` where the operation allows it.
-    pub dst: u64,
-    /// Address of this rank's [`Status`] page as the device sees it.
-    pub status: u64,
-    /// Payload bytes in tensor layout of one message: the whole tensor (all-reduce, broadcast),
-    /// one shard (reduce-scatter, all-gather), this rank's rows (gather).
-    pub bytes: u64,
-    /// Two-shot all-reduce: payload bytes of every part but the last ones, a multiple of two units.
-    pub part_bytes: u64,
-    /// Gather: rows in every tensor.
-    pub rows: u64,
-    /// A wait that lasted this many nanoseconds ends the kernel with a record.
-    pub deadline_ns: u64,
     /// This rank.
     pub rank: u32,
     /// Number of ranks.
     pub world: u32,
-    /// Broadcast and gather: the root's rank.
-    pub root: u32,
-    /// [`Operation`] code, for records.
-    pub operation: u32,
     /// [`ReduceOp`] code.
     pub op: u32,
     /// [`flags`] bits.
     pub flags: u32,
+    /// Units in one message: the whole tensor (all-reduce, broadcast), one shard (reduce-scatter,
+    /// all-gather).
+    pub units: u32,
+    /// Tensor bytes in the last of these units.
+    pub tail: u32,
     /// Units in a full chunk: what one block sends to one peer at once. At most
     /// `layout.slot_units`.
     pub chunk_units: u32,
+    /// Factor applied before the final rounding: 1, or 1/world for an average.
+    pub scale: f32,
+    /// Tensor to read.
+    pub src: u64,
+    /// Tensor to write; may equal `src` where the operation allows it.
+    pub dst: u64,
+    /// Where things lie in every rank's mailbox.
+    pub layout: Layout,
+    /// Address of each rank's mailbox as this rank sees it; its own at index `rank`.
+    pub peers: [u64; MAX_RANKS],
+    /// Address of this rank's [`Status`] page as the device sees it.
+    pub status: u64,
+    /// A wait that lasted this many nanoseconds ends the kernel with a record.
+    pub deadline_ns: u64,
+    /// Tensor bytes from one rank's shard to the next (reduce-scatter, all-gather).
+    pub shard_bytes: u64,
+    /// Gather: rows in every tensor. Probe: number of the first round.
+    pub rows: u64,
+    /// Two-shot all-reduce: units in every part but the last ones.
+    pub part_units: u32,
+    /// Broadcast and gather: the root's rank.
+    pub root: u32,
+    /// [`Operation`] code, for records.
+    pub operation: u32,
     /// Probe: rounds.
     pub rounds: u32,
     /// Probe: the other rank.
     pub peer: u32,
     /// Probe: what to do, a [`probe`] code.
     pub mode: u32,
-    /// Factor applied before the final rounding: 1, or 1/world for an average.
-    pub scale: f32,
-    /// Where things lie in every rank's mailbox.
-    pub layout: Layout,
+    /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
+    pub widths: [u64; MAX_RANKS],
 }
 
 /// Bits of [`Args::flags`].
@@ -382,6 +387,9 @@ pub mod probe {
 /// words             lane 0: sent[16] received[16] credit[16] sealed[16], lane 1: ...
 /// slots             source 0: lane 0: slot 0, slot 1, ...  lane 1: ...   source 1: ...
 /// ```
+///
+/// The last three fields follow from the first three; they are here so that kernels need not
+/// multiply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Layout {
@@ -391,8 +399,12 @@ pub struct Layout {
     pub slots: u32,
     /// Units per slot.
     pub slot_units: u32,
-    /// Unused; keeps the struct free of padding.
-    pub reserved: u32,
+    /// Offset of the first slot.
+    pub first_slot: u32,
+    /// Bytes of a lane's slots.
+    pub lane_bytes: u32,
+    /// Bytes of all slots that one peer writes.
+    pub source_bytes: u32,
 }
 
 /// Bytes at the start of a mailbox that hold [`Control`].
@@ -418,23 +430,41 @@ pub mod lane_words {
 }
 
 impl Layout {
-    /// Offset of the counters of `lane`.
-    #[inline(always)]
-    pub const fn words(self, lane: u32) -> usize {
-        CONTROL_BYTES + PROBE_BYTES + lane as usize * LANE_WORD_BYTES
+    /// The layout with these lanes, slots and units, or `None` if it is larger than 4 GiB.
+    pub const fn new(lanes: u32, slots: u32, slot_units: u32) -> Option<Layout> {
+        let first_slot =
+            CONTROL_BYTES as u64 + PROBE_BYTES as u64 + lanes as u64 * LANE_WORD_BYTES as u64;
+        let lane_bytes = slots as u64 * slot_units as u64 * UNIT as u64;
+        let source_bytes = lanes as u64 * lane_bytes;
+        if first_slot + MAX_RANKS as u64 * source_bytes > u32::MAX as u64 {
+            return None;
+        }
+        Some(Layout {
+            lanes,
+            slots,
+            slot_units,
+            first_slot: first_slot as u32,
+            lane_bytes: lane_bytes as u32,
+            source_bytes: source_bytes as u32,
+        })
     }
 
-    /// Offset of the first slot of `lane` in the region where the `source`-th peer writes.
+    /// Offset of the counters of `lane`.
     #[inline(always)]
-    pub const fn slots(self, source: u32, lane: u32) -> usize {
-        let lane_bytes = self.slots as usize * self.slot_units as usize * UNIT;
-        self.words(self.lanes)
-            + (source as usize * self.lanes as usize + lane as usize) * lane_bytes
+    pub const fn words(self, lane: u32) -> u32 {
+        (CONTROL_BYTES + PROBE_BYTES) as u32 + lane * LANE_WORD_BYTES as u32
+    }
+
+    /// Offset of slot number `number` of `lane` in the region where the `source`-th peer writes.
+    #[inline(always)]
+    pub const fn slot(self, source: u32, lane: u32, number: u32) -> u32 {
+        let slot = (number & (self.slots - 1)) * (self.slot_units * UNIT as u32);
+        self.first_slot + source * self.source_bytes + lane * self.lane_bytes + slot
     }
 
     /// Bytes of a whole mailbox with `world` ranks.
     pub const fn mailbox_bytes(self, world: u32) -> usize {
-        self.slots(world - 1, 0)
+        self.slot(world - 1, 0, 0) as usize
     }
 
     /// Which region of `receiver`'s mailbox `sender` writes: 0 for the rank after the receiver.
@@ -450,7 +480,7 @@ impl Layout {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Control {
-    /// Calls that this rank has completed; advanced by the kernels, for records.
+    /// Calls that this rank has completed; counted by the kernels, for records.
     pub epoch: u32,
     /// Taken by the first lane that fails, so that there is one record.
     pub claim: u32,
@@ -514,5 +544,5 @@ const _: () = {
     assert!(size_of::<Control>() <= CONTROL_BYTES);
     assert!(core::mem::offset_of!(Control, abort) == 128);
     assert!(core::mem::offset_of!(Status, state) == 128);
-    assert!(core::mem::offset_of!(Args, widths) == 8 * MAX_RANKS);
+    assert!(core::mem::offset_of!(Args, peers).is_multiple_of(8));
 };

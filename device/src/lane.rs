@@ -74,6 +74,9 @@ pub trait Lane: Copy {
     unsafe fn put_word(self, address: u64, value: u32);
     /// Loads a word. Relaxed, system scope.
     unsafe fn poll_word(self, address: u64) -> u32;
+    /// Adds to a word of this rank's own that no other thread writes meanwhile, without waiting for its
+    /// old value. GPU scope.
+    unsafe fn add_word(self, address: u64, value: u32);
     /// Takes the word at `address` from 0 to 1; true for the one lane that did. GPU scope.
     unsafe fn claim_word(self, address: u64) -> bool;
 

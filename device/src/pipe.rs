@@ -107,17 +107,10 @@ pub struct Call<'a, L, F> {
     args: &'a Args,
     /// Address of this lane's counters in this rank's mailbox.
     words: u64,
-    /// Whether this thread keeps the books of the pipes to and from the rank of its own number. Only
-    /// then do the next four mean anything.
+    /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
     books: bool,
     /// Whether it has returned the credits of earlier calls.
     returned: bool,
-    /// Slots sent to that rank before this call.
-    sent_before: u32,
-    /// Slots received from that rank before this call.
-    received_before: u32,
-    /// Calls before this one; block 0 counts them.
-    epoch: u32,
     /// How the first failed wait of this thread failed; 0 while none has.
     failure: u32,
     form: PhantomData<F>,
@@ -137,37 +130,12 @@ const TURNS_PER_SEAL: u32 = 4;
 
 impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each).
-    ///
-    /// The counters are loaded here and used at the end, so that no thread waits for them.
     #[inline(always)]
     pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
         let words = lane.peer(args.rank) + args.layout.words(lane.block()) as u64;
         let thread = lane.thread();
         let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
-        let mut call = Call {
-            lane,
-            args,
-            words,
-            books,
-            returned: false,
-            sent_before: 0,
-            received_before: 0,
-            epoch: 0,
-            failure: 0,
-            form: PhantomData,
-        };
-        // SAFETY: the counters lie in this rank's mailbox.
-        unsafe {
-            if books {
-                call.sent_before = call.sent(thread);
-                call.received_before = call.received(thread);
-            }
-            if lane.block() == 0 && thread == 0 {
-                call.epoch =
-                    lane.load_u32(lane.peer(args.rank) + offset_of!(Control, epoch) as u64);
-            }
-        }
-        call
+        Call { lane, args, words, books, returned: false, failure: 0, form: PhantomData }
     }
 
     /// Returns to their senders the slots that earlier calls consumed. Every path to a wait or a
@@ -180,7 +148,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         if self.books && !self.returned {
             self.returned = true;
             // SAFETY: a word of the peer's mailbox that only this rank writes.
-            unsafe { self.return_credit(self.lane.thread(), self.received_before) };
+            unsafe {
+                let thread = self.lane.thread();
+                self.return_credit(thread, self.received(thread));
+            }
         }
     }
 
@@ -202,17 +173,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             self.return_credits();
             // No thread reads the counters after this.
             lane.sync_threads();
+            // Additions rather than stores: nothing waits for the old values.
             if self.books {
                 let counter = |offset: usize| self.words + (offset + 4 * thread as usize) as u64;
-                lane.store_u32(counter(lane_words::SENT), self.sent_before.wrapping_add(sent));
-                lane.store_u32(
-                    counter(lane_words::RECEIVED),
-                    self.received_before.wrapping_add(received),
-                );
+                lane.add_word(counter(lane_words::SENT), sent);
+                lane.add_word(counter(lane_words::RECEIVED), received);
             }
             if lane.block() == 0 && thread == 0 {
-                let epoch = lane.peer(self.args.rank) + offset_of!(Control, epoch) as u64;
-                lane.store_u32(epoch, self.epoch.wrapping_add(1));
+                lane.add_word(lane.peer(self.args.rank) + offset_of!(Control, epoch) as u64, 1);
             }
         }
     }
@@ -334,10 +302,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 }
                 if seals {
                     let sealed = self.peer_word(thread, lane_words::SEALED);
-                    lane.put_word(sealed, self.sent_before.wrapping_add(sent));
+                    lane.put_word(sealed, self.sent(thread).wrapping_add(sent));
                 }
                 if releases {
-                    self.return_credit(thread, self.received_before.wrapping_add(taken));
+                    self.return_credit(thread, self.received(thread).wrapping_add(taken));
                 }
             }
         }
@@ -424,18 +392,16 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Address of slot number `number` of the pipe from `sender` to `receiver`.
     #[inline(always)]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
-        let layout = self.args.layout;
         let source = Layout::source(sender, receiver, self.args.world);
-        let slot = (number & (layout.slots - 1)) * layout.slot_units;
-        self.lane.peer(receiver)
-            + layout.slots(source, self.lane.block()) as u64
-            + slot as u64 * UNIT as u64
+        let offset = self.args.layout.slot(source, self.lane.block(), number);
+        self.lane.peer(receiver) + offset as u64
     }
 
     /// Address of this rank's word among `peer`'s words at `offset`, in the same lane.
     #[inline(always)]
     fn peer_word(&self, peer: u32, offset: usize) -> u64 {
-        let word = self.args.layout.words(self.lane.block()) + offset + 4 * self.args.rank as usize;
+        let lane = self.args.layout.words(self.lane.block()) as usize;
+        let word = lane + offset + 4 * self.args.rank as usize;
         self.lane.peer(peer) + word as u64
     }
 

@@ -5,9 +5,11 @@
 //! scoped goes through `asm!`, since LLVM drops scope and ordering of atomic read-modify-writes.
 //! Loads and stores say `.global` themselves: a pointer that comes out of a struct is generic.
 
+use crate::abi::Args;
 use crate::lane::{Lane, Unit};
 use core::arch::asm;
 use core::marker::PhantomData;
+use core::mem::offset_of;
 
 unsafe extern "C" {
     #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.all"]
@@ -24,7 +26,7 @@ unsafe extern "C" {
     fn nctaid_x() -> u32;
 }
 
-/// Reads the two arrays at the start of an entry's parameter, `Args`, at run-time indexes.
+/// Reads the arrays of an entry's parameter, `Args`, at run-time indexes.
 ///
 /// Indexing a by-value struct in Rust copies all of it to local memory; the parameter bank can be
 /// indexed directly, but only by the parameter's name, which only the entry knows.
@@ -86,12 +88,12 @@ impl<P: Parameters> Lane for PtxLane<P> {
 
     #[inline(always)]
     fn peer(self, rank: u32) -> u64 {
-        P::load_u64(8 * rank as u64)
+        P::load_u64((offset_of!(Args, peers) + 8 * rank as usize) as u64)
     }
 
     #[inline(always)]
     fn width(self, rank: u32) -> u64 {
-        P::load_u64((core::mem::offset_of!(crate::abi::Args, widths) + 8 * rank as usize) as u64)
+        P::load_u64((offset_of!(Args, widths) + 8 * rank as usize) as u64)
     }
 
     #[inline(always)]
@@ -230,6 +232,14 @@ impl<P: Parameters> Lane for PtxLane<P> {
             asm!("ld.relaxed.sys.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags))
         };
         value
+    }
+
+    #[inline(always)]
+    unsafe fn add_word(self, address: u64, value: u32) {
+        // SAFETY: the caller vouches for the address.
+        unsafe {
+            asm!("red.relaxed.gpu.global.add.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack, preserves_flags))
+        };
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@
 //! Invariant: no byte outside the tensor is read or written, and none is read after this thread
 //! wrote it, so source and destination may be the same tensor.
 
-use crate::abi::{Format, UNIT};
+use crate::abi::{Args, Format, UNIT};
 use crate::element::{Bf16, Element, F16, F32, F32AsBf16};
 use crate::lane::{Lane, Unit};
 
@@ -229,16 +229,90 @@ pub fn byte_run(unit: Unit, first: u32) -> u32 {
     (low >> shift | carry) as u32
 }
 
-/// A run of a tensor that one block moves through one slot.
+/// A tensor as a run of units, cut into chunks. All counts fit 32 bits: tensors end at 2^31 units.
+#[derive(Clone, Copy)]
+pub struct Message {
+    address: u64,
+    /// Units in it.
+    units: u32,
+    /// Tensor bytes of the last one.
+    tail: u32,
+    /// Tensor bytes of every other.
+    stride: u32,
+    /// Units in a full chunk.
+    chunk_units: u32,
+}
+
+impl Message {
+    /// The message that `args.units` and `args.tail` describe, at `address`.
+    #[inline(always)]
+    pub fn of(args: &Args, address: u64, format: Format, expansion: usize) -> Message {
+        let stride = (format.payload() * expansion) as u32;
+        Message {
+            address,
+            units: args.units,
+            tail: args.tail,
+            stride,
+            chunk_units: args.chunk_units,
+        }
+    }
+
+    /// A message of `bytes` bytes at `address`.
+    #[inline(always)]
+    pub fn of_bytes(args: &Args, address: u64, bytes: u64, format: Format) -> Message {
+        let stride = format.payload() as u32;
+        let units = bytes.div_ceil(stride as u64) as u32;
+        let tail = (bytes - units.saturating_sub(1) as u64 * stride as u64) as u32;
+        Message { address, units, tail, stride, chunk_units: args.chunk_units }
+    }
+
+    /// The part of `units` units that begins at unit `first`; shorter or empty where the message ends.
+    #[inline(always)]
+    pub fn part(self, first: u32, units: u32) -> Message {
+        let left = self.units.saturating_sub(first);
+        let tail = if left > units { self.stride } else { self.tail };
+        let units = if left < units { left } else { units };
+        Message { address: self.address + self.offset_of(first), units, tail, ..self }
+    }
+
+    /// Whether there is a chunk at `index`.
+    #[inline(always)]
+    pub fn has(self, index: u32) -> bool {
+        index * self.chunk_units < self.units
+    }
+
+    /// The chunk at `index`; empty beyond the end.
+    #[inline(always)]
+    pub fn chunk(self, index: u32) -> Chunk {
+        let first = index * self.chunk_units;
+        let left = self.units.saturating_sub(first);
+        let units = if left < self.chunk_units { left } else { self.chunk_units };
+        let tail = if left > units { self.stride } else { self.tail };
+        Chunk { address: self.address + self.offset_of(first), units, tail, stride: self.stride }
+    }
+
+    /// Offset of the chunk at `index` from the message's first byte.
+    #[inline(always)]
+    pub fn chunk_offset(self, index: u32) -> u64 {
+        self.offset_of(index * self.chunk_units)
+    }
+
+    #[inline(always)]
+    fn offset_of(self, unit: u32) -> u64 {
+        unit as u64 * self.stride as u64
+    }
+}
+
+/// A run of units that one block moves through one slot.
 #[derive(Clone, Copy)]
 pub struct Chunk {
     /// Address of its first byte.
     pub address: u64,
-    /// Tensor bytes in it.
-    pub bytes: u64,
-    /// Units in it, the last perhaps incomplete.
+    /// Units in it.
     pub units: u32,
-    /// Tensor bytes per unit.
+    /// Tensor bytes of the last one.
+    tail: u32,
+    /// Tensor bytes of every other.
     pub stride: u32,
 }
 
@@ -246,8 +320,7 @@ impl Chunk {
     /// Bytes of the unit at `index` that exist.
     #[inline(always)]
     pub fn valid(self, index: u32) -> u32 {
-        let left = self.bytes - index as u64 * self.stride as u64;
-        if left < self.stride as u64 { left as u32 } else { self.stride }
+        if index + 1 == self.units { self.tail } else { self.stride }
     }
 
     /// Address of the unit at `index`.
@@ -259,62 +332,9 @@ impl Chunk {
     /// Units that vector accesses reach: those that exist completely, if the chunk is aligned.
     #[inline(always)]
     pub fn whole_units(self) -> u32 {
-        if self.address.is_multiple_of(UNIT as u64) {
-            (self.bytes / self.stride as u64) as u32
-        } else {
-            0
-        }
-    }
-}
-
-/// A tensor, cut into chunks of `chunk_units` units.
-#[derive(Clone, Copy)]
-pub struct Message {
-    address: u64,
-    bytes: u64,
-    stride: u32,
-    chunk_units: u32,
-}
-
-impl Message {
-    /// `bytes` bytes at `address`, whose units carry `format`'s payload, `expansion` tensor bytes a byte.
-    #[inline(always)]
-    pub fn new(
-        address: u64,
-        bytes: u64,
-        format: Format,
-        expansion: usize,
-        chunk_units: u32,
-    ) -> Message {
-        Message { address, bytes, stride: (format.payload() * expansion) as u32, chunk_units }
-    }
-
-    /// Tensor bytes in a full chunk.
-    #[inline(always)]
-    fn chunk_bytes(self) -> u64 {
-        self.chunk_units as u64 * self.stride as u64
-    }
-
-    /// Whether there is a chunk at `index`. Cheaper than counting them, which takes a division.
-    #[inline(always)]
-    pub fn has(self, index: u32) -> bool {
-        self.offset(index) < self.bytes
-    }
-
-    /// The chunk at `index`; empty beyond the end.
-    #[inline(always)]
-    pub fn chunk(self, index: u32) -> Chunk {
-        let offset = index as u64 * self.chunk_bytes();
-        let left = self.bytes.saturating_sub(offset);
-        let bytes = if left < self.chunk_bytes() { left } else { self.chunk_bytes() };
-        let units = (bytes as u32).div_ceil(self.stride);
-        Chunk { address: self.address + offset, bytes, units, stride: self.stride }
-    }
-
-    /// Offset of the chunk at `index` from the message's first byte.
-    #[inline(always)]
-    pub fn offset(self, index: u32) -> u64 {
-        index as u64 * self.chunk_bytes()
+        let aligned = self.address.is_multiple_of(UNIT as u64);
+        let short = self.tail != self.stride;
+        if aligned { self.units.saturating_sub(short as u32) } else { 0 }
     }
 }
 

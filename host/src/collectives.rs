@@ -37,25 +37,27 @@ impl Communicator {
             Some(algorithm) => algorithm,
             None => plan::all_reduce(shape.world, wire_bytes),
         };
-        let part_bytes = plan::part_bytes(shape.world, tensor_bytes);
-        let (kernel, grid, variant) = match algorithm {
+        let (kernel, format, variant) = match algorithm {
             Algorithm::OneShot(format) => (
                 Kernel::all_reduce_one_shot(call.dtype, call.wire, format),
-                plan::grid(&shape, format, wire_bytes),
+                format,
                 1 + format as u8,
             ),
-            Algorithm::TwoShot => (
-                Kernel::all_reduce_two_shot(call.dtype, call.wire),
-                plan::grid(&shape, Format::Full, part_bytes / expansion),
-                3,
-            ),
+            Algorithm::TwoShot => {
+                (Kernel::all_reduce_two_shot(call.dtype, call.wire), Format::Full, 3)
+            }
         };
+        let (units, tail) = units(tensor_bytes, format, expansion);
+        let part_units = plan::part_units(shape.world, units);
+        let message = if algorithm == Algorithm::TwoShot { part_units } else { units };
+        let grid = plan::grid(&shape, message);
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
         let args = Args {
             src: call.src.0,
             dst: call.dst.0,
-            bytes: tensor_bytes as u64,
-            part_bytes: part_bytes as u64,
+            units: units as u32,
+            tail,
+            part_units: part_units as u32,
             op: call.op as u32,
             scale: scale(call.op, shape.world),
             flags: self.args(operation).flags | call_flags(call.contribution),
@@ -79,12 +81,15 @@ impl Communicator {
         if call.contribution {
             aligned(op, "src", call.src, call.dtype)?;
         }
-        let grid = plan::grid(&shape, Format::Full, bytes / expansion(call.dtype, call.wire));
+        let (units, tail) = units(bytes, Format::Full, expansion(call.dtype, call.wire));
+        let grid = plan::grid(&shape, units);
         let signature = reduction(operation, call.dtype, call.wire, call.op, 0, bytes);
         let args = Args {
             src: call.src.0,
             dst: call.dst.0,
-            bytes: bytes as u64,
+            units: units as u32,
+            tail,
+            shard_bytes: bytes as u64,
             op: call.op as u32,
             scale: scale(call.op, shape.world),
             flags: self.args(operation).flags | call_flags(call.contribution),
@@ -106,11 +111,14 @@ impl Communicator {
         present(operation.name(), "src", call.src)?;
         present(operation.name(), "dst", call.dst)?;
         let format = plan::format(call.bytes);
-        let grid = plan::grid(&shape, format, call.bytes);
+        let (units, tail) = units(call.bytes, format, 1);
+        let grid = plan::grid(&shape, units);
         let args = Args {
             src: call.src.0,
             dst: call.dst.0,
-            bytes: call.bytes as u64,
+            units: units as u32,
+            tail,
+            shard_bytes: call.bytes as u64,
             ..self.args(operation)
         };
         let signature = movement(operation, 0, call.bytes, 0);
@@ -131,11 +139,13 @@ impl Communicator {
         }
         present(operation.name(), "data", call.data)?;
         let format = plan::format(call.bytes);
-        let grid = plan::grid(&shape, format, call.bytes);
+        let (units, tail) = units(call.bytes, format, 1);
+        let grid = plan::grid(&shape, units);
         let args = Args {
             src: call.data.0,
             dst: call.data.0,
-            bytes: call.bytes as u64,
+            units: units as u32,
+            tail,
             root: call.root,
             ..self.args(operation)
         };
@@ -175,7 +185,7 @@ impl Communicator {
             present(op, "dst", call.dst)?;
         }
         let format = plan::format(call.rows * widest);
-        let grid = plan::grid(&shape, format, call.rows * widest);
+        let grid = plan::grid(&shape, units(call.rows * widest, format, 1).0);
         let mut args = Args {
             src: call.src.0,
             dst: call.dst.0,
@@ -253,6 +263,13 @@ fn expansion(dtype: DType, wire: Wire) -> usize {
     if dtype == DType::F32 && wire == Wire::Bf16 { 2 } else { 1 }
 }
 
+/// How many units `bytes` tensor bytes make, and how many bytes the last one has.
+fn units(bytes: usize, format: Format, expansion: usize) -> (usize, u32) {
+    let stride = format.payload() * expansion;
+    let units = bytes.div_ceil(stride);
+    (units, (bytes - units.saturating_sub(1) * stride) as u32)
+}
+
 fn scale(op: ReduceOp, world: u32) -> f32 {
     if op == ReduceOp::Avg { 1.0 / world as f32 } else { 1.0 }
 }
@@ -284,13 +301,13 @@ pub(crate) fn invalid(
 
 /// `count` items of `item` bytes, in bytes, if that is a size a tensor can have.
 fn sized(op: &'static str, argument: &'static str, count: usize, item: usize) -> Result<usize> {
-    // The kernels count units and chunks in 32 bits; 2^40 bytes is far below where that ends.
+    // The kernels count units of 8 bytes or more in 31 bits.
     match count.checked_mul(item) {
-        Some(bytes) if bytes <= 1 << 40 => Ok(bytes),
+        Some(bytes) if bytes <= 1 << 34 => Ok(bytes),
         _ => Err(invalid(
             op,
             argument,
-            "at most 2^40 bytes".into(),
+            "at most 2^34 bytes".into(),
             format!("{count} x {item} bytes"),
         )),
     }

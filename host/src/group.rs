@@ -64,7 +64,7 @@ impl Member {
         };
         let member =
             Member { gpu: gpu.clone(), ordinal: gpu.properties().ordinal, mailbox, status };
-        let words = layout.slots(0, 0);
+        let words = layout.first_slot as usize;
         let own = OwnStream::new(gpu)?;
         // SAFETY: both ranges lie in the mailbox.
         unsafe {
@@ -79,11 +79,13 @@ impl Member {
 impl Member {
     /// Lets all counters begin at `first` instead of 0.
     fn number_slots_from(&self, first: u32, layout: Layout) -> Result<()> {
-        let words = layout.words(layout.lanes) - layout.words(0);
+        let words = (layout.words(layout.lanes) - layout.words(0)) as usize;
         let counters: Vec<u8> = first.to_le_bytes().iter().copied().cycle().take(words).collect();
         let own = OwnStream::new(&self.gpu)?;
         // SAFETY: the counters lie in the mailbox, and nobody uses it yet.
-        unsafe { self.gpu.upload(self.mailbox.offset(layout.words(0)), &counters, own.stream)? };
+        unsafe {
+            self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
+        };
         self.gpu.stream_synchronize(own.stream)
     }
 }

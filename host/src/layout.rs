@@ -20,21 +20,24 @@ const LANES: u32 = 128;
 pub fn choose(world: u32, limit: usize) -> Option<Layout> {
     // Two ranks keep few chunks in flight; from three on, a two-shot call has two per turn.
     let slots = if world <= 2 { 4 } else { 8 };
-    let mut layout = Layout { lanes: LANES, slots, slot_units: SLOT_UNITS, reserved: 0 };
-    while layout.mailbox_bytes(world) > limit {
-        if layout.slot_units > 512 {
-            layout.slot_units /= 2;
-        } else if layout.lanes > 32 {
-            layout.lanes /= 2;
-        } else if layout.slot_units > LEAST_SLOT_UNITS {
-            layout.slot_units /= 2;
-        } else if layout.lanes > 1 {
-            layout.lanes /= 2;
+    let (mut lanes, mut units) = (LANES, SLOT_UNITS);
+    loop {
+        let layout = Layout::new(lanes, slots, units);
+        if layout.is_some_and(|layout| layout.mailbox_bytes(world) <= limit) {
+            return layout;
+        }
+        if units > 512 {
+            units /= 2;
+        } else if lanes > 32 {
+            lanes /= 2;
+        } else if units > LEAST_SLOT_UNITS {
+            units /= 2;
+        } else if lanes > 1 {
+            lanes /= 2;
         } else {
             return None;
         }
     }
-    Some(layout)
 }
 
 #[cfg(test)]
@@ -62,11 +65,13 @@ mod tests {
             let Some(layout) = choose(world, limit) else { return Ok(()) };
             prop_assert!(layout.mailbox_bytes(world) <= limit);
             prop_assert!(layout.slots.is_power_of_two());
-            let lane = layout.slots as usize * layout.slot_units as usize * 16;
-            prop_assert!(layout.slots(0, 0) >= layout.words(layout.lanes - 1) + 256);
+            let lane = layout.lane_bytes;
+            prop_assert!(layout.slot(0, 0, 0) >= layout.words(layout.lanes - 1) + 256);
+            prop_assert_eq!(layout.slot(0, 0, 1) - layout.slot(0, 0, 0), 16 * layout.slot_units);
             for source in 0..world - 1 {
-                prop_assert_eq!(layout.slots(source, 1) - layout.slots(source, 0), lane);
-                prop_assert_eq!(layout.slots(source + 1, 0), layout.slots(source, layout.lanes - 1) + lane);
+                prop_assert_eq!(layout.slot(source, 1, 0) - layout.slot(source, 0, 0), lane);
+                let last = layout.slot(source, layout.lanes - 1, 0);
+                prop_assert_eq!(layout.slot(source + 1, 0, 0), last + lane);
             }
         }
 

@@ -4,7 +4,7 @@
 //! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
 
 use crate::request::Algorithm;
-use peerlane_device::abi::{Format, Layout, MAX_THREADS, UNIT};
+use peerlane_device::abi::{Format, Layout, MAX_THREADS};
 
 /// What all ranks of a communicator have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,9 +51,9 @@ pub fn format(bytes: usize) -> Format {
     if bytes <= PACKET_BYTES { Format::Packet } else { Format::Full }
 }
 
-/// The grid for messages of `wire_bytes` bytes to each peer.
-pub fn grid(shape: &Shape, format: Format, wire_bytes: usize) -> Grid {
-    let units = wire_bytes.div_ceil(format.payload()).max(1);
+/// The grid for messages of `units` units to each peer.
+pub fn grid(shape: &Shape, units: usize) -> Grid {
+    let units = units.max(1);
     let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
     let threads = threads(units, most_blocks);
     // One chunk a block if it fits a slot; whole rows of threads, so that no warp is half empty.
@@ -71,10 +71,9 @@ fn threads(units: usize, most_blocks: usize) -> u32 {
     (even as u32).clamp(128, MAX_THREADS)
 }
 
-/// Tensor bytes of every part but the last of a two-shot all-reduce of `bytes` tensor bytes: whole
-/// units of either alignment, so that every part begins aligned if the tensor does.
-pub fn part_bytes(world: u32, bytes: usize) -> usize {
-    bytes.div_ceil(world as usize).next_multiple_of(2 * UNIT)
+/// Units of every part but the last of a two-shot all-reduce of `units` units.
+pub fn part_units(world: u32, units: usize) -> usize {
+    units.div_ceil(world as usize)
 }
 
 #[cfg(test)]
@@ -90,24 +89,15 @@ mod tests {
     proptest! {
         #[test]
         fn a_grid_covers_the_message_and_fits_the_layout(
-            world in 1u32..=16, max_blocks in 1u32..=264, bytes in 0usize..256 << 20, full: bool,
+            world in 1u32..=16, max_blocks in 1u32..=264, units in 0usize..1 << 24,
         ) {
             let shape = shape(world, max_blocks);
-            let format = if full { Format::Full } else { Format::Packet };
-            let grid = grid(&shape, format, bytes);
-            let units = bytes.div_ceil(format.payload());
+            let grid = grid(&shape, units);
             prop_assert!(grid.blocks >= 1 && grid.blocks <= max_blocks.min(shape.layout.lanes));
             prop_assert!(grid.threads.is_power_of_two() && grid.threads <= MAX_THREADS);
             prop_assert!(grid.chunk_units >= 1 && grid.chunk_units <= shape.layout.slot_units);
             // No block is idle.
             prop_assert!(units.max(1).div_ceil(grid.chunk_units as usize) >= grid.blocks as usize);
-        }
-
-        #[test]
-        fn parts_cover_the_tensor_and_begin_aligned(world in 2u32..=16, bytes in 1usize..1 << 30) {
-            let part = part_bytes(world, bytes);
-            prop_assert!(part * world as usize >= bytes);
-            prop_assert_eq!(part % 32, 0);
         }
     }
 

@@ -9,14 +9,14 @@ use crate::lane::Lane;
 use crate::pipe::{Call, Form, everyone_else};
 use crate::tensor::{Bytes, Chunk, Message};
 
-/// `dst = every rank's src`, one after the other, `args.bytes` bytes each.
+/// `dst = every rank's src`, one after the other, `args.shard_bytes` bytes each.
 ///
 /// # Safety
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
-    let message = |address| Message::new(address, args.bytes, F::FORMAT, 1, args.chunk_units);
-    let part = |rank: u32| message(args.dst + rank as u64 * args.bytes);
+    let message = |address| Message::of(args, address, F::FORMAT, 1);
+    let part = |rank: u32| message(args.dst + rank as u64 * args.shard_bytes);
     let everyone = everyone_else(args.world, args.rank);
     let src = message(args.src);
     let (block, blocks) = (lane.block(), lane.blocks());

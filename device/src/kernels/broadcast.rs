@@ -10,7 +10,7 @@ use crate::lane::Lane;
 use crate::pipe::{Call, Form, everyone_else};
 use crate::tensor::Message;
 
-/// `dst = the root's src`, `args.bytes` bytes.
+/// `dst = the root's src`, `args.units` units.
 ///
 /// # Safety
 /// As for [`super::run`].
@@ -19,7 +19,7 @@ pub unsafe fn broadcast<L: Lane, F: Form>(lane: L, args: &Args) {
     let is_root = args.rank == args.root;
     let peers = if is_root { everyone_else(args.world, args.rank) } else { 1 << args.root };
     let address = if is_root { args.src } else { args.dst };
-    let message = Message::new(address, args.bytes, F::FORMAT, 1, args.chunk_units);
+    let message = Message::of(args, address, F::FORMAT, 1);
     let (block, blocks) = (lane.block(), lane.blocks());
     // SAFETY: passed on to the caller.
     unsafe {

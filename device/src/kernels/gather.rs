@@ -28,7 +28,7 @@ pub unsafe fn gather<L: Lane, F: Form>(lane: L, args: &Args) {
 /// What `rank` brings, with its first byte at `address`.
 #[inline(always)]
 fn rows_of<L: Lane, F: Form>(lane: L, args: &Args, rank: u32, address: u64) -> Message {
-    Message::new(address, args.rows * lane.width(rank), F::FORMAT, 1, args.chunk_units)
+    Message::of_bytes(args, address, args.rows * lane.width(rank), F::FORMAT)
 }
 
 /// A member's side.
@@ -70,7 +70,13 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
             let chunk = src.chunk(chunk_index);
             for_units!(lane, 0, chunk.units, |N, index| {
                 let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
-                own.store_units::<L, F, N>(lane, src.offset(chunk_index), chunk, index, units);
+                own.store_units::<L, F, N>(
+                    lane,
+                    src.chunk_offset(chunk_index),
+                    chunk,
+                    index,
+                    units,
+                );
             });
             more = src.has(chunk_index + blocks);
             for peer in successors(args) {
@@ -80,7 +86,7 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
                 for_units!(lane, 0, chunk.units, |N, index| {
                     let units = call.take::<N>(peer, number, index, phase::DATA);
                     if call.ok() {
-                        let start = message.offset(chunk_index);
+                        let start = message.chunk_offset(chunk_index);
                         place.store_units::<L, F, N>(lane, start, chunk, index, units);
                     }
                 });

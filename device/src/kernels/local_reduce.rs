@@ -8,14 +8,13 @@ use crate::lane::Lane;
 use crate::pipe::{Form, Full};
 use crate::tensor::{Codec, Message};
 
-/// `dst = dst op src`, `args.bytes` bytes, rounded once.
+/// `dst = dst op src`, `args.units` units, rounded once.
 ///
 /// # Safety
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn local_reduce<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
-    let message =
-        |address| Message::new(address, args.bytes, Full::FORMAT, E::EXPANSION, args.chunk_units);
+    let message = |address| Message::of(args, address, Full::FORMAT, E::EXPANSION);
     let (src, dst) = (message(args.src), message(args.dst));
     let mut index = lane.block();
     while src.has(index) {

@@ -12,14 +12,14 @@ use crate::lane::Lane;
 use crate::pipe::{Call, Form, everyone_else};
 use crate::tensor::{Chunk, Codec, Message};
 
-/// `dst = reduction over ranks of src`, `args.bytes` bytes.
+/// `dst = reduction over ranks of src`, `args.units` units.
 ///
 /// # Safety
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn one_shot<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
-    let src = Message::new(args.src, args.bytes, F::FORMAT, E::EXPANSION, args.chunk_units);
-    let dst = Message::new(args.dst, args.bytes, F::FORMAT, E::EXPANSION, args.chunk_units);
+    let src = Message::of(args, args.src, F::FORMAT, E::EXPANSION);
+    let dst = Message::of(args, args.dst, F::FORMAT, E::EXPANSION);
     let everyone = everyone_else(args.world, args.rank);
     // SAFETY: passed on to the caller.
     unsafe {

@@ -10,15 +10,14 @@ use crate::lane::Lane;
 use crate::pipe::{Call, Form, Full, everyone_else};
 use crate::tensor::{Codec, Message};
 
-/// `dst = reduction over ranks of part args.rank of src`, parts of `args.bytes` bytes.
+/// `dst = reduction over ranks of part args.rank of src`, parts of `args.shard_bytes` bytes.
 ///
 /// # Safety
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
-    let message =
-        |address| Message::new(address, args.bytes, Full::FORMAT, E::EXPANSION, args.chunk_units);
-    let part = |rank: u32| message(args.src + rank as u64 * args.bytes);
+    let message = |address| Message::of(args, address, Full::FORMAT, E::EXPANSION);
+    let part = |rank: u32| message(args.src + rank as u64 * args.shard_bytes);
     let everyone = everyone_else(args.world, args.rank);
     // SAFETY: passed on to the caller.
     unsafe {

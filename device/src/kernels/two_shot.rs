@@ -13,8 +13,8 @@ use crate::lane::Lane;
 use crate::pipe::{Call, Form, Full, everyone_else};
 use crate::tensor::{Codec, Message};
 
-/// `dst = reduction over ranks of src`, `args.bytes` bytes, rank r reducing the r-th
-/// `args.part_bytes` of them.
+/// `dst = reduction over ranks of src`, `args.units` units, rank r reducing the r-th
+/// `args.part_units` of them.
 ///
 /// Turn t sends chunk t of every part, reduces chunk t-1 of the own part, takes the results of
 /// chunk t-2: what a turn waits for was sent by its peers a turn ago.
@@ -24,10 +24,9 @@ use crate::tensor::{Codec, Message};
 #[inline(always)]
 pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let everyone = everyone_else(args.world, args.rank);
-    // All parts count the chunks of a full one, so slots stay in step; those beyond a part's end
-    // are empty.
-    let full =
-        Message::new(args.src, args.part_bytes, Full::FORMAT, E::EXPANSION, args.chunk_units);
+    // All parts count the chunks of the first one, which is never shorter than another, so slots
+    // stay in step; chunks beyond a part's end are empty.
+    let full = part::<E>(args, args.src, 0);
     let (block, blocks) = (lane.block(), lane.blocks());
     // SAFETY: passed on to the caller.
     unsafe {
@@ -67,10 +66,8 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 /// The part of the tensor at `address` that `rank` reduces.
 #[inline(always)]
 fn part<E: Codec>(args: &Args, address: u64, rank: u32) -> Message {
-    let offset = rank as u64 * args.part_bytes;
-    let left = args.bytes.saturating_sub(offset);
-    let bytes = if left < args.part_bytes { left } else { args.part_bytes };
-    Message::new(address + offset, bytes, Full::FORMAT, E::EXPANSION, args.chunk_units)
+    let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
+    tensor.part(rank * args.part_units, args.part_units)
 }
 
 /// The slot of this call that carries chunk `turn` to its owner: slots go out in the order

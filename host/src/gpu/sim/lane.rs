@@ -268,6 +268,12 @@ impl Lane for SimLane {
         self.see(address)
     }
 
+    unsafe fn add_word(self, address: u64, value: u32) {
+        self.plain("add", address, 4);
+        // SAFETY: `plain` has checked it.
+        unsafe { word(address) }.fetch_add(value, Ordering::Relaxed);
+    }
+
     unsafe fn claim_word(self, address: u64) -> bool {
         self.plain("claim", address, 4);
         // SAFETY: `plain` has checked it.

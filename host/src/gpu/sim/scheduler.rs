@@ -18,8 +18,13 @@ use std::rc::Rc;
 
 /// Attempts to find a block whose pace lets it run; the last one is taken whatever its pace.
 const ATTEMPTS: usize = 16;
-/// The first jump in time when all lanes wait; each later one is a quarter of the time waited.
+/// Rounds in which all waiting lanes look in vain before time jumps: a wait loop may look at some
+/// of what it waits for in some of its turns only.
+const QUIET_ROUNDS: u32 = 16;
+/// The first jump in time. Each later one is a 128th of the time waited: a loop that looks at the
+/// clock in every 128th turn only still sees its deadline soon after it has come.
 const FIRST_JUMP_NS: u64 = 200;
+const JUMP_FRACTION: u64 = 128;
 
 /// Simulated time to start any operation of a stream.
 const OPERATION_NS: u64 = 1000;
@@ -70,8 +75,8 @@ pub(super) struct Scheduler {
     sleeping: BinaryHeap<Reverse<Sleeper>>,
     /// Simulated time since something last happened.
     pub(super) idle: u64,
-    /// Lanes that wait have not looked since something happened or time passed.
-    fresh: bool,
+    /// Rounds that lanes which wait may still look in, since something happened or time passed.
+    rounds: u32,
 }
 
 impl Scheduler {
@@ -85,7 +90,7 @@ impl Scheduler {
             behind: Vec::new(),
             sleeping: BinaryHeap::new(),
             idle: 0,
-            fresh: true,
+            rounds: QUIET_ROUNDS,
         }
     }
 
@@ -148,7 +153,7 @@ impl Scheduler {
     pub(super) fn advance(&mut self, ns: u64) -> u64 {
         self.machine.clock.set(self.machine.clock.get() + ns);
         self.idle += ns;
-        self.fresh = true;
+        self.rounds = 1;
         self.idle
     }
 
@@ -334,20 +339,21 @@ impl Scheduler {
         }
         if self.machine.progress.take() {
             self.idle = 0;
-            self.fresh = true;
+            self.rounds = QUIET_ROUNDS;
         }
-        if std::mem::take(&mut self.fresh) {
+        if self.rounds > 0 {
+            self.rounds -= 1;
             while !self.behind.is_empty() {
                 self.revive(self.behind.len() - 1, usize::MAX);
             }
             return None;
         }
-        let quarter = (self.idle / 4).max(FIRST_JUMP_NS);
+        let jump = (self.idle / JUMP_FRACTION).max(FIRST_JUMP_NS);
         let wake = self
             .sleeping
             .peek()
             .map_or(0, |Reverse(s)| s.until.saturating_sub(self.machine.clock.get()));
         // Where some only wait, the sleepers are awaited step by step: an overshoot is a delay.
-        Some(Event::Idle(if self.behind.is_empty() { quarter.max(wake) } else { quarter }))
+        Some(Event::Idle(if self.behind.is_empty() { jump.max(wake) } else { jump }))
     }
 }

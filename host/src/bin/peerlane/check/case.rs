@@ -180,7 +180,13 @@ impl Case {
         }
     }
 
-    /// The case without anything unusual; every run has it, at every size.
+    /// Elements that the case sends from rank to rank.
+    pub(crate) fn cost(&self) -> u64 {
+        let pairs = u64::from(self.world) * u64::from(self.world - 1).max(1);
+        (self.count * self.style.calls() * self.style.replays()) as u64 * pairs
+    }
+
+    /// The case without anything unusual.
     pub(crate) fn is_plain(&self) -> bool {
         let plain_call = match self.call {
             Call::Reduce { in_place, absent, .. } => !in_place && absent.is_none(),

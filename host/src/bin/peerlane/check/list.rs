@@ -1,7 +1,7 @@
 //! All cases, and which of them a run takes.
 //!
-//! Invariant: a run takes every plain case, and of the others a share that its seed picks; a case
-//! named on the command line is taken whatever the share.
+//! Invariant: a run takes every plain case that it can afford, and of the others a share that its
+//! seed picks; a case named on the command line is taken whatever it costs.
 
 use super::case::{Call, Case, Style, Widths};
 use crate::parse::ALGORITHMS;
@@ -19,6 +19,8 @@ pub(crate) struct Filter<'a> {
     pub(crate) one_in: u64,
     /// One in this many cases that are.
     pub(crate) plain_one_in: u64,
+    /// A case that costs n times as much is taken n times less often.
+    pub(crate) affordable: u64,
     pub(crate) seed: u64,
 }
 
@@ -29,6 +31,7 @@ impl Filter<'_> {
             Some(start) => name.starts_with(start),
             None => {
                 let one_in = if case.is_plain() { self.plain_one_in } else { self.one_in };
+                let one_in = one_in * case.cost().div_ceil(self.affordable).max(1);
                 one_in <= 1 || Rng::new(self.seed, &name).below(one_in) == 0
             }
         }
@@ -156,6 +159,7 @@ mod tests {
             name,
             one_in,
             plain_one_in: 1,
+            affordable: u64::MAX,
             seed: 1,
         }
     }

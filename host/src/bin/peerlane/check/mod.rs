@@ -125,13 +125,19 @@ fn sizes(options: &Options, devices: &Devices) -> Vec<usize> {
 fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Filter<'a> {
     let (plain_one_in, one_in) = match (options.quick, devices.simulated_only()) {
         (true, _) => (4, 400),
-        (false, true) => (1, 100),
+        (false, true) => (1, 60),
         (false, false) => (1, 30),
+    };
+    // A simulated rank moves half a million elements a second; a CPU checks tens of millions.
+    let affordable = match (options.sizes.is_empty(), devices.simulated_only()) {
+        (false, _) => u64::MAX,
+        (true, true) => 60_000,
+        (true, false) => 2_000_000,
     };
     let operations = if options.ops.is_empty() { &parse::OPERATIONS[..] } else { &options.ops[..] };
     let dtypes = if options.dtypes.is_empty() { &DType::ALL[..] } else { &options.dtypes[..] };
     let (name, seed) = (options.case.as_deref(), options.common.seed);
-    Filter { operations, dtypes, sizes, name, one_in, plain_one_in, seed }
+    Filter { operations, dtypes, sizes, name, one_in, plain_one_in, affordable, seed }
 }
 
 /// A run in progress.
