@@ -2,7 +2,6 @@
 
 use peerlane::gpu::{Backend, GpuRef, cuda, sim};
 use peerlane::{Config, layout};
-use peerlane_device::abi::Layout;
 use std::time::Duration;
 
 /// A machine with GPUs.
@@ -41,11 +40,14 @@ impl Machine {
 /// A configuration with the smallest slots there are and two lanes, so that a few KiB take many
 /// chunks and fill the pipes.
 pub fn small(world: u32) -> Config {
-    // `choose` gives smaller limits smaller slots before it gives up lanes.
-    let slots = layout::choose(world, 32 << 20).expect("the default fits any world").slots;
-    let layout = Layout { lanes: 2, slots, slot_units: 64, reserved: 0 };
+    let enough = |bytes: usize| layout::choose(world, bytes).is_some_and(|l| l.lanes >= 2);
+    let (mut too_few, mut mailbox_bytes) = (0, 32 << 20);
+    while too_few + 1 < mailbox_bytes {
+        let middle = usize::midpoint(too_few, mailbox_bytes);
+        *if enough(middle) { &mut mailbox_bytes } else { &mut too_few } = middle;
+    }
     Config {
-        mailbox_bytes: layout.mailbox_bytes(world),
+        mailbox_bytes,
         max_blocks: Some(2),
         deadline: Duration::from_secs(10),
         ..Config::default()

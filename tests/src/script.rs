@@ -262,8 +262,7 @@ impl Script {
             let source = &sources[rank];
             let src = (widths[rank] != 0).then(|| image.place(source, source, shift(job, rank, 0)));
             let poison = vec![POISON; joined.len()];
-            let dst =
-                if is_root { image.place(&poison, &joined, shift(job, rank, 1)) } else { 0 };
+            let dst = if is_root { image.place(&poison, &joined, shift(job, rank, 1)) } else { 0 };
             Place { src, dst, calls: is_root || widths[rank] != 0 || outsiders_call }
         };
         self.images.iter_mut().enumerate().map(place).collect()

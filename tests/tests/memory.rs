@@ -20,7 +20,7 @@ fn free_bytes(gpu: &GpuRef) -> usize {
         unsafe { gpu.free(memory) }.expect("it was allocated");
         true
     };
-    let (mut low, mut high) = (0, 1 << 30);
+    let (mut low, mut high) = (0usize, 1usize << 30);
     while low + 1 < high {
         let middle = low.midpoint(high);
         if fits(middle) {
@@ -35,8 +35,12 @@ fn free_bytes(gpu: &GpuRef) -> usize {
 #[test]
 fn calls_and_communicators_leave_nothing_behind() {
     let memory_bytes = 64 << 20;
-    let machine =
-        Machine::simulated(&sim::Config { devices: 2, seed: 1, memory_bytes, ..Default::default() });
+    let machine = Machine::simulated(&sim::Config {
+        devices: 2,
+        seed: 1,
+        memory_bytes,
+        ..Default::default()
+    });
     let gpu = machine.gpus(1)[0].clone();
     let empty = free_bytes(&gpu);
     assert_eq!(empty as u64, memory_bytes, "all memory is free at first");

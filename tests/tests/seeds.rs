@@ -35,7 +35,12 @@ fn sweep(world: u32, share: u64) {
             ));
         }
     }
-    assert!(failures.is_empty(), "{} of {seeds} seeds failed\n{}", failures.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} of {seeds} seeds failed\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
 }
 
 #[test]

@@ -23,9 +23,7 @@ pub fn two_communicators_share_gpus(machine: &Machine) {
         let memories = [0, 1].map(|g| groups[g].load(&scripts[g]).expect("there is memory"));
         // Call by call in turn, so that kernels of both groups run at once.
         for call in 0..30 {
-            for (group, (script, memory)) in
-                groups.iter_mut().zip(scripts.iter().zip(&memories))
-            {
+            for (group, (script, memory)) in groups.iter_mut().zip(scripts.iter().zip(&memories)) {
                 for (r, rank) in group.ranks.iter_mut().enumerate() {
                     let (job, place) = (&script.jobs[call], script.places[call][r]);
                     rank.issue(job, place, memory[r].base).expect("the call is right");

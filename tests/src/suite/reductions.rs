@@ -138,8 +138,7 @@ pub fn ranks_without_contribution_receive_and_do_not_count(machine: &Machine) {
             for op in ReduceOp::ALL {
                 let (dtype, wire, count) = (DType::Bf16, Wire::Native, 9);
                 let (algorithm, in_place) = (None, false);
-                let call =
-                    Call::AllReduce { count, dtype, wire, op, algorithm, in_place, absent };
+                let call = Call::AllReduce { count, dtype, wire, op, algorithm, in_place, absent };
                 jobs.push(Job { call, values: Values::Special, shift: 0 });
             }
             group.check(&jobs, absent.into());

@@ -85,8 +85,7 @@ pub fn replayed_graphs_see_new_inputs(machine: &Machine) {
         for seed in 2..6 {
             let script = script.with_inputs(seed);
             for ((rank, memory), image) in group.ranks.iter().zip(&memory).zip(&script.images) {
-                memory.write(&image.before).expect("the images are of one size");
-                let _ = rank;
+                memory.write(&image.before, rank.stream).expect("the images are of one size");
             }
             for (rank, graph) in group.ranks.iter().zip(&graphs) {
                 rank.gpu.graph_launch(*graph, rank.stream).expect("the graph launches");
@@ -110,8 +109,8 @@ pub fn graphs_and_plain_calls_alternate(machine: &Machine) {
     let graphs = group.capture(&captured, &memories[0]).expect("calls can be captured");
     for _ in 0..4 {
         for (script, memory) in [&captured, &plain].into_iter().zip(&memories) {
-            for (memory, image) in memory.iter().zip(&script.images) {
-                memory.write(&image.before).expect("the image fits");
+            for ((rank, memory), image) in group.ranks.iter().zip(memory).zip(&script.images) {
+                memory.write(&image.before, rank.stream).expect("the image fits");
             }
         }
         for (rank, graph) in group.ranks.iter().zip(&graphs) {

@@ -161,7 +161,8 @@ fn ranks_that_disagree_are_told_what_both_bring_and_may_call_again() {
     let tensors = [first, second].map(|base| base.offset(256));
     let [zero, one] = &mut scene.group.ranks[..] else { panic!("two ranks") };
     // SAFETY: the images are larger than the tensors.
-    unsafe { zero.communicator.all_reduce(&sum(tensors[0], 16), zero.stream) }.expect("it is first");
+    unsafe { zero.communicator.all_reduce(&sum(tensors[0], 16), zero.stream) }
+        .expect("it is first");
     let half = AllReduce { dtype: DType::F16, ..sum(tensors[1], 32) };
     let maximum = AllReduce { op: ReduceOp::Max, ..sum(tensors[1], 16) };
     for (wrong, fragments) in [
@@ -183,8 +184,9 @@ fn ranks_that_disagree_are_told_what_both_bring_and_may_call_again() {
     unsafe { one.communicator.all_reduce(&sum(tensors[1], 16), one.stream) }.expect("it is right");
     one.finish().expect("both have called");
     zero.finish().expect("both have called");
-    for (memory, image) in scene.memory.iter().zip(&scene.script.images) {
-        memory.write(&image.before).expect("it fits");
+    for (rank, memory) in scene.memory.iter().enumerate() {
+        let (image, stream) = (&scene.script.images[rank].before, scene.group.ranks[rank].stream);
+        memory.write(image, stream).expect("it fits");
     }
     scene.works();
 }

@@ -61,7 +61,10 @@ fn a_rank_that_never_calls_is_named_by_those_who_wait() {
             // for the result of a rank that did.
             for (rank, error) in (0..).zip(&errors) {
                 let told = matches!(error, Error::Aborted { operation, rank: r, .. } if (*operation, *r) == (name, rank));
-                assert!(told || matches!(error, Error::Timeout { rank: r, .. } if *r == rank), "{error:?}");
+                assert!(
+                    told || matches!(error, Error::Timeout { rank: r, .. } if *r == rank),
+                    "{error:?}"
+                );
                 assert!(error.to_string().starts_with(name), "{error}");
             }
         }
@@ -110,7 +113,10 @@ fn an_abort_ends_every_wait() {
         scene.group.ranks[0].communicator.abort();
         for rank in 1..3 {
             let error = scene.outcome(rank);
-            assert!(matches!(error, Error::Aborted { rank: r, .. } if r as usize == rank), "{error:?}");
+            assert!(
+                matches!(error, Error::Aborted { rank: r, .. } if r as usize == rank),
+                "{error:?}"
+            );
             assert_eq!(scene.issue(rank), Err(error.clone()));
             assert!(error.to_string().contains("was aborted in its call"), "{error}");
         }
