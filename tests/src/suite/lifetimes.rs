@@ -1,0 +1,108 @@
+//! Groups beside each other, on one GPU, and how they end.
+
+use crate::job::{moves, random_jobs, reductions};
+use crate::{Group, Job, Machine, Script, small};
+use peerlane::Config;
+use peerlane::cases::Rng;
+use std::time::Duration;
+
+fn jobs(world: u32) -> Vec<Job> {
+    let mut calls = reductions(900);
+    calls.extend(moves(world, 900));
+    calls.into_iter().map(Job::plain).collect()
+}
+
+#[allow(missing_docs, reason = "the name says what must hold")]
+pub fn two_communicators_share_gpus(machine: &Machine) {
+    for world in [2, 3] {
+        let mut groups = [0, 1].map(|_| Group::connect(machine, world, &small(world)));
+        let scripts = [1, 2].map(|seed| {
+            let jobs = random_jobs(world, 30, 4000, &mut Rng::new(seed, "two communicators"));
+            Script::new(world, &jobs, seed)
+        });
+        let memories = [0, 1].map(|g| groups[g].load(&scripts[g]).expect("there is memory"));
+        // Call by call in turn, so that kernels of both groups run at once.
+        for call in 0..30 {
+            for (group, (script, memory)) in groups.iter_mut().zip(scripts.iter().zip(&memories)) {
+                for (r, rank) in group.ranks.iter_mut().enumerate() {
+                    let (job, place) = (&script.jobs[call], script.places[call][r]);
+                    rank.issue(job, place, memory[r].base).expect("the call is right");
+                }
+            }
+        }
+        for (group, (script, memory)) in groups.iter().zip(scripts.iter().zip(&memories)) {
+            let found = group.collect(memory, script).expect("nobody waits in vain");
+            script.verify(&found).unwrap_or_else(|reason| panic!("{world} ranks: {reason}"));
+        }
+    }
+}
+
+#[allow(missing_docs, reason = "the name says what must hold")]
+pub fn all_ranks_fit_on_one_gpu(machine: &Machine) {
+    for world in [2, 5, 16] {
+        let gpus = vec![machine.gpus(1)[0].clone(); world as usize];
+        Group::on(&gpus, &small(world)).check(&jobs(world), 1);
+        Group::on(&gpus, &Config { mailbox_bytes: 4 << 20, ..Config::default() })
+            .check(&jobs(world), 2);
+    }
+}
+
+#[allow(missing_docs, reason = "the name says what must hold")]
+pub fn a_barrier_holds_until_the_last_rank(machine: &Machine) {
+    let world = 3;
+    for last in 0..world as usize {
+        let mut group = Group::connect(machine, world, &small(world));
+        for rank in group.ranks.iter_mut().filter(|r| r.communicator.rank() as usize != last) {
+            rank.communicator.barrier(rank.stream).expect("the call is right");
+        }
+        for _ in 0..50 {
+            for rank in group.ranks.iter().filter(|r| r.communicator.rank() as usize != last) {
+                let passed = rank.gpu.stream_query(rank.stream).expect("the stream exists");
+                assert!(!passed, "a rank did not wait for rank {last}");
+            }
+            if !machine.is_simulated() {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        let rank = &mut group.ranks[last];
+        rank.communicator.barrier(rank.stream).expect("the call is right");
+        group.ranks.iter().for_each(|rank| rank.finish().expect("all have come"));
+    }
+}
+
+#[allow(missing_docs, reason = "the name says what must hold")]
+pub fn communicators_end_in_any_order(machine: &Machine) {
+    let world = 3;
+    for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
+        for closes in [true, false] {
+            let mut group = Group::connect(machine, world, &small(world));
+            let script = Script::new(world, &jobs(world), 1);
+            let memory = group.load(&script).expect("there is memory");
+            group.issue(&script, &memory).expect("the calls are right");
+            // Calls are still queued: closing waits for them.
+            let mut ranks: Vec<_> = group.ranks.drain(..).map(Some).collect();
+            for rank in order {
+                let mut rank = ranks[rank].take().expect("each rank ends once");
+                if closes {
+                    rank.communicator.close().expect("its calls go well");
+                    rank.communicator.close().expect("a second close does nothing");
+                }
+            }
+            let images = memory.iter().zip(&script.images);
+            let found: Vec<_> =
+                images.map(|(m, i)| m.read(i.before.len()).expect("it is there")).collect();
+            script.verify(&found).unwrap_or_else(|reason| panic!("{order:?}: {reason}"));
+        }
+    }
+}
+
+#[allow(missing_docs, reason = "the name says what must hold")]
+pub fn a_closed_group_makes_room_for_another(machine: &Machine) {
+    for round in 0..5 {
+        for world in [2, 3] {
+            let mut group = Group::connect(machine, world, &Config::default());
+            group.check(&jobs(world), round);
+            group.ranks.iter_mut().for_each(|r| r.communicator.close().expect("all went well"));
+        }
+    }
+}

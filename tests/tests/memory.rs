@@ -1,0 +1,63 @@
+//! Calls take no memory that they do not give back. One test, since it looks at the whole process.
+
+use peerlane::Config;
+use peerlane::cases::Rng;
+use peerlane::gpu::{GpuRef, sim};
+use peerlane_tests::{Group, Machine, Script, random_jobs, small};
+
+/// Bytes of memory that this process has in use.
+fn resident_bytes() -> usize {
+    let text = std::fs::read_to_string("/proc/self/statm").expect("Linux has it");
+    let pages = text.split(' ').nth(1).expect("the second number is the resident set");
+    4096 * pages.parse::<usize>().expect("it is a number")
+}
+
+/// The largest piece of memory that a GPU has left.
+fn free_bytes(gpu: &GpuRef) -> usize {
+    let fits = |bytes: usize| {
+        let Ok(memory) = gpu.alloc(bytes) else { return false };
+        // SAFETY: nobody has used it.
+        unsafe { gpu.free(memory) }.expect("it was allocated");
+        true
+    };
+    let (mut low, mut high) = (0usize, 1usize << 30);
+    while low + 1 < high {
+        let middle = low.midpoint(high);
+        if fits(middle) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    low
+}
+
+#[test]
+fn calls_and_communicators_leave_nothing_behind() {
+    let memory_bytes = 64 << 20;
+    let machine = Machine::simulated(&sim::Config {
+        devices: 2,
+        seed: 1,
+        memory_bytes,
+        ..Default::default()
+    });
+    let gpu = machine.gpus(1)[0].clone();
+    let empty = free_bytes(&gpu);
+    assert_eq!(empty as u64, memory_bytes, "all memory is free at first");
+    let jobs = random_jobs(2, 50, 2000, &mut Rng::new(1, "memory"));
+    let script = Script::new(2, &jobs, 1);
+    let mut group = Group::connect(&machine, 2, &small(2));
+    let run = |group: &mut Group| group.run(&script).map(drop).expect("the calls are right");
+    (0..5).for_each(|_| run(&mut group));
+    let (device, host) = (free_bytes(&gpu), resident_bytes());
+    (0..60).for_each(|_| run(&mut group));
+    assert_eq!(free_bytes(&gpu), device, "3000 calls take no device memory");
+    let grown = resident_bytes().saturating_sub(host);
+    assert!(grown < 1 << 20, "3000 calls took {grown} bytes of host memory");
+    drop(group);
+    for _ in 0..20 {
+        let config = Config { mailbox_bytes: 4 << 20, ..Config::default() };
+        let _ = Group::connect(&machine, 2, &config);
+    }
+    assert_eq!(free_bytes(&gpu), empty, "closed communicators give everything back");
+}

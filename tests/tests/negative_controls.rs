@@ -1,0 +1,108 @@
+//! Each part of the protocol, left out on purpose: the tests must notice.
+//!
+//! For every switch of docs/protocol.md a scene that fails under at least one of a few seeds when
+//! the switch is on, and passes under all of them when it is off.
+
+use peerlane::cases::Values;
+use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Wire};
+use peerlane_device::abi::flags;
+use peerlane_tests::{Call, Group, Job, Machine, Script, small};
+use std::time::Duration;
+
+/// Seeds that each scene gets.
+const SEEDS: u64 = 12;
+
+/// Simulated time that a rank waits. Waits that succeed take a tenth of it at most.
+const DEADLINE: Duration = Duration::from_millis(100);
+
+/// Under which seeds `jobs` fail with the switches in `broken` on, and how.
+fn failures(broken: u32, world: u32, jobs: &[Job]) -> Vec<String> {
+    let fails = |seed| {
+        let config = Config { broken, deadline: DEADLINE, ..small(world) };
+        let mut group = Group::connect(&Machine::sim(world, seed), world, &config);
+        let outcome = group.run(&Script::new(world, jobs, seed));
+        outcome.err().map(|reason| format!("seed {seed}: {reason}"))
+    };
+    (1..=SEEDS).filter_map(fails).collect()
+}
+
+/// That leaving out what `switch` names shows in `jobs`; returns how.
+fn assert_needed(switch: u32, world: u32, jobs: &[Job]) -> Vec<String> {
+    let whole = failures(0, world, jobs);
+    assert!(whole.is_empty(), "the whole protocol fails: {whole:#?}");
+    let broken = failures(switch, world, jobs);
+    assert!(!broken.is_empty(), "{SEEDS} seeds do not notice switch {switch:#x}");
+    broken
+}
+
+fn all_reduce(count: usize, algorithm: Algorithm, values: Values) -> Job {
+    let (dtype, wire, op) = (DType::F32, Wire::Native, ReduceOp::Sum);
+    let (algorithm, in_place, absent) = (Some(algorithm), false, 0);
+    let call = Call::AllReduce { count, dtype, wire, op, algorithm, in_place, absent };
+    Job { call, values, shift: 0 }
+}
+
+const FULL: Algorithm = Algorithm::OneShot(Format::Full);
+
+#[test]
+fn without_credits_a_slot_is_overwritten_before_it_is_taken() {
+    let broadcast = |bytes| Job::plain(Call::Broadcast { bytes, root: 0 });
+    assert_needed(flags::BREAK_CREDIT, 3, &[broadcast(20_000), broadcast(50_000)]);
+}
+
+#[test]
+fn without_cleaning_old_data_are_taken_as_new() {
+    let jobs: Vec<Job> = (1..20).map(|n| all_reduce(40 * n, FULL, Values::Ordinary)).collect();
+    let broken = assert_needed(flags::BREAK_CLEAN, 2, &jobs);
+    assert!(broken.iter().any(|reason| reason.contains("expected")), "{broken:#?}");
+}
+
+#[test]
+fn without_seals_payload_that_looks_free_is_waited_for_in_vain() {
+    let jobs = [all_reduce(100, FULL, Values::Free)];
+    let broken = assert_needed(flags::BREAK_SEAL, 2, &jobs);
+    assert_eq!(broken.len(), SEEDS as usize, "{broken:#?}");
+    assert!(broken.iter().all(|reason| reason.contains("waited 100ms")), "{broken:#?}");
+}
+
+/// Calls whose every chunk is sealed, of one chunk and of many.
+fn sealed_calls() -> Vec<Job> {
+    let call = |n: usize| {
+        let algorithm = if n.is_multiple_of(2) { FULL } else { Algorithm::TwoShot };
+        all_reduce(150 * n, algorithm, Values::Special)
+    };
+    (1..12).map(call).collect()
+}
+
+#[test]
+fn without_the_fence_a_seal_overtakes_its_data() {
+    assert_needed(flags::BREAK_FENCE, 2, &sealed_calls());
+}
+
+#[test]
+fn without_the_block_barrier_a_seal_overtakes_other_threads_data() {
+    assert_needed(flags::BREAK_SYNC, 2, &sealed_calls());
+}
+
+#[test]
+fn without_a_look_at_all_words_half_a_unit_is_taken() {
+    let jobs: Vec<Job> = (1..20).map(|n| all_reduce(40 * n, FULL, Values::Ordinary)).collect();
+    let broken = assert_needed(flags::BREAK_TEAR, 2, &jobs);
+    assert!(broken.iter().any(|reason| reason.contains("expected")), "{broken:#?}");
+}
+
+/// Calls of many chunks without seals: what is broken shows in the credits.
+fn streamed_calls() -> Vec<Job> {
+    let broadcast = |bytes| Job::plain(Call::Broadcast { bytes, root: 1 });
+    vec![all_reduce(9000, FULL, Values::Ordinary), broadcast(50_000), broadcast(60_000)]
+}
+
+#[test]
+fn without_the_fence_a_credit_overtakes_the_cleaning() {
+    assert_needed(flags::BREAK_FENCE, 2, &streamed_calls());
+}
+
+#[test]
+fn without_the_block_barrier_a_credit_overtakes_other_threads_cleaning() {
+    assert_needed(flags::BREAK_SYNC, 2, &streamed_calls());
+}
