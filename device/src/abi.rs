@@ -181,14 +181,14 @@ impl Operation {
 macro_rules! for_each_kernel {
     ($callback:ident) => {
         $callback! {
-            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 2;
-            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 3;
-            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 2;
-            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 3;
-            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 2;
-            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 3;
-            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 2;
-            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 3;
+            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 3;
+            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 5;
+            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 3;
+            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 5;
+            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 3;
+            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 5;
+            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 3;
+            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 5;
             AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 2;
             AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 2;
             AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 2;
@@ -314,11 +314,15 @@ pub struct Args {
     pub units: u32,
     /// Tensor bytes in the last of these units.
     pub tail: u32,
+    /// Units of every message that one block moves, the last blocks perhaps fewer.
+    pub block_units: u32,
     /// Units in a full chunk: what one block sends to one peer at once. At most
-    /// `layout.slot_units`.
+    /// `layout.slot_units`; a multiple of 4 if a block has more than one.
     pub chunk_units: u32,
     /// Factor applied before the final rounding: 1, or 1/world for an average.
     pub scale: f32,
+    /// Broadcast and gather: the root's rank.
+    pub root: u32,
     /// Tensor to read.
     pub src: u64,
     /// Tensor to write; may equal `src` where the operation allows it.
@@ -337,8 +341,6 @@ pub struct Args {
     pub rows: u64,
     /// Two-shot all-reduce: units in every part but the last ones.
     pub part_units: u32,
-    /// Broadcast and gather: the root's rank.
-    pub root: u32,
     /// [`Operation`] code, for records.
     pub operation: u32,
     /// Probe: rounds.
@@ -347,6 +349,8 @@ pub struct Args {
     pub peer: u32,
     /// Probe: what to do, a [`probe`] code.
     pub mode: u32,
+    /// Unused; keeps the struct free of padding.
+    pub reserved: u32,
     /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
     pub widths: [u64; MAX_RANKS],
 }
@@ -355,6 +359,8 @@ pub struct Args {
 pub mod flags {
     /// This rank contributes the neutral element instead of its tensor.
     pub const NO_CONTRIBUTION: u32 = 1;
+    /// One chunk a block, one unit a thread, all of them whole and aligned.
+    pub const SINGLE: u32 = 2;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;
     /// Test only: leave consumed slots dirty.

@@ -229,7 +229,7 @@ pub fn byte_run(unit: Unit, first: u32) -> u32 {
     (low >> shift | carry) as u32
 }
 
-/// A tensor as a run of units, cut into chunks. All counts fit 32 bits: tensors end at 2^31 units.
+/// A tensor, or one rank's part of it, as a run of units. All counts fit 32 bits.
 #[derive(Clone, Copy)]
 pub struct Message {
     address: u64,
@@ -239,8 +239,6 @@ pub struct Message {
     tail: u32,
     /// Tensor bytes of every other.
     stride: u32,
-    /// Units in a full chunk.
-    chunk_units: u32,
 }
 
 impl Message {
@@ -248,22 +246,16 @@ impl Message {
     #[inline(always)]
     pub fn of(args: &Args, address: u64, format: Format, expansion: usize) -> Message {
         let stride = (format.payload() * expansion) as u32;
-        Message {
-            address,
-            units: args.units,
-            tail: args.tail,
-            stride,
-            chunk_units: args.chunk_units,
-        }
+        Message { address, units: args.units, tail: args.tail, stride }
     }
 
     /// A message of `bytes` bytes at `address`.
     #[inline(always)]
-    pub fn of_bytes(args: &Args, address: u64, bytes: u64, format: Format) -> Message {
+    pub fn of_bytes(address: u64, bytes: u64, format: Format) -> Message {
         let stride = format.payload() as u32;
         let units = bytes.div_ceil(stride as u64) as u32;
         let tail = (bytes - units.saturating_sub(1) as u64 * stride as u64) as u32;
-        Message { address, units, tail, stride, chunk_units: args.chunk_units }
+        Message { address, units, tail, stride }
     }
 
     /// The part of `units` units that begins at unit `first`; shorter or empty where the message ends.
@@ -272,34 +264,68 @@ impl Message {
         let left = self.units.saturating_sub(first);
         let tail = if left > units { self.stride } else { self.tail };
         let units = if left < units { left } else { units };
-        Message { address: self.address + self.offset_of(first), units, tail, ..self }
+        Message { address: self.address + first as u64 * self.stride as u64, units, tail, ..self }
     }
 
-    /// Whether there is a chunk at `index`.
+    /// What `lane`'s block moves of the message: a run of `args.block_units` units.
     #[inline(always)]
-    pub fn has(self, index: u32) -> bool {
-        index * self.chunk_units < self.units
+    pub fn share<L: Lane>(self, lane: L, args: &Args) -> Share {
+        let first = lane.block() * args.block_units;
+        let Message { address, units, tail, stride } = self.part(first, args.block_units);
+        let chunk_units = args.chunk_units;
+        // A first chunk of another length for every fourth block: if all blocks sent and reduced
+        // at the same times, the link would idle while they reduce.
+        let stagger = (lane.block() % 4 + 1) * (chunk_units / 4);
+        let first_units = if args.block_units > chunk_units { stagger } else { chunk_units };
+        let offset = first as u64 * stride as u64;
+        Share { address, units, tail, stride, chunk_units, first_units, offset }
+    }
+}
+
+/// One block's part of a message, cut into chunks, one a turn.
+#[derive(Clone, Copy)]
+pub struct Share {
+    address: u64,
+    units: u32,
+    tail: u32,
+    stride: u32,
+    /// Units in every chunk but the first and the last.
+    chunk_units: u32,
+    /// Units in the first chunk.
+    first_units: u32,
+    /// Tensor bytes of the message before this share.
+    offset: u64,
+}
+
+impl Share {
+    /// The unit that chunk number `turn` begins with.
+    #[inline(always)]
+    fn first(self, turn: u32) -> u32 {
+        if turn == 0 { 0 } else { self.first_units + (turn - 1) * self.chunk_units }
     }
 
-    /// The chunk at `index`; empty beyond the end.
+    /// Whether there is a chunk number `turn`.
     #[inline(always)]
-    pub fn chunk(self, index: u32) -> Chunk {
-        let first = index * self.chunk_units;
+    pub fn has(self, turn: u32) -> bool {
+        self.first(turn) < self.units
+    }
+
+    /// Chunk number `turn`; empty beyond the end.
+    #[inline(always)]
+    pub fn chunk(self, turn: u32) -> Chunk {
+        let first = self.first(turn);
+        let most = if turn == 0 { self.first_units } else { self.chunk_units };
         let left = self.units.saturating_sub(first);
-        let units = if left < self.chunk_units { left } else { self.chunk_units };
+        let units = if left < most { left } else { most };
         let tail = if left > units { self.stride } else { self.tail };
-        Chunk { address: self.address + self.offset_of(first), units, tail, stride: self.stride }
+        let address = self.address + first as u64 * self.stride as u64;
+        Chunk { address, units, tail, stride: self.stride }
     }
 
-    /// Offset of the chunk at `index` from the message's first byte.
+    /// Offset of chunk number `turn` from the message's first byte.
     #[inline(always)]
-    pub fn chunk_offset(self, index: u32) -> u64 {
-        self.offset_of(index * self.chunk_units)
-    }
-
-    #[inline(always)]
-    fn offset_of(self, unit: u32) -> u64 {
-        unit as u64 * self.stride as u64
+    pub fn chunk_offset(self, turn: u32) -> u64 {
+        self.offset + self.first(turn) as u64 * self.stride as u64
     }
 }
 

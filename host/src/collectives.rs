@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Stream};
 use crate::plan::{self, Grid};
 use crate::request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
-use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, ReduceOp, Wire};
+use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, ReduceOp, UNIT, Wire, flags};
 
 /// # Safety
 /// Every tensor named in a request has the size that the request says, lies in memory of this
@@ -51,6 +51,10 @@ impl Communicator {
         let part_units = plan::part_units(shape.world, units);
         let message = if algorithm == Algorithm::TwoShot { part_units } else { units };
         let grid = plan::grid(&shape, message);
+        let whole = tail as usize == format.payload() * expansion;
+        let aligned = (call.src.0 | call.dst.0).is_multiple_of(UNIT as u64);
+        let single =
+            if whole && aligned && grid.block_units <= grid.threads { flags::SINGLE } else { 0 };
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
         let args = Args {
             src: call.src.0,
@@ -60,7 +64,7 @@ impl Communicator {
             part_units: part_units as u32,
             op: call.op as u32,
             scale: scale(call.op, shape.world),
-            flags: self.args(operation).flags | call_flags(call.contribution),
+            flags: self.args(operation).flags | call_flags(call.contribution) | single,
             ..self.args(operation)
         };
         // SAFETY: passed on to the caller.
@@ -213,7 +217,7 @@ impl Communicator {
         if shape.world == 1 {
             return Ok(());
         }
-        let grid = Grid { blocks: 1, threads: 32, chunk_units: 1 };
+        let grid = Grid { blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
         let signature = movement(operation, 0, 0, 0);
         // SAFETY: the kernel touches no tensor.
         unsafe {
@@ -240,6 +244,7 @@ impl Communicator {
     ) -> Result<()> {
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
+        args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
         // SAFETY: passed on to the caller.
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }

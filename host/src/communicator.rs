@@ -126,8 +126,10 @@ impl Communicator {
             flags: config.broken,
             units: 0,
             tail: 0,
+            block_units: 1,
             chunk_units: 1,
             scale: 1.0,
+            root: 0,
             src: 0,
             dst: 0,
             layout,
@@ -137,11 +139,11 @@ impl Communicator {
             shard_bytes: 0,
             rows: 0,
             part_units: 0,
-            root: 0,
             operation: 0,
             rounds: 0,
             peer: 0,
             mode: 0,
+            reserved: 0,
             widths: [0; MAX_RANKS],
         };
         let order = gpu.event_create()?;

@@ -24,6 +24,8 @@ pub struct Grid {
     pub blocks: u32,
     /// Threads in each block.
     pub threads: u32,
+    /// Units of a message that one block moves.
+    pub block_units: u32,
     /// Units in a full chunk.
     pub chunk_units: u32,
 }
@@ -56,12 +58,14 @@ pub fn grid(shape: &Shape, units: usize) -> Grid {
     let units = units.max(1);
     let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
     let threads = threads(units, most_blocks);
-    // One chunk a block if it fits a slot; whole rows of threads, so that no warp is half empty.
-    let share = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
-    let chunk_units = share.min(shape.layout.slot_units as usize);
-    let chunks = units.div_ceil(chunk_units);
-    let blocks = chunks.min(most_blocks);
-    Grid { blocks: blocks as u32, threads, chunk_units: chunk_units as u32 }
+    // Whole rows of threads, so that no warp is half empty and every share begins aligned.
+    let block_units = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
+    Grid {
+        blocks: units.div_ceil(block_units) as u32,
+        threads,
+        block_units: block_units as u32,
+        chunk_units: block_units.min(shape.layout.slot_units as usize) as u32,
+    }
 }
 
 /// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
@@ -96,8 +100,9 @@ mod tests {
             prop_assert!(grid.blocks >= 1 && grid.blocks <= max_blocks.min(shape.layout.lanes));
             prop_assert!(grid.threads.is_power_of_two() && grid.threads <= MAX_THREADS);
             prop_assert!(grid.chunk_units >= 1 && grid.chunk_units <= shape.layout.slot_units);
-            // No block is idle.
-            prop_assert!(units.max(1).div_ceil(grid.chunk_units as usize) >= grid.blocks as usize);
+            // All units belong to a block, and no block is idle.
+            prop_assert_eq!(units.max(1).div_ceil(grid.block_units as usize), grid.blocks as usize);
+            prop_assert!(grid.chunk_units.is_multiple_of(4));
         }
     }
 

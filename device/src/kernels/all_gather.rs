@@ -15,21 +15,19 @@ use crate::tensor::{Bytes, Chunk, Message};
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
-    let message = |address| Message::of(args, address, F::FORMAT, 1);
+    let message = |address| Message::of(args, address, F::FORMAT, 1).share(lane, args);
     let part = |rank: u32| message(args.dst + rank as u64 * args.shard_bytes);
     let everyone = everyone_else(args.world, args.rank);
     let src = message(args.src);
-    let (block, blocks) = (lane.block(), lane.blocks());
     // SAFETY: passed on to the caller.
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, everyone);
-        let lag = src.has(block + blocks) as u32;
+        let lag = src.has(1) as u32;
         let mut turn = 0;
-        while turn < lag || src.has(block + (turn - lag) * blocks) {
-            let ahead = block + turn * blocks;
-            let hidden = src.has(ahead) && {
-                let own = part(args.rank).chunk(ahead);
-                send_and_keep(&mut call, args, src.chunk(ahead), own, turn)
+        while turn < lag || src.has(turn - lag) {
+            let hidden = src.has(turn) && {
+                let own = part(args.rank).chunk(turn);
+                send_and_keep(&mut call, args, src.chunk(turn), own, turn)
             };
             if lag == 0 {
                 call.seal(everyone, turn + 1, hidden);
@@ -37,12 +35,12 @@ pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
             if turn >= lag {
                 for peer in successors(args) {
                     let number = call.received(peer).wrapping_add(turn - lag);
-                    let chunk = part(peer).chunk(block + (turn - lag) * blocks);
+                    let chunk = part(peer).chunk(turn - lag);
                     take_bytes(&mut call, peer, number, chunk);
                 }
             }
             // The last turn leaves returning its slot to the next call.
-            if lag != 0 && src.has(ahead) {
+            if lag != 0 && src.has(turn) {
                 call.turn(everyone, turn + 1, hidden, everyone, turn);
             }
             turn += 1;

@@ -19,14 +19,13 @@ pub unsafe fn broadcast<L: Lane, F: Form>(lane: L, args: &Args) {
     let is_root = args.rank == args.root;
     let peers = if is_root { everyone_else(args.world, args.rank) } else { 1 << args.root };
     let address = if is_root { args.src } else { args.dst };
-    let message = Message::of(args, address, F::FORMAT, 1);
-    let (block, blocks) = (lane.block(), lane.blocks());
+    let message = Message::of(args, address, F::FORMAT, 1).share(lane, args);
     // SAFETY: passed on to the caller.
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, peers);
         let mut turn = 0;
-        while message.has(block + turn * blocks) {
-            let chunk = message.chunk(block + turn * blocks);
+        while message.has(turn) {
+            let chunk = message.chunk(turn);
             if is_root {
                 let hidden = send_bytes(&mut call, successors(args), chunk, turn);
                 call.seal(peers, turn + 1, hidden);
@@ -34,7 +33,7 @@ pub unsafe fn broadcast<L: Lane, F: Form>(lane: L, args: &Args) {
                 let number = call.received(args.root).wrapping_add(turn);
                 take_bytes(&mut call, args.root, number, chunk);
                 // The last turn leaves returning its slot to the next call.
-                if message.has(block + (turn + 1) * blocks) {
+                if message.has(turn + 1) {
                     call.turn(0, 0, false, peers, turn + 1);
                 }
             }

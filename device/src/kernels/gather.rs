@@ -10,7 +10,7 @@ use crate::abi::{Args, phase};
 use crate::for_units;
 use crate::lane::{Lane, Unit};
 use crate::pipe::{Call, Form};
-use crate::tensor::{Bytes, Chunk, Codec, Message, byte_run};
+use crate::tensor::{Bytes, Chunk, Codec, Message, Share, byte_run};
 use crate::unrolled;
 
 /// `dst[row] = members' src[row]`, one after the other in rank order, on the root.
@@ -25,23 +25,22 @@ pub unsafe fn gather<L: Lane, F: Form>(lane: L, args: &Args) {
     }
 }
 
-/// What `rank` brings, with its first byte at `address`.
+/// This block's share of what `rank` brings, whose first byte is at `address`.
 #[inline(always)]
-fn rows_of<L: Lane, F: Form>(lane: L, args: &Args, rank: u32, address: u64) -> Message {
-    Message::of_bytes(args, address, args.rows * lane.width(rank), F::FORMAT)
+fn rows_of<L: Lane, F: Form>(lane: L, args: &Args, rank: u32, address: u64) -> Share {
+    Message::of_bytes(address, args.rows * lane.width(rank), F::FORMAT).share(lane, args)
 }
 
 /// A member's side.
 #[inline(always)]
 unsafe fn send<L: Lane, F: Form>(lane: L, args: &Args) {
     let message = rows_of::<L, F>(lane, args, args.rank, args.src);
-    let (block, blocks) = (lane.block(), lane.blocks());
     // SAFETY: passed on to the caller.
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, 1 << args.root);
         let mut turn = 0;
-        while message.has(block + turn * blocks) {
-            let chunk = message.chunk(block + turn * blocks);
+        while message.has(turn) {
+            let chunk = message.chunk(turn);
             let hidden = send_bytes(&mut call, core::iter::once(args.root), chunk, turn);
             call.seal(1 << args.root, turn + 1, hidden);
             turn += 1;
@@ -53,7 +52,6 @@ unsafe fn send<L: Lane, F: Form>(lane: L, args: &Args) {
 /// The root's side: chunk after chunk from every member in turn, so that all of them stay busy.
 #[inline(always)]
 unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
-    let (block, blocks) = (lane.block(), lane.blocks());
     let mut peers = 0;
     for peer in successors(args) {
         peers |= ((lane.width(peer) != 0) as u32) << peer;
@@ -66,31 +64,24 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
         let mut turn = 0;
         let mut more = true;
         while more {
-            let chunk_index = block + turn * blocks;
-            let chunk = src.chunk(chunk_index);
+            let chunk = src.chunk(turn);
             for_units!(lane, 0, chunk.units, |N, index| {
                 let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
-                own.store_units::<L, F, N>(
-                    lane,
-                    src.chunk_offset(chunk_index),
-                    chunk,
-                    index,
-                    units,
-                );
+                own.store_units::<L, F, N>(lane, src.chunk_offset(turn), chunk, index, units);
             });
-            more = src.has(chunk_index + blocks);
+            more = src.has(turn + 1);
             for peer in successors(args) {
                 let message = rows_of::<L, F>(lane, args, peer, 0);
-                let (chunk, place) = (message.chunk(chunk_index), Place::of(lane, args, peer));
+                let (chunk, place) = (message.chunk(turn), Place::of(lane, args, peer));
                 let number = call.received(peer).wrapping_add(turn);
                 for_units!(lane, 0, chunk.units, |N, index| {
                     let units = call.take::<N>(peer, number, index, phase::DATA);
                     if call.ok() {
-                        let start = message.chunk_offset(chunk_index);
+                        let start = message.chunk_offset(turn);
                         place.store_units::<L, F, N>(lane, start, chunk, index, units);
                     }
                 });
-                more |= message.has(chunk_index + blocks);
+                more |= message.has(turn + 1);
             }
             turn += 1;
             // The last turn leaves returning its slots to the next call.
@@ -112,7 +103,7 @@ fn taken<L: Lane, F: Form>(lane: L, args: &Args, turns: u32) -> u32 {
     let message = rows_of::<L, F>(lane, args, rank, 0);
     let mut count = turns;
     // At most one turn is beyond the end unless members' sizes differ.
-    while count > 0 && !message.has(lane.block() + (count - 1) * lane.blocks()) {
+    while count > 0 && !message.has(count - 1) {
         count -= 1;
     }
     count

@@ -14,11 +14,12 @@ use crate::tensor::{Codec, Message};
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn local_reduce<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
-    let message = |address| Message::of(args, address, Full::FORMAT, E::EXPANSION);
+    let message =
+        |address| Message::of(args, address, Full::FORMAT, E::EXPANSION).share(lane, args);
     let (src, dst) = (message(args.src), message(args.dst));
-    let mut index = lane.block();
-    while src.has(index) {
-        let (from, to) = (src.chunk(index), dst.chunk(index));
+    let mut turn = 0;
+    while src.has(turn) {
+        let (from, to) = (src.chunk(turn), dst.chunk(turn));
         let whole = from.whole_units().min(to.whole_units());
         // SAFETY: passed on to the caller.
         unsafe {
@@ -32,6 +33,6 @@ pub unsafe fn local_reduce<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
                 store_units::<L, E, Full, N>(lane, to, unit, units);
             });
         }
-        index += lane.blocks();
+        turn += 1;
     }
 }

@@ -1,7 +1,7 @@
 //! One algorithm a file, and the table that joins them to their names.
 //!
-//! Every algorithm gives chunk number c to block c modulo the number of blocks, on every rank, so
-//! block b of one rank talks to block b of the others only. Unit u of a chunk belongs to the same
+//! Every algorithm gives each block one run of the message, the same on every rank, so block b of
+//! one rank talks to block b of the others only. Unit u of a chunk belongs to the same
 //! thread in every phase; that is why source and destination may be the same tensor.
 
 mod all_gather;
@@ -28,7 +28,7 @@ use crate::abi::{Args, Kernel, flags, phase};
 use crate::element::{self, Accumulator, Bf16, Element, F16, F32, F32AsBf16};
 use crate::lane::{Lane, Unit};
 use crate::pipe::{Call, Form, Full, Packet};
-use crate::tensor::{Chunk, Codec, Message};
+use crate::tensor::{Chunk, Codec, Share};
 use crate::{for_units, unrolled};
 
 macro_rules! run_table {
@@ -198,15 +198,15 @@ fn any_hidden<F: Form, const N: usize>(units: &[Unit; N]) -> bool {
     hidden
 }
 
-/// Sends every peer chunk number `index` of its own part, `part(peer)`, as slot number `turn` of
-/// this call. Returns whether this thread sent anything that looks like a free slot.
+/// Sends every peer chunk number `turn` of its own part, `part(peer)`, as slot number `slot` of this
+/// call. Returns whether this thread sent anything that looks like a free slot.
 #[inline(always)]
 unsafe fn send_parts<L, E>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
-    part: impl Fn(u32) -> Message,
-    index: u32,
+    part: impl Fn(u32) -> Share,
     turn: u32,
+    slot: u32,
 ) -> bool
 where
     L: Lane,
@@ -215,15 +215,15 @@ where
     let lane = call.lane();
     let mut hidden = false;
     for peer in successors(args) {
-        let chunk = part(peer).chunk(index);
+        let chunk = part(peer).chunk(turn);
         // SAFETY: passed on to the caller.
         unsafe {
-            let number = call.sent(peer).wrapping_add(turn);
-            let slot = call.reserve(peer, number);
+            let number = call.sent(peer).wrapping_add(slot);
+            let address = call.reserve(peer, number);
             for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
                 hidden |= any_hidden::<Full, N>(&units);
-                call.put_units(slot, index, number, units);
+                call.put_units(address, index, number, units);
             });
         }
     }

@@ -4,9 +4,11 @@
 //! for all, where two-shot would move the same bytes in two steps. (The push form of NCCL's and
 //! FlashInfer's one-shot kernels, without their middle or closing barriers.)
 
-use super::{any_hidden, own_units, reduced_units, store_units, successors};
-use crate::abi::Args;
-use crate::element::Element;
+use super::{
+    accumulate_units, any_hidden, finish_units, own_units, reduced_units, store_units, successors,
+};
+use crate::abi::{Args, flags, phase};
+use crate::element::{self, Element};
 use crate::for_units;
 use crate::lane::Lane;
 use crate::pipe::{Call, Form, everyone_else};
@@ -18,25 +20,83 @@ use crate::tensor::{Chunk, Codec, Message};
 /// As for [`super::run`].
 #[inline(always)]
 pub unsafe fn one_shot<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
-    let src = Message::of(args, args.src, F::FORMAT, E::EXPANSION);
-    let dst = Message::of(args, args.dst, F::FORMAT, E::EXPANSION);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if args.flags & flags::SINGLE != 0 {
+            single::<L, E, F>(lane, args);
+        } else {
+            many::<L, E, F>(lane, args);
+        }
+    }
+}
+
+/// One unit a thread: the same steps as [`many`], without the arithmetic of chunks and tails. Small
+/// calls are bound by the instructions before the first store and after the last load.
+#[inline(always)]
+unsafe fn single<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
+    let everyone = everyone_else(args.world, args.rank);
+    let thread = lane.thread();
+    let unit = lane.block() * args.block_units + thread;
+    let mine = thread < args.block_units && unit < args.units;
+    let offset = unit as u64 * (F::FORMAT.payload() * E::EXPANSION) as u64;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut call = Call::<L, F>::begin(lane, args, everyone);
+        let mut own = [[E::neutral(args.op); 4]];
+        let mut hidden = false;
+        if mine {
+            if args.flags & flags::NO_CONTRIBUTION == 0 {
+                own = [E::load::<L, true>(lane, F::WORDS, args.src + offset, 0)];
+            }
+            hidden = any_hidden::<F, 1>(&own);
+            for peer in successors(args) {
+                let number = call.sent(peer);
+                let slot = call.reserve(peer, number);
+                call.put_units(slot, thread, number, own);
+            }
+        }
+        call.seal(everyone, 1, hidden);
+        if mine {
+            let mut totals = [element::empty(args.op)];
+            for rank in 0..args.world {
+                let units = if rank == args.rank {
+                    own
+                } else {
+                    let number = call.received(rank);
+                    call.take::<1>(rank, number, thread, phase::DATA)
+                };
+                accumulate_units::<L, E, F, 1>(lane, args.op, &mut totals, units);
+            }
+            if call.ok() {
+                let [unit] = finish_units::<L, E, F, 1>(lane, args.scale, totals);
+                E::store::<L, true>(lane, F::WORDS, args.dst + offset, 0, unit);
+            }
+        }
+        call.end(1, 1);
+    }
+}
+
+/// Any size: chunk by chunk.
+#[inline(always)]
+unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
+    let src = Message::of(args, args.src, F::FORMAT, E::EXPANSION).share(lane, args);
+    let dst = Message::of(args, args.dst, F::FORMAT, E::EXPANSION).share(lane, args);
     let everyone = everyone_else(args.world, args.rank);
     // SAFETY: passed on to the caller.
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, everyone);
-        let (block, blocks) = (lane.block(), lane.blocks());
         // With several chunks, reducing stays one behind sending, so that the link never idles.
-        let lag = src.has(block + blocks) as u32;
+        let lag = src.has(1) as u32;
         let mut turn = 0;
-        while turn < lag || src.has(block + (turn - lag) * blocks) {
-            let ahead = src.chunk(block + turn * blocks);
+        while turn < lag || src.has(turn - lag) {
+            let ahead = src.chunk(turn);
             let hidden = ahead.units > 0 && send::<L, E, F>(&mut call, args, ahead, turn);
             if lag == 0 {
                 call.seal(everyone, turn + 1, hidden);
             }
             if turn >= lag {
-                let index = block + (turn - lag) * blocks;
-                reduce::<L, E, F>(&mut call, args, src.chunk(index), dst.chunk(index), turn - lag);
+                let behind = turn - lag;
+                reduce::<L, E, F>(&mut call, args, src.chunk(behind), dst.chunk(behind), behind);
             }
             // The last turn leaves returning its slot to the next call.
             if lag != 0 && ahead.units > 0 {

@@ -17,35 +17,32 @@ use crate::tensor::{Codec, Message};
 #[inline(always)]
 pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let message = |address| Message::of(args, address, Full::FORMAT, E::EXPANSION);
-    let part = |rank: u32| message(args.src + rank as u64 * args.shard_bytes);
+    let part = |rank: u32| message(args.src + rank as u64 * args.shard_bytes).share(lane, args);
     let everyone = everyone_else(args.world, args.rank);
     // SAFETY: passed on to the caller.
     unsafe {
         let mut call = Call::<L, Full>::begin(lane, args, everyone);
-        let (block, blocks) = (lane.block(), lane.blocks());
-        let (own, dst) = (part(args.rank), message(args.dst));
-        let lag = own.has(block + blocks) as u32;
+        let (own, dst) = (part(args.rank), message(args.dst).share(lane, args));
+        let lag = own.has(1) as u32;
         let mut turn = 0;
-        while turn < lag || own.has(block + (turn - lag) * blocks) {
-            let ahead = block + turn * blocks;
-            let hidden = own.has(ahead) && send_parts::<L, E>(&mut call, args, part, ahead, turn);
+        while turn < lag || own.has(turn - lag) {
+            let hidden = own.has(turn) && send_parts::<L, E>(&mut call, args, part, turn, turn);
             if lag == 0 {
                 call.seal(everyone, turn + 1, hidden);
             }
             if turn >= lag {
-                let behind = block + (turn - lag) * blocks;
+                let behind = turn - lag;
                 let (own, result) = (own.chunk(behind), dst.chunk(behind));
                 let whole = own.whole_units().min(result.whole_units());
                 for_units!(lane, whole, own.units, |N, index| {
-                    let units =
-                        reduced_units::<L, E, Full, N>(&mut call, args, own, index, turn - lag);
+                    let units = reduced_units::<L, E, Full, N>(&mut call, args, own, index, behind);
                     if call.ok() {
                         store_units::<L, E, Full, N>(lane, result, index, units);
                     }
                 });
             }
             // The last turn leaves returning its slot to the next call.
-            if lag != 0 && own.has(ahead) {
+            if lag != 0 && own.has(turn) {
                 call.turn(everyone, turn + 1, hidden, everyone, turn);
             }
             turn += 1;

@@ -11,7 +11,7 @@ use crate::element::Element;
 use crate::for_units;
 use crate::lane::Lane;
 use crate::pipe::{Call, Form, Full, everyone_else};
-use crate::tensor::{Codec, Message};
+use crate::tensor::{Codec, Message, Share};
 
 /// `dst = reduction over ranks of src`, `args.units` units, rank r reducing the r-th
 /// `args.part_units` of them.
@@ -26,35 +26,32 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let everyone = everyone_else(args.world, args.rank);
     // All parts count the chunks of the first one, which is never shorter than another, so slots
     // stay in step; chunks beyond a part's end are empty.
-    let full = part::<E>(args, args.src, 0);
-    let (block, blocks) = (lane.block(), lane.blocks());
+    let full = part::<L, E>(lane, args, args.src, 0);
     // SAFETY: passed on to the caller.
     unsafe {
         let mut call = Call::<L, Full>::begin(lane, args, everyone);
         let mut turn = 0;
-        while turn < 2 || full.has(block + (turn - 2) * blocks) {
-            let sends = full.has(block + turn * blocks);
+        while turn < 2 || full.has(turn - 2) {
+            let sends = full.has(turn);
             let (mut hidden, mut sent, mut taken) = (false, 0, 0);
             if sends {
-                let source = |rank| part::<E>(args, args.src, rank);
+                let source = |rank| part::<L, E>(lane, args, args.src, rank);
                 let slot = scatter_slot(turn);
-                hidden = send_parts::<L, E>(&mut call, args, source, block + turn * blocks, slot);
+                hidden = send_parts::<L, E>(&mut call, args, source, turn, slot);
                 sent = slot + 1;
             }
-            if turn >= 1 && full.has(block + (turn - 1) * blocks) {
+            if turn >= 1 && full.has(turn - 1) {
                 let slot = result_slot(turn - 1, sends);
-                let index = block + (turn - 1) * blocks;
-                hidden |= reduce_own::<L, E>(&mut call, args, index, turn - 1, slot);
+                hidden |= reduce_own::<L, E>(&mut call, args, turn - 1, slot);
                 sent = slot + 1;
             }
             if turn >= 2 {
-                let index = block + (turn - 2) * blocks;
-                let slot = result_slot(turn - 2, full.has(index + blocks));
-                take_results::<L, E>(&mut call, args, index, slot);
+                let slot = result_slot(turn - 2, full.has(turn - 1));
+                take_results::<L, E>(&mut call, args, turn - 2, slot);
                 taken = slot + 1;
             }
             // The last turn sends nothing, and leaves returning its slots to the next call.
-            if turn < 2 || full.has(block + (turn - 1) * blocks) {
+            if turn < 2 || full.has(turn - 1) {
                 call.turn(everyone, sent, hidden, everyone, taken);
             }
             turn += 1;
@@ -63,11 +60,11 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     }
 }
 
-/// The part of the tensor at `address` that `rank` reduces.
+/// This block's share of the part of the tensor at `address` that `rank` reduces.
 #[inline(always)]
-fn part<E: Codec>(args: &Args, address: u64, rank: u32) -> Message {
+fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, rank: u32) -> Share {
     let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
-    tensor.part(rank * args.part_units, args.part_units)
+    tensor.part(rank * args.part_units, args.part_units).share(lane, args)
 }
 
 /// The slot of this call that carries chunk `turn` to its owner: slots go out in the order
@@ -84,19 +81,18 @@ fn result_slot(turn: u32, more: bool) -> u32 {
     2 * turn + 1 + more as u32
 }
 
-/// Reduces chunk `index` of this rank's part, keeps the result and sends it to every peer as slot
+/// Reduces chunk `turn` of this rank's part, keeps the result and sends it to every peer as slot
 /// number `slot` of this call. Returns whether this thread sent anything that looks like a free slot.
 #[inline(always)]
 unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
-    index: u32,
     turn: u32,
     slot: u32,
 ) -> bool {
     let lane = call.lane();
-    let own = part::<E>(args, args.src, args.rank).chunk(index);
-    let result = part::<E>(args, args.dst, args.rank).chunk(index);
+    let own = part::<L, E>(lane, args, args.src, args.rank).chunk(turn);
+    let result = part::<L, E>(lane, args, args.dst, args.rank).chunk(turn);
     let whole = own.whole_units().min(result.whole_units());
     let mut hidden = false;
     // SAFETY: passed on to the caller.
@@ -117,17 +113,17 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     hidden
 }
 
-/// Stores every peer's result for chunk `index` of its part from slot number `slot` of this call.
+/// Stores every peer's result for chunk `turn` of its part from slot number `slot` of this call.
 #[inline(always)]
 unsafe fn take_results<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
-    index: u32,
+    turn: u32,
     slot: u32,
 ) {
     let lane = call.lane();
     for peer in successors(args) {
-        let result = part::<E>(args, args.dst, peer).chunk(index);
+        let result = part::<L, E>(lane, args, args.dst, peer).chunk(turn);
         // SAFETY: passed on to the caller.
         unsafe {
             let number = call.received(peer).wrapping_add(slot);
