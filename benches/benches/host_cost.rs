@@ -9,11 +9,12 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, criterion_group};
 use peerlane::gpu::{Gpu, GpuRef, cuda};
 use peerlane::plan::{self, Shape};
-use peerlane::{Config, Format, Kernel, Operation, layout};
+use peerlane::{Config, Kernel, Operation, layout};
 use peerlane_benches::null_gpu::NullGpu;
 use peerlane_benches::ranks::{Collective, Rank};
 use peerlane_benches::rig::Rig;
 use peerlane_benches::{for_ranks, real_gpus};
+use peerlane_device::abi::UNIT;
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::thread;
@@ -45,7 +46,7 @@ fn planning(criterion: &mut Criterion) {
         for (name, bytes) in [("16KiB", BYTES), ("16MiB", 16 << 20)] {
             let id = BenchmarkId::new(format!("grid/{name}"), world);
             group.bench_function(id, |b| {
-                b.iter(|| plan::grid(black_box(&shape), Format::Full, black_box(bytes)))
+                b.iter(|| plan::grid(black_box(&shape), black_box(bytes / UNIT)))
             });
             let id = BenchmarkId::new(format!("all_reduce/{name}"), world);
             group.bench_function(id, |b| {

@@ -4,9 +4,9 @@
 //! and its mailbox has a lane for every block that the GPU holds at once.
 
 use crate::median;
-use peerlane::Result;
 use peerlane::gpu::{DevicePtr, Event, GpuRef, Graph, HostMemory, Stream};
 use peerlane::plan::Shape;
+use peerlane::{Error, Result};
 use peerlane_device::abi::{
     Args, FREE, Kernel, Layout, MAX_RANKS, MAX_THREADS, Operation, Status, state,
 };
@@ -55,7 +55,10 @@ impl Rig {
         for kernel in Kernel::ALL {
             lanes = lanes.min(gpu.resident_blocks(*kernel, MAX_THREADS)?);
         }
-        let layout = Layout { lanes, slots: SLOTS, slot_units: SLOT_UNITS, reserved: 0 };
+        let Some(layout) = Layout::new(lanes, SLOTS, SLOT_UNITS) else {
+            let reason = format!("a mailbox for {lanes} blocks is too large");
+            return Err(Error::Unsupported { op: "Rig::new", reason });
+        };
         let rig = Rig {
             gpu: gpu.clone(),
             stream: gpu.stream_create()?,
@@ -67,7 +70,7 @@ impl Rig {
             dst: gpu.alloc(bytes)?,
             layout,
         };
-        let words = layout.slots(0, 0);
+        let words = layout.first_slot as usize;
         let slots = layout.mailbox_bytes(2) - words;
         // SAFETY: every range was allocated with this size.
         unsafe {
@@ -105,27 +108,29 @@ impl Rig {
         let mut peers = [0; MAX_RANKS];
         peers[0] = self.mailbox.0;
         Args {
-            peers,
-            widths: [0; MAX_RANKS],
-            src: self.src.0,
-            dst: self.dst.0,
-            status: self.status.device.0,
-            bytes: 0,
-            part_bytes: 0,
-            rows: 0,
-            deadline_ns: DEADLINE_NS,
             rank: 0,
             world: 1,
-            root: 0,
-            operation: operation as u32,
             op: 0,
             flags: 0,
+            units: 0,
+            tail: 0,
             chunk_units: 1,
+            scale: 1.0,
+            src: self.src.0,
+            dst: self.dst.0,
+            layout: self.layout,
+            peers,
+            status: self.status.device.0,
+            deadline_ns: DEADLINE_NS,
+            shard_bytes: 0,
+            rows: 0,
+            part_units: 0,
+            root: 0,
+            operation: operation as u32,
             rounds: 0,
             peer: 0,
             mode: 0,
-            scale: 1.0,
-            layout: self.layout,
+            widths: [0; MAX_RANKS],
         }
     }
 
@@ -161,7 +166,7 @@ impl Rig {
         if status.state == state::OK {
             return Ok(());
         }
-        Err(peerlane::Error::Unsupported {
+        Err(Error::Unsupported {
             op: Operation::from_code(status.operation).map_or("a kernel", Operation::name),
             reason: format!(
                 "it ended with state {} in phase {}, waiting for rank {}",

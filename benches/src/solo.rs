@@ -46,16 +46,24 @@ impl Solo {
         Solo { kernel, operation, format, traffic }
     }
 
+    /// Units in a message of `bytes` bytes.
+    fn units(&self, bytes: usize) -> usize {
+        bytes.div_ceil(self.format.payload())
+    }
+
     /// How the library would launch it for `bytes` bytes, given every block that `rig` holds.
     pub fn grid(&self, rig: &Rig, bytes: usize) -> Grid {
-        plan::grid(&rig.shape(), self.format, bytes)
+        plan::grid(&rig.shape(), self.units(bytes))
     }
 
     /// Its arguments for `bytes` bytes.
     pub fn args(&self, rig: &Rig, bytes: usize) -> Args {
         let mut args = rig.args(self.operation);
-        args.bytes = bytes as u64;
-        args.part_bytes = plan::part_bytes(1, bytes) as u64;
+        let units = self.units(bytes);
+        args.units = units as u32;
+        args.tail = (bytes - units.saturating_sub(1) * self.format.payload()) as u32;
+        args.shard_bytes = bytes as u64;
+        args.part_units = plan::part_units(1, units) as u32;
         args.chunk_units = self.grid(rig, bytes).chunk_units;
         if self.operation == Operation::Gather {
             (args.rows, args.widths[0]) = (1, bytes as u64);
