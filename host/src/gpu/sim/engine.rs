@@ -22,6 +22,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Simulated time without any event after which kernels count as hung.
 const HANG_NS: u64 = 300_000_000_000;
 
+/// Turns between two attempts of a stream that held something back.
+const HOLD_TURNS: u64 = 256;
+
 /// Worlds made so far, so that no two share a handle.
 static WORLDS: AtomicU64 = AtomicU64::new(1);
 
@@ -140,13 +143,14 @@ impl Engine {
     pub(super) fn run(&mut self, turns: u64) -> Outcome {
         let completed = self.completed;
         loop {
-            while self.stirred || !self.startable.is_empty() {
-                self.pump();
-            }
+            self.pump();
             if self.completed != completed {
                 return Outcome::Progressed;
             }
-            match self.scheduler.run(turns) {
+            // A stream may hold back what it could start; kernels get a little further meanwhile.
+            let held = self.stirred;
+            match self.scheduler.run(if held { HOLD_TURNS } else { turns }) {
+                Event::Spent | Event::Empty | Event::Idle(_) if held => {}
                 Event::Spent => return Outcome::Spent,
                 Event::Empty => return Outcome::Nothing,
                 Event::Idle(ns) => return Outcome::Idle(ns),
@@ -177,14 +181,14 @@ impl Engine {
 
     /// Starts what can start.
     fn pump(&mut self) {
-        while let Some((device, work, owner)) = self.startable.pop_front() {
-            self.start(device, work, owner);
-        }
         if std::mem::take(&mut self.stirred) {
             let keys: Vec<u64> = self.streams.keys().copied().collect();
             for key in keys {
                 self.pump_stream(key);
             }
+        }
+        while let Some((device, work, owner)) = self.startable.pop_front() {
+            self.start(device, work, owner);
         }
     }
 

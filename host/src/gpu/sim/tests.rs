@@ -42,7 +42,10 @@ impl Machine {
             // SAFETY: the memory is of that size.
             unsafe { gpu.fill(*memory, 0, bytes, DEFAULT).unwrap() };
         }
-        Machine { world, gpus, memory }
+        let machine = Machine { world, gpus, memory };
+        // A peer's store must not come before this rank's zeros.
+        machine.synchronize().unwrap();
+        machine
     }
 
     /// Arguments for `rank`, with everybody's memory as peers.

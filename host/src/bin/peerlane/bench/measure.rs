@@ -130,7 +130,49 @@ fn turns(contenders: usize, replays: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ours::Ours;
     use super::*;
+    use peerlane::gpu::sim;
+    use peerlane::{Communicator, Config, DType, Operation, ReduceOp, Wire};
+
+    /// Three simulated ranks, on which two communicators compete.
+    fn ranks(job: &Job, threads: bool) -> Ranks {
+        let gpus = sim::devices(&sim::Config { devices: 3, ..Default::default() });
+        let config = Config { mailbox_bytes: 1 << 20, ..Config::default() };
+        let (src, dst) = (job.src_bytes(), job.dst_bytes());
+        let new = |(rank, gpu): (usize, &_)| Rank::new(rank as u32, Clone::clone(gpu), src, dst);
+        let mut ranks: Vec<_> = gpus.iter().enumerate().map(new).collect::<Result<_, _>>().unwrap();
+        for _ in 0..2 {
+            for (rank, communicator) in
+                ranks.iter_mut().zip(Communicator::connect(&gpus, &config).unwrap())
+            {
+                rank.contenders.push(Box::new(Ours(communicator)));
+            }
+        }
+        Ranks { ranks, threads }
+    }
+
+    fn job(op: Operation) -> Job {
+        let (dtype, wire, reduce) = (DType::F32, Wire::Native, ReduceOp::Sum);
+        Job { op, dtype, wire, reduce, algorithm: None, root: 1, world: 3, count: 0 }.sized(600)
+    }
+
+    #[test]
+    fn one_thread_or_many_every_collective_is_verified_and_timed() {
+        for op in crate::parse::OPERATIONS {
+            for threads in [false, true] {
+                for eager in [false, true] {
+                    let job = job(op);
+                    let mut ranks = ranks(&job, threads);
+                    assert_eq!(ranks.verify(&job, &job.inputs(1)).unwrap(), Ok(()), "{op:?}");
+                    let timing = Timing { calls: 2, replays: 3, eager };
+                    let times = ranks.time(&job, &timing).unwrap();
+                    assert_eq!(times.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3]);
+                    assert!(times.iter().flatten().all(|us| *us > 0.0), "{op:?}: {times:?}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn contenders_take_turns() {

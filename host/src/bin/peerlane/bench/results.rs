@@ -92,7 +92,10 @@ pub(crate) struct Series {
 impl Series {
     /// For example `all_reduce f32 sum, wire bf16, two-shot, 4 ranks`.
     pub(crate) fn title(&self) -> String {
-        let mut title = format!("{} {}", self.op, self.dtype);
+        let mut title = self.op.clone();
+        if self.op != "barrier" {
+            title += &format!(" {}", self.dtype);
+        }
         if matches!(self.op.as_str(), "all_reduce" | "reduce_scatter") {
             title += &format!(" {}", self.reduce);
             if self.wire != "native" {

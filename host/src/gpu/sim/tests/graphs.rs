@@ -89,7 +89,6 @@ fn fork_and_join(machine: &Machine) -> (Stream, crate::gpu::Graph) {
 fn a_capture_forks_and_joins_through_events() {
     for seed in 0..100 {
         let machine = Machine::new(3, seed, 64);
-        machine.synchronize().unwrap();
         let (stream, graph) = fork_and_join(&machine);
         for round in 1..=3 {
             machine.gpus[0].graph_launch(graph, stream).unwrap();

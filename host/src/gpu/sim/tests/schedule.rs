@@ -169,7 +169,6 @@ fn speed() {
     const CALLS: u32 = 20;
     for seed in 0..u64::from(CALLS) {
         let machine = Machine::with(&Config { seed, ..Config::default() }, 8 * 4 * 128 * 16);
-        machine.synchronize().unwrap();
         let call = Instant::now();
         for rank in 0..8 {
             machine.launch(rank, (4, 128), exchange).unwrap();

@@ -43,7 +43,6 @@ fn streams_are_independent() {
     let mut orders = std::collections::BTreeSet::new();
     for seed in 0..100 {
         let machine = Machine::new(1, seed, 64);
-        machine.synchronize().unwrap();
         let streams = [(); 2].map(|()| machine.gpus[0].stream_create().unwrap());
         append(&machine, 0, machine.memory[0], 1, streams[0]);
         append(&machine, 0, machine.memory[0], 3, streams[1]);
@@ -63,7 +62,6 @@ fn streams_are_independent() {
 fn a_wait_is_for_the_latest_record_at_its_call() {
     for seed in 0..100 {
         let machine = Machine::new(2, seed, 64);
-        machine.synchronize().unwrap();
         let at = machine.memory[0];
         let (first, second) = (&machine.gpus[0], &machine.gpus[1]);
         let event = first.event_create().unwrap();
@@ -129,7 +127,6 @@ fn handles_of_others_are_refused() {
 fn host_threads_each_drive_their_rank() {
     for seed in 0..20 {
         let machine = Machine::new(4, seed, 4096);
-        machine.synchronize().unwrap();
         std::thread::scope(|scope| {
             for rank in 0..4 {
                 let machine = &machine;
@@ -163,7 +160,6 @@ fn meet(lane: SimLane, round: u32) {
 #[test]
 fn a_wait_for_a_late_host_thread_is_not_a_jump_in_time() {
     let machine = Machine::new(2, 1, 4096);
-    machine.synchronize().unwrap();
     std::thread::scope(|scope| {
         let second = scope.spawn(|| {
             machine.gpus[1].stream_synchronize(DEFAULT).unwrap();
