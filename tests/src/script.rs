@@ -71,17 +71,16 @@ impl Image {
         start
     }
 
-    /// What is wrong with `found`, if anything.
-    fn verify(&self, found: &[u8]) -> Result<(), String> {
+    /// Which job went wrong according to `found`, and how, if any did.
+    fn verify(&self, found: &[u8]) -> Result<(), (usize, String)> {
         let mut patched = found.to_vec();
         for Computed { range, dtype, op, job } in &self.computed {
             let (wanted, got) = (&self.after[range.clone()], &found[range.clone()]);
             if let Some(index) = first_difference(*dtype, *op, wanted, got) {
                 let at = index * dtype.bytes()..(index + 1) * dtype.bytes();
                 let (wanted, got) = (&wanted[at.clone()], &got[at]);
-                return Err(format!(
-                    "job {job}, element {index}: expected {wanted:02x?}, got {got:02x?}"
-                ));
+                let reason = format!("element {index}: expected {wanted:02x?}, got {got:02x?}");
+                return Err((*job, reason));
             }
             patched[range.clone()].copy_from_slice(wanted);
         }
@@ -90,8 +89,8 @@ impl Image {
         };
         let job = self.jobs.partition_point(|start| *start <= at).saturating_sub(1);
         let (wanted, got) = (self.after[at], found[at]);
-        let start = self.jobs[job];
-        Err(format!("job {job}, byte {}: expected {wanted:02x}, got {got:02x}", at - start))
+        let at = at - self.jobs[job];
+        Err((job, format!("byte {at}: expected {wanted:02x}, got {got:02x}")))
     }
 }
 
@@ -129,7 +128,7 @@ impl Script {
     /// What is wrong with the ranks' memory after the calls, if anything.
     pub fn verify(&self, found: &[Vec<u8>]) -> Result<(), String> {
         for (rank, (image, found)) in self.images.iter().zip(found).enumerate() {
-            image.verify(found).map_err(|reason| self.blame(rank, &reason))?;
+            image.verify(found).map_err(|(job, reason)| self.blame(rank, job, &reason))?;
         }
         self.verify_agreement(found)
     }
@@ -141,19 +140,15 @@ impl Script {
                 let shared = matches!(self.jobs[mine.job].call, Call::AllReduce { .. });
                 let bits = &found[rank][mine.range.clone()];
                 if shared && bits != &found[0][first.range.clone()] {
-                    let reason = format!("job {}: other bits than on rank 0", mine.job);
-                    return Err(self.blame(rank, &reason));
+                    return Err(self.blame(rank, mine.job, "other bits than on rank 0"));
                 }
             }
         }
         Ok(())
     }
 
-    fn blame(&self, rank: usize, reason: &str) -> String {
-        let number = reason.trim_start_matches("job ");
-        let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
-        let job = number[..digits].parse::<usize>().ok().and_then(|job| self.jobs.get(job));
-        format!("rank {rank}, {reason} in {job:?}")
+    fn blame(&self, rank: usize, job: usize, reason: &str) -> String {
+        format!("rank {rank}, call {job} of {}: {reason}: {:?}", self.jobs.len(), self.jobs[job])
     }
 
     fn world(&self) -> usize {

@@ -1,6 +1,6 @@
 //! Random sequences of calls under random schedules: each seed makes a machine and a sequence.
 //!
-//! `PEERLANE_SEEDS` says how many seeds each world size gets (default 60); `PEERLANE_SEED` runs one
+//! `PEERLANE_SEEDS` says how many seeds each world size gets (default 800, fewer for large worlds); `PEERLANE_SEED` runs one
 //! only, as a failure tells.
 
 use peerlane::Config;
@@ -24,7 +24,7 @@ fn scene(world: u32, seed: u64) -> (Group, Script) {
 
 fn sweep(world: u32, share: u64) {
     let one = std::env::var("PEERLANE_SEED").is_ok();
-    let seeds = number_from_environment("PEERLANE_SEEDS", 60).div_ceil(share);
+    let seeds = number_from_environment("PEERLANE_SEEDS", 800).div_ceil(share);
     let first = number_from_environment("PEERLANE_SEED", 1);
     let mut failures = Vec::new();
     for seed in first..first + if one { 1 } else { seeds } {

@@ -1,4 +1,5 @@
 //! Groups beside each other, on one GPU, and how they end.
+#![allow(missing_docs, reason = "each function is a test, and its name says what must hold")]
 
 use crate::job::{moves, random_jobs, reductions};
 use crate::{Group, Job, Machine, Script, small};
@@ -12,7 +13,6 @@ fn jobs(world: u32) -> Vec<Job> {
     calls.into_iter().map(Job::plain).collect()
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn two_communicators_share_gpus(machine: &Machine) {
     for world in [2, 3] {
         let mut groups = [0, 1].map(|_| Group::connect(machine, world, &small(world)));
@@ -37,7 +37,6 @@ pub fn two_communicators_share_gpus(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn all_ranks_fit_on_one_gpu(machine: &Machine) {
     for world in [2, 5, 16] {
         let gpus = vec![machine.gpus(1)[0].clone(); world as usize];
@@ -47,7 +46,6 @@ pub fn all_ranks_fit_on_one_gpu(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn a_barrier_holds_until_the_last_rank(machine: &Machine) {
     let world = 3;
     for last in 0..world as usize {
@@ -70,7 +68,6 @@ pub fn a_barrier_holds_until_the_last_rank(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn communicators_end_in_any_order(machine: &Machine) {
     let world = 3;
     for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
@@ -96,7 +93,6 @@ pub fn communicators_end_in_any_order(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn a_closed_group_makes_room_for_another(machine: &Machine) {
     for round in 0..5 {
         for world in [2, 3] {

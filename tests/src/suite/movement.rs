@@ -1,4 +1,5 @@
 //! All-gather, broadcast and gather: every byte where it belongs.
+#![allow(missing_docs, reason = "each function is a test, and its name says what must hold")]
 
 use super::reductions::borders;
 use crate::job::moves;
@@ -12,7 +13,6 @@ fn plain(calls: Vec<Call>) -> Vec<Job> {
     calls.into_iter().map(Job::plain).collect()
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn every_rank_can_be_the_root(machine: &Machine) {
     for world in super::WORLDS {
         let mut jobs = Vec::new();
@@ -28,7 +28,6 @@ pub fn every_rank_can_be_the_root(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn movements_are_exact_around_every_border(machine: &Machine) {
     for world in [2, 3, 5] {
         let mut group = Group::connect(machine, world, &small(world));
@@ -45,7 +44,6 @@ pub fn movements_are_exact_around_every_border(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn movements_take_any_alignment(machine: &Machine) {
     for world in [1, 2, 3] {
         let mut group = Group::connect(machine, world, &small(world));
@@ -92,14 +90,12 @@ fn gathers(world: u32, outsiders_call: bool) -> Vec<Job> {
     jobs
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn gathers_join_any_widths(machine: &Machine) {
     for world in [1, 2, 3, 8] {
         Group::connect(machine, world, &small(world)).check(&gathers(world, true), 3);
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn ranks_outside_a_gather_need_not_call(machine: &Machine) {
     for world in [2, 3, 5] {
         let mut jobs = gathers(world, false);
@@ -109,7 +105,6 @@ pub fn ranks_outside_a_gather_need_not_call(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn payload_that_looks_free_arrives(machine: &Machine) {
     for world in [2, 3] {
         let mut group = Group::connect(machine, world, &small(world));

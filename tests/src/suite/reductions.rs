@@ -1,4 +1,5 @@
 //! All-reduce and reduce-scatter against the reference.
+#![allow(missing_docs, reason = "each function is a test, and its name says what must hold")]
 
 use super::WORLDS;
 use crate::job::{ALGORITHMS, ELEMENTS, reductions};
@@ -10,7 +11,6 @@ use peerlane_device::abi::{Layout, UNIT};
 /// Sizes that are taken in turn where every size with every variant would be too many.
 const SIZES: [usize; 9] = [1, 7, 0, 33, 515, 2, 1023, 8, 130];
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn all_reduce_is_exact_for_every_type_operator_and_algorithm(machine: &Machine) {
     for world in WORLDS {
         let mut jobs = Vec::new();
@@ -36,7 +36,6 @@ pub fn all_reduce_is_exact_for_every_type_operator_and_algorithm(machine: &Machi
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn reduce_scatter_is_exact_for_every_type_and_operator(machine: &Machine) {
     for world in WORLDS {
         let mut jobs = Vec::new();
@@ -73,7 +72,6 @@ pub(super) fn borders(layout: Layout) -> Vec<usize> {
     middles.into_iter().flat_map(|middle| [middle - 4, middle, middle + 4]).collect()
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn reductions_are_exact_around_every_border(machine: &Machine) {
     for world in [2, 3, 5] {
         let mut group = Group::connect(machine, world, &small(world));
@@ -102,7 +100,6 @@ fn every_kind(count: usize, in_place: bool, absent: u32) -> Vec<Call> {
     calls
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn reductions_take_any_alignment(machine: &Machine) {
     for world in [1, 2, 3] {
         let mut group = Group::connect(machine, world, &small(world));
@@ -114,7 +111,6 @@ pub fn reductions_take_any_alignment(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn reductions_may_happen_in_place(machine: &Machine) {
     for world in WORLDS {
         let mut group = Group::connect(machine, world, &small(world));
@@ -125,7 +121,6 @@ pub fn reductions_may_happen_in_place(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn ranks_without_contribution_receive_and_do_not_count(machine: &Machine) {
     for world in [1, 2, 3, 5] {
         let mut group = Group::connect(machine, world, &small(world));
@@ -146,7 +141,6 @@ pub fn ranks_without_contribution_receive_and_do_not_count(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn payload_that_looks_free_is_reduced(machine: &Machine) {
     for world in [2, 3, 8] {
         let mut group = Group::connect(machine, world, &small(world));

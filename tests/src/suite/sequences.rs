@@ -1,4 +1,5 @@
 //! Calls one behind the other: mixed, late, captured, rerun, on counters that wrap.
+#![allow(missing_docs, reason = "each function is a test, and its name says what must hold")]
 
 use crate::job::{moves, random_jobs, reductions};
 use crate::{Call, Group, Job, Machine, Rank, Script, small};
@@ -15,7 +16,6 @@ fn expect(outcome: Result<Vec<Vec<u8>>, String>, what: &str) -> Vec<Vec<u8>> {
     outcome.unwrap_or_else(|reason| panic!("{what}: {reason}"))
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn calls_of_all_kinds_follow_each_other_without_waiting(machine: &Machine) {
     for world in super::WORLDS {
         let mut group = Group::connect(machine, world, &small(world));
@@ -56,7 +56,6 @@ impl Drop for Delay {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn any_rank_may_come_late(machine: &Machine) {
     for world in [2, 3, 5] {
         for late in 0..world {
@@ -72,7 +71,6 @@ pub fn any_rank_may_come_late(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn replayed_graphs_see_new_inputs(machine: &Machine) {
     for world in [1, 2, 3, 8] {
         let mut group = Group::connect(machine, world, &small(world));
@@ -100,7 +98,6 @@ pub fn replayed_graphs_see_new_inputs(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn graphs_and_plain_calls_alternate(machine: &Machine) {
     let world = 3;
     let mut group = Group::connect(machine, world, &small(world));
@@ -128,7 +125,6 @@ pub fn graphs_and_plain_calls_alternate(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn counters_wrap(machine: &Machine) {
     for world in [2, 3] {
         for before in [0, 3, 40] {
@@ -144,7 +140,6 @@ pub fn counters_wrap(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn calls_may_change_streams(machine: &Machine) {
     let world = 3;
     let mut group = Group::connect(machine, world, &small(world));
@@ -177,7 +172,6 @@ pub fn calls_may_change_streams(machine: &Machine) {
     }
 }
 
-#[allow(missing_docs, reason = "the name says what must hold")]
 pub fn a_rerun_gives_the_same_bits(machine: &Machine) {
     for world in [2, 3, 8] {
         let script = random_script(world, 25, 7);
