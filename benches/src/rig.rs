@@ -108,29 +108,13 @@ impl Rig {
         let mut peers = [0; MAX_RANKS];
         peers[0] = self.mailbox.0;
         Args {
-            rank: 0,
-            world: 1,
-            op: 0,
-            flags: 0,
-            units: 0,
-            tail: 0,
-            chunk_units: 1,
-            scale: 1.0,
+            peers,
             src: self.src.0,
             dst: self.dst.0,
-            layout: self.layout,
-            peers,
             status: self.status.device.0,
             deadline_ns: DEADLINE_NS,
-            shard_bytes: 0,
-            rows: 0,
-            part_units: 0,
-            root: 0,
             operation: operation as u32,
-            rounds: 0,
-            peer: 0,
-            mode: 0,
-            widths: [0; MAX_RANKS],
+            ..Args::new(0, 1, self.layout)
         }
     }
 

@@ -64,7 +64,8 @@ impl Solo {
         args.tail = (bytes - units.saturating_sub(1) * self.format.payload()) as u32;
         args.shard_bytes = bytes as u64;
         args.part_units = plan::part_units(1, units) as u32;
-        args.chunk_units = self.grid(rig, bytes).chunk_units;
+        let grid = self.grid(rig, bytes);
+        (args.block_units, args.chunk_units) = (grid.block_units, grid.chunk_units);
         if self.operation == Operation::Gather {
             (args.rows, args.widths[0]) = (1, bytes as u64);
         }

@@ -11,10 +11,10 @@ const SOURCES: &str = "// peerlane sources ";
 /// The launch bound of every entry, between its parameter list and its body.
 ///
 /// Without `.maxntid` ptxas may use so many registers that a launch with [`MAX_THREADS`] is
-/// refused. With it alone, ptxas aims at two blocks per multiprocessor and rather spills than use
-/// more than half of the registers; `.minnctapersm 1` says that one block is enough.
+/// refused. With it alone, ptxas chooses how many blocks should fit a multiprocessor, and rather
+/// spills than use more registers than that allows; `.minnctapersm 2` says that two should.
 pub(crate) fn launch_bound() -> String {
-    format!("\n.maxntid {MAX_THREADS}, 1, 1\n.minnctapersm 1")
+    format!("\n.maxntid {MAX_THREADS}, 1, 1\n.minnctapersm 2")
 }
 
 /// The finished file: header, then rustc's PTX with launch bounds and without comments.
@@ -67,11 +67,11 @@ mod tests {
     fn every_entry_gets_the_bound_between_parameters_and_body() {
         let bounded = with_launch_bounds(TWO);
         assert!(
-            bounded.contains(".entry a()\n.maxntid 512, 1, 1\n.minnctapersm 1\n{"),
+            bounded.contains(".entry a()\n.maxntid 256, 1, 1\n.minnctapersm 2\n{"),
             "{bounded}"
         );
         assert!(
-            bounded.contains("b_param_0[16]\n)\n.maxntid 512, 1, 1\n.minnctapersm 1\n{"),
+            bounded.contains("b_param_0[16]\n)\n.maxntid 256, 1, 1\n.minnctapersm 2\n{"),
             "{bounded}"
         );
         assert_eq!(bounded.matches(".maxntid").count(), 2);

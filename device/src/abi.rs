@@ -19,7 +19,9 @@ pub const UNIT: usize = 16;
 pub const UNROLL: usize = 4;
 
 /// Most threads in a block of any kernel; the entries carry it as their launch bound.
-pub const MAX_THREADS: u32 = 512;
+///
+/// Two such blocks fit a multiprocessor, so that one sends while the other waits at its barrier.
+pub const MAX_THREADS: u32 = 256;
 
 /// Version of everything in this file. Ranks with different versions refuse each other.
 pub const ABI_VERSION: u32 = 1;
@@ -317,7 +319,7 @@ pub struct Args {
     /// Units of every message that one block moves, the last blocks perhaps fewer.
     pub block_units: u32,
     /// Units in a full chunk: what one block sends to one peer at once. At most
-    /// `layout.slot_units`; a multiple of 4 if a block has more than one.
+    /// `layout.slot_units`.
     pub chunk_units: u32,
     /// Factor applied before the final rounding: 1, or 1/world for an average.
     pub scale: f32,
@@ -353,6 +355,39 @@ pub struct Args {
     pub reserved: u32,
     /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
     pub widths: [u64; MAX_RANKS],
+}
+
+impl Args {
+    /// The arguments of a call that moves nothing, for `rank` of `world` ranks.
+    pub const fn new(rank: u32, world: u32, layout: Layout) -> Args {
+        Args {
+            rank,
+            world,
+            op: 0,
+            flags: 0,
+            units: 0,
+            tail: 0,
+            block_units: 1,
+            chunk_units: 1,
+            scale: 1.0,
+            root: 0,
+            src: 0,
+            dst: 0,
+            layout,
+            peers: [0; MAX_RANKS],
+            status: 0,
+            deadline_ns: u64::MAX,
+            shard_bytes: 0,
+            rows: 0,
+            part_units: 0,
+            operation: 0,
+            rounds: 0,
+            peer: 0,
+            mode: 0,
+            reserved: 0,
+            widths: [0; MAX_RANKS],
+        }
+    }
 }
 
 /// Bits of [`Args::flags`].

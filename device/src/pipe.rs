@@ -125,9 +125,16 @@ struct Patience {
 /// Turns of a wait loop between two looks at the clock and the abort words. A turn takes about
 /// 0.3 us on an H200, so a wait that succeeds in the usual time pays nothing for them.
 const TURNS_PER_LOOK: u32 = 128;
+/// Looks between two that include the host's abort word. That one lies behind PCIe: if every waiting
+/// warp read it each time, the reads alone would hold up a call for milliseconds.
+const LOOKS_PER_HOST_LOOK: u32 = 64;
 /// Turns between two looks at the sender's seal, which arrives about 1 us after hidden data.
 const TURNS_PER_SEAL: u32 = 4;
 
+/// # Safety
+/// One contract for all verbs: `args` is what [`Args`] says it is, and the peers named take part in
+/// the call.
+#[allow(clippy::missing_safety_doc, reason = "one contract for all, stated on the impl")]
 impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each).
     #[inline(always)]
@@ -448,8 +455,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         // SAFETY: both words are alive as long as the communicator.
         let aborted = unsafe {
             let by_peer = lane.poll_word(lane.peer(args.rank) + offset_of!(Control, abort) as u64);
-            let by_host = lane.poll_word(args.status + offset_of!(Status, abort) as u64);
-            by_peer | by_host != 0
+            let host = patience.turns.is_multiple_of(TURNS_PER_LOOK * LOOKS_PER_HOST_LOOK);
+            let by_host =
+                host && lane.poll_word(args.status + offset_of!(Status, abort) as u64) != 0;
+            by_peer != 0 || by_host
         };
         if aborted { state::ABORTED } else { state::OK }
     }
@@ -457,6 +466,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
 /// Leaves the record of a failed wait, unless another thread of this rank has, and stops every rank.
 /// Waits that fail after the first do so at once, so the end of the kernel is soon enough for it.
+///
+/// # Safety
+/// `args` is what [`Args`] says it is.
 #[inline(always)]
 pub unsafe fn fail<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) {
     let own = lane.peer(args.rank);

@@ -272,13 +272,8 @@ impl Message {
     pub fn share<L: Lane>(self, lane: L, args: &Args) -> Share {
         let first = lane.block() * args.block_units;
         let Message { address, units, tail, stride } = self.part(first, args.block_units);
-        let chunk_units = args.chunk_units;
-        // A first chunk of another length for every fourth block: if all blocks sent and reduced
-        // at the same times, the link would idle while they reduce.
-        let stagger = (lane.block() % 4 + 1) * (chunk_units / 4);
-        let first_units = if args.block_units > chunk_units { stagger } else { chunk_units };
         let offset = first as u64 * stride as u64;
-        Share { address, units, tail, stride, chunk_units, first_units, offset }
+        Share { address, units, tail, stride, chunk_units: args.chunk_units, offset }
     }
 }
 
@@ -289,34 +284,25 @@ pub struct Share {
     units: u32,
     tail: u32,
     stride: u32,
-    /// Units in every chunk but the first and the last.
+    /// Units in every chunk but the last.
     chunk_units: u32,
-    /// Units in the first chunk.
-    first_units: u32,
     /// Tensor bytes of the message before this share.
     offset: u64,
 }
 
 impl Share {
-    /// The unit that chunk number `turn` begins with.
-    #[inline(always)]
-    fn first(self, turn: u32) -> u32 {
-        if turn == 0 { 0 } else { self.first_units + (turn - 1) * self.chunk_units }
-    }
-
     /// Whether there is a chunk number `turn`.
     #[inline(always)]
     pub fn has(self, turn: u32) -> bool {
-        self.first(turn) < self.units
+        turn * self.chunk_units < self.units
     }
 
     /// Chunk number `turn`; empty beyond the end.
     #[inline(always)]
     pub fn chunk(self, turn: u32) -> Chunk {
-        let first = self.first(turn);
-        let most = if turn == 0 { self.first_units } else { self.chunk_units };
+        let first = turn * self.chunk_units;
         let left = self.units.saturating_sub(first);
-        let units = if left < most { left } else { most };
+        let units = if left < self.chunk_units { left } else { self.chunk_units };
         let tail = if left > units { self.stride } else { self.tail };
         let address = self.address + first as u64 * self.stride as u64;
         Chunk { address, units, tail, stride: self.stride }
@@ -325,7 +311,7 @@ impl Share {
     /// Offset of chunk number `turn` from the message's first byte.
     #[inline(always)]
     pub fn chunk_offset(self, turn: u32) -> u64 {
-        self.offset + self.first(turn) as u64 * self.stride as u64
+        self.offset + (turn * self.chunk_units) as u64 * self.stride as u64
     }
 }
 

@@ -120,31 +120,11 @@ impl Communicator {
             *peer = member.mailbox.0;
         }
         let template = Args {
-            rank,
-            world,
-            op: 0,
             flags: config.broken,
-            units: 0,
-            tail: 0,
-            block_units: 1,
-            chunk_units: 1,
-            scale: 1.0,
-            root: 0,
-            src: 0,
-            dst: 0,
-            layout,
             peers,
             status: group.members[rank as usize].status.device.0,
             deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
-            shard_bytes: 0,
-            rows: 0,
-            part_units: 0,
-            operation: 0,
-            rounds: 0,
-            peer: 0,
-            mode: 0,
-            reserved: 0,
-            widths: [0; MAX_RANKS],
+            ..Args::new(rank, world, layout)
         };
         let order = gpu.event_create()?;
         Ok(Communicator {

@@ -5,12 +5,12 @@
 
 use peerlane_device::abi::Layout;
 
-/// Units in the largest slot: 32 KiB, four units for each of 512 threads.
-const SLOT_UNITS: u32 = 2048;
+/// Units in the largest slot: 16 KiB, four units for each of 256 threads.
+const SLOT_UNITS: u32 = 1024;
 /// Units in the smallest slot worth having.
 const LEAST_SLOT_UNITS: u32 = 64;
-/// Lanes per pair, at most: about the multiprocessors of the largest GPUs.
-const LANES: u32 = 128;
+/// Lanes per pair, at most: two for each multiprocessor of an H100.
+const LANES: u32 = 256;
 
 /// The layout for `world` ranks whose mailboxes take at most `limit` bytes each, or `None` if the
 /// limit is too small for any.

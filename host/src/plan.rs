@@ -30,9 +30,12 @@ pub struct Grid {
     pub chunk_units: u32,
 }
 
-/// Wire bytes up to which data and flags travel together. Above, the doubled bytes cost more than a
-/// packet saves; measured on two and four H200s (docs/performance.md).
+/// Bytes up to which broadcasts and gathers let data and flags travel together. They carry any bytes,
+/// token ids of -1 among them, and sealing such payload takes longer than sending it twice.
 const PACKET_BYTES: usize = 32 << 10;
+/// The same for reductions, whose payload needs a seal only for one rare NaN. Measured on two H200s
+/// (docs/performance.md): full width is as fast from here on.
+const REDUCTION_PACKET_BYTES: usize = 1 << 10;
 
 /// The algorithm for an all-reduce of `wire_bytes` bytes.
 ///
@@ -45,10 +48,11 @@ pub fn all_reduce(world: u32, wire_bytes: usize) -> Algorithm {
     if n > 2 && wire_bytes > STEP_BYTES * n / ((n - 1) * (n - 2)) {
         return Algorithm::TwoShot;
     }
-    Algorithm::OneShot(format(wire_bytes))
+    let packet = wire_bytes <= REDUCTION_PACKET_BYTES;
+    Algorithm::OneShot(if packet { Format::Packet } else { Format::Full })
 }
 
-/// The format for a message of `bytes` bytes.
+/// The format for a message of `bytes` bytes that is moved, not reduced.
 pub fn format(bytes: usize) -> Format {
     if bytes <= PACKET_BYTES { Format::Packet } else { Format::Full }
 }

@@ -11,9 +11,13 @@ use crate::lane::{Lane, Unit};
 use crate::pipe::fail;
 use core::mem::offset_of;
 
-/// Units of the pattern; the flag follows them.
-const UNITS: u32 = 128;
-const FLAG: u64 = UNITS as u64 * UNIT as u64;
+/// Units of the pattern.
+const UNITS: u32 = 120;
+const HALF: u64 = UNITS as u64 * UNIT as u64;
+/// The flag follows two patterns: rounds alternate between them, since a rank may write round r+1
+/// while its peer still reads round r. Round r+2 it writes only after the peer's flag r+1, which
+/// comes after those reads.
+const FLAG: u64 = 2 * HALF;
 const _: () = assert!(FLAG as usize + UNIT <= PROBE_BYTES);
 
 /// Carries out `args.mode` with rank `args.peer`. Rounds are numbered from `args.rows` on, a number
@@ -79,7 +83,8 @@ unsafe fn write_pattern<L: Lane>(lane: L, area: u64, writer: u32, round: u32) {
 unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round: u32) -> bool {
     // SAFETY: both probe areas hold `UNITS` units and the flag.
     unsafe {
-        write_pattern(lane, theirs, args.rank, round);
+        let half = (round & 1) as u64 * HALF;
+        write_pattern(lane, theirs + half, args.rank, round);
         lane.sync_threads();
         if lane.thread() == 0 {
             lane.fence_system();
@@ -89,15 +94,14 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round:
         let mut wrong = false;
         let mut index = lane.thread();
         while came && index < UNITS {
-            wrong |= lane.poll_unit(mine + index as u64 * UNIT as u64)
+            wrong |= lane.poll_unit(mine + half + index as u64 * UNIT as u64)
                 != pattern(args.peer, round, index);
             index += lane.threads();
         }
         if wrong {
             fail(lane, args, state::CORRUPT, args.peer, phase::PROBE);
         }
-        // Also keeps this round's reads before the next round's writes, which the peer sends only
-        // after this rank's next flag.
+        // Also keeps this round's reads before this rank's next flag.
         !lane.sync_threads_or(wrong || !came)
     }
 }

@@ -45,6 +45,10 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
                 hidden |= reduce_own::<L, E>(&mut call, args, turn - 1, slot);
                 sent = slot + 1;
             }
+            if turn == 1 && full.has(2) {
+                // Turn 2 sends slots 3 and 4; a lane of four slots needs the first one back for it.
+                taken = 1;
+            }
             if turn >= 2 {
                 let slot = result_slot(turn - 2, full.has(turn - 1));
                 take_results::<L, E>(&mut call, args, turn - 2, slot);
