@@ -53,8 +53,8 @@ impl Communicator {
         let grid = plan::grid(&shape, message);
         let whole = tail as usize == format.payload() * expansion;
         let aligned = (call.src.0 | call.dst.0).is_multiple_of(UNIT as u64);
-        let single =
-            if whole && aligned && grid.block_units <= grid.threads { flags::SINGLE } else { 0 };
+        let one_each = grid.chunk_units == grid.block_units && grid.block_units <= grid.threads;
+        let single = if whole && aligned && one_each { flags::SINGLE } else { 0 };
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
         let args = Args {
             src: call.src.0,

@@ -39,9 +39,11 @@ pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
                     take_bytes(&mut call, peer, number, chunk);
                 }
             }
-            // The last turn leaves returning its slot to the next call.
+            // The last turns leave returning their slots to the next call: a fence here waits for
+            // everything that was just sent.
             if lag != 0 && src.has(turn) {
-                call.turn(everyone, turn + 1, hidden, everyone, turn);
+                let taken = if src.has(turn + args.layout.slots - 2) { turn } else { 0 };
+                call.turn(everyone, turn + 1, hidden, everyone, taken);
             }
             turn += 1;
         }

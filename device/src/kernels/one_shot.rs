@@ -98,9 +98,11 @@ unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
                 let behind = turn - lag;
                 reduce::<L, E, F>(&mut call, args, src.chunk(behind), dst.chunk(behind), behind);
             }
-            // The last turn leaves returning its slot to the next call.
+            // The last turns leave returning their slots to the next call: a fence here waits for
+            // everything that was just sent.
             if lag != 0 && ahead.units > 0 {
-                call.turn(everyone, turn + 1, hidden, everyone, turn);
+                let taken = if src.has(turn + args.layout.slots - 2) { turn } else { 0 };
+                call.turn(everyone, turn + 1, hidden, everyone, taken);
             }
             turn += 1;
         }

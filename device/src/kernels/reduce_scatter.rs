@@ -41,9 +41,11 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
                     }
                 });
             }
-            // The last turn leaves returning its slot to the next call.
+            // The last turns leave returning their slots to the next call: a fence here waits for
+            // everything that was just sent.
             if lag != 0 && own.has(turn) {
-                call.turn(everyone, turn + 1, hidden, everyone, turn);
+                let taken = if own.has(turn + args.layout.slots - 2) { turn } else { 0 };
+                call.turn(everyone, turn + 1, hidden, everyone, taken);
             }
             turn += 1;
         }

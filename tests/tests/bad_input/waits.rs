@@ -4,7 +4,7 @@ use peerlane::{Config, Error};
 use peerlane_tests::{Call, Group, Job, Machine, Memory, Rank, Script, reductions, small};
 use std::time::Duration;
 
-const DEADLINE: Duration = Duration::from_millis(30);
+const DEADLINE: Duration = Duration::from_millis(500);
 
 /// A group of `world` ranks, and one call of which nothing is queued yet.
 struct Scene {
