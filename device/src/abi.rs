@@ -184,21 +184,21 @@ macro_rules! for_each_kernel {
     ($callback:ident) => {
         $callback! {
             AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 3;
-            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 5;
+            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 3;
             AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 3;
-            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 5;
+            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 3;
             AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 3;
-            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 5;
+            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 3;
             AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 3;
-            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 5;
+            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 3;
             AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 2;
             AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 2;
             AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 2;
             AllReduceTwoShotF32AsBf16 "peerlane_all_reduce_two_shot_f32_as_bf16" two_shot::<F32AsBf16> 2;
-            ReduceScatterF32 "peerlane_reduce_scatter_f32" reduce_scatter::<F32> 3;
-            ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 3;
-            ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 3;
-            ReduceScatterF32AsBf16 "peerlane_reduce_scatter_f32_as_bf16" reduce_scatter::<F32AsBf16> 3;
+            ReduceScatterF32 "peerlane_reduce_scatter_f32" reduce_scatter::<F32> 2;
+            ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 2;
+            ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 2;
+            ReduceScatterF32AsBf16 "peerlane_reduce_scatter_f32_as_bf16" reduce_scatter::<F32AsBf16> 2;
             AllGatherPacket "peerlane_all_gather_packet" all_gather::<Packet> 2;
             AllGatherFull "peerlane_all_gather_full" all_gather::<Full> 3;
             BroadcastPacket "peerlane_broadcast_packet" broadcast::<Packet> 2;

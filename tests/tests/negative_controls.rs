@@ -42,12 +42,16 @@ fn all_reduce(count: usize, algorithm: Algorithm, values: Values) -> Job {
     Job { call, values, shift: 0 }
 }
 
+fn broadcast(bytes: usize, values: Values) -> Job {
+    Job { call: Call::Broadcast { bytes, root: 0 }, values, shift: 0 }
+}
+
 const FULL: Algorithm = Algorithm::OneShot(Format::Full);
 
 #[test]
 fn without_credits_a_slot_is_overwritten_before_it_is_taken() {
-    let broadcast = |bytes| Job::plain(Call::Broadcast { bytes, root: 0 });
-    assert_needed(flags::BREAK_CREDIT, 3, &[broadcast(20_000), broadcast(50_000)]);
+    let jobs = [broadcast(20_000, Values::Ordinary), broadcast(50_000, Values::Ordinary)];
+    assert_needed(flags::BREAK_CREDIT, 3, &jobs);
 }
 
 #[test]
@@ -59,19 +63,27 @@ fn without_cleaning_old_data_are_taken_as_new() {
 
 #[test]
 fn without_seals_payload_that_looks_free_is_waited_for_in_vain() {
-    let jobs = [all_reduce(100, FULL, Values::Free)];
+    let jobs = [broadcast(40_000, Values::Free)];
     let broken = assert_needed(flags::BREAK_SEAL, 2, &jobs);
     assert_eq!(broken.len(), SEEDS as usize, "{broken:#?}");
     assert!(broken.iter().all(|reason| reason.contains("waited 100ms")), "{broken:#?}");
 }
 
-/// Calls whose every chunk is sealed, of one chunk and of many.
+/// Moves at full width whose payload looks free here and there, so that chunks are sealed.
 fn sealed_calls() -> Vec<Job> {
     let call = |n: usize| {
-        let algorithm = if n.is_multiple_of(2) { FULL } else { Algorithm::TwoShot };
-        all_reduce(150 * n, algorithm, Values::Special)
+        let bytes = 33_000 + 1000 * n;
+        match n % 3 {
+            0 => Job {
+                call: Call::AllGather { bytes, in_place: false },
+                values: Values::Special,
+                shift: 0,
+            },
+            1 => broadcast(bytes, Values::Special),
+            _ => broadcast(bytes, Values::Free),
+        }
     };
-    (1..12).map(call).collect()
+    (1..8).map(call).collect()
 }
 
 #[test]
@@ -93,8 +105,8 @@ fn without_a_look_at_all_words_half_a_unit_is_taken() {
 
 /// Calls of many chunks without seals: what is broken shows in the credits.
 fn streamed_calls() -> Vec<Job> {
-    let broadcast = |bytes| Job::plain(Call::Broadcast { bytes, root: 1 });
-    vec![all_reduce(9000, FULL, Values::Ordinary), broadcast(50_000), broadcast(60_000)]
+    let moves = [50_000, 60_000].map(|bytes| broadcast(bytes, Values::Ordinary));
+    [all_reduce(9000, FULL, Values::Ordinary)].into_iter().chain(moves).collect()
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub use probe::probe;
 pub use reduce_scatter::reduce_scatter;
 pub use two_shot::two_shot;
 
-use crate::abi::{Args, Kernel, flags, phase};
+use crate::abi::{Args, FREE, Kernel, flags, phase};
 use crate::element::{self, Accumulator, Bf16, Element, F16, F32, F32AsBf16};
 use crate::lane::{Lane, Unit};
 use crate::pipe::{Call, Form, Full, Packet};
@@ -77,7 +77,8 @@ where
         return [[E::neutral(args.op); 4]; N];
     }
     // SAFETY: the caller's chunk lies in its tensor.
-    unsafe { load_units::<L, E, F, N>(lane, chunk, index) }
+    let units = unsafe { load_units::<L, E, F, N>(lane, chunk, index) };
+    visible::<E, N>(units)
 }
 
 /// `N` units of a chunk from `index` on, `threads` apart. More than one only if all are whole.
@@ -185,6 +186,18 @@ where
     unrolled!(N, |u| {
         units[u] = element::finish::<L, E>(lane, scale, &totals[u], F::WORDS);
     });
+    visible::<E, N>(units)
+}
+
+/// `units` without a word that looks like a free slot. That word is NaN in every element of it, and
+/// another NaN takes its place, on this rank and on its peers alike; so reductions never seal.
+#[inline(always)]
+fn visible<E: Element, const N: usize>(mut units: [Unit; N]) -> [Unit; N] {
+    unrolled!(N, |u| {
+        let unit = units[u];
+        let word = |w: u32| if w == FREE { E::NAN } else { w };
+        units[u] = [word(unit[0]), word(unit[1]), word(unit[2]), word(unit[3])];
+    });
     units
 }
 
@@ -199,7 +212,7 @@ fn any_hidden<F: Form, const N: usize>(units: &[Unit; N]) -> bool {
 }
 
 /// Sends every peer chunk number `turn` of its own part, `part(peer)`, as slot number `slot` of this
-/// call. Returns whether this thread sent anything that looks like a free slot.
+/// call.
 #[inline(always)]
 unsafe fn send_parts<L, E>(
     call: &mut Call<'_, L, Full>,
@@ -207,13 +220,11 @@ unsafe fn send_parts<L, E>(
     part: impl Fn(u32) -> Share,
     turn: u32,
     slot: u32,
-) -> bool
-where
+) where
     L: Lane,
     E: Element + Codec,
 {
     let lane = call.lane();
-    let mut hidden = false;
     for peer in successors(args) {
         let chunk = part(peer).chunk(turn);
         // SAFETY: passed on to the caller.
@@ -222,10 +233,8 @@ where
             let address = call.reserve(peer, number);
             for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
-                hidden |= any_hidden::<Full, N>(&units);
                 call.put_units(address, index, number, units);
             });
         }
     }
-    hidden
 }

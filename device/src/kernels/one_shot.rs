@@ -5,7 +5,7 @@
 //! FlashInfer's one-shot kernels, without their middle or closing barriers.)
 
 use super::{
-    accumulate_units, any_hidden, finish_units, own_units, reduced_units, store_units, successors,
+    accumulate_units, finish_units, own_units, reduced_units, store_units, successors, visible,
 };
 use crate::abi::{Args, flags, phase};
 use crate::element::{self, Element};
@@ -43,20 +43,15 @@ unsafe fn single<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, everyone);
         let mut own = [[E::neutral(args.op); 4]];
-        let mut hidden = false;
         if mine {
             if args.flags & flags::NO_CONTRIBUTION == 0 {
-                own = [E::load::<L, true>(lane, F::WORDS, args.src + offset, 0)];
+                own = visible::<E, 1>([E::load::<L, true>(lane, F::WORDS, args.src + offset, 0)]);
             }
-            hidden = any_hidden::<F, 1>(&own);
             for peer in successors(args) {
                 let number = call.sent(peer);
                 let slot = call.reserve(peer, number);
                 call.put_units(slot, thread, number, own);
             }
-        }
-        call.seal(everyone, 1, hidden);
-        if mine {
             let mut totals = [element::empty(args.op)];
             for rank in 0..args.world {
                 let units = if rank == args.rank {
@@ -89,20 +84,13 @@ unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
         let lag = src.has(1) as u32;
         let mut turn = 0;
         while turn < lag || src.has(turn - lag) {
-            let ahead = src.chunk(turn);
-            let hidden = ahead.units > 0 && send::<L, E, F>(&mut call, args, ahead, turn);
-            if lag == 0 {
-                call.seal(everyone, turn + 1, hidden);
-            }
+            send::<L, E, F>(&mut call, args, src.chunk(turn), turn);
             if turn >= lag {
                 let behind = turn - lag;
                 reduce::<L, E, F>(&mut call, args, src.chunk(behind), dst.chunk(behind), behind);
             }
-            // The last turns leave returning their slots to the next call: a fence here waits for
-            // everything that was just sent.
-            if lag != 0 && ahead.units > 0 {
-                let taken = if src.has(turn + args.layout.slots - 2) { turn } else { 0 };
-                call.turn(everyone, turn + 1, hidden, everyone, taken);
+            if lag != 0 && src.has(turn) {
+                call.release_taken(everyone, turn, src.has(turn + args.layout.slots - 2));
             }
             turn += 1;
         }
@@ -110,22 +98,19 @@ unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
     }
 }
 
-/// Sends a chunk to every peer as slot number `turn` of this call. Returns whether this thread sent
-/// anything that looks like a free slot.
+/// Sends a chunk to every peer as slot number `turn` of this call.
 #[inline(always)]
 unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
     call: &mut Call<'_, L, F>,
     args: &Args,
     chunk: Chunk,
     turn: u32,
-) -> bool {
+) {
     let lane = call.lane();
-    let mut hidden = false;
     // SAFETY: passed on to the caller.
     unsafe {
         for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
             let units = own_units::<L, E, F, N>(lane, args, chunk, index);
-            hidden |= any_hidden::<F, N>(&units);
             for peer in successors(args) {
                 let number = call.sent(peer).wrapping_add(turn);
                 let slot = call.reserve(peer, number);
@@ -133,7 +118,6 @@ unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
             }
         });
     }
-    hidden
 }
 
 /// Reduces a chunk from this rank's tensor and every peer's slot number `turn`, in rank order.

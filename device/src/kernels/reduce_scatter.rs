@@ -26,9 +26,8 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
         let lag = own.has(1) as u32;
         let mut turn = 0;
         while turn < lag || own.has(turn - lag) {
-            let hidden = own.has(turn) && send_parts::<L, E>(&mut call, args, part, turn, turn);
-            if lag == 0 {
-                call.seal(everyone, turn + 1, hidden);
+            if own.has(turn) {
+                send_parts::<L, E>(&mut call, args, part, turn, turn);
             }
             if turn >= lag {
                 let behind = turn - lag;
@@ -41,11 +40,8 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
                     }
                 });
             }
-            // The last turns leave returning their slots to the next call: a fence here waits for
-            // everything that was just sent.
             if lag != 0 && own.has(turn) {
-                let taken = if own.has(turn + args.layout.slots - 2) { turn } else { 0 };
-                call.turn(everyone, turn + 1, hidden, everyone, taken);
+                call.release_taken(everyone, turn, own.has(turn + args.layout.slots - 2));
             }
             turn += 1;
         }

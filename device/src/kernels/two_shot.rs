@@ -5,7 +5,7 @@
 //! data announce themselves in both, so a chunk's second half starts as soon as its owner has it.
 //! (FlashInfer's and SGLang's two-shot Lamport kernels have the same two halves.)
 
-use super::{any_hidden, reduced_units, send_parts, store_units, successors};
+use super::{reduced_units, send_parts, store_units, successors};
 use crate::abi::{Args, phase};
 use crate::element::Element;
 use crate::for_units;
@@ -33,17 +33,15 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
         let mut turn = 0;
         while turn < 2 || full.has(turn - 2) {
             let sends = full.has(turn);
-            let (mut hidden, mut sent, mut taken) = (false, 0, 0);
+            let mut taken = 0;
             if sends {
                 let source = |rank| part::<L, E>(lane, args, args.src, rank);
                 let slot = scatter_slot(turn);
-                hidden = send_parts::<L, E>(&mut call, args, source, turn, slot);
-                sent = slot + 1;
+                send_parts::<L, E>(&mut call, args, source, turn, slot);
             }
             if turn >= 1 && full.has(turn - 1) {
                 let slot = result_slot(turn - 1, sends);
-                hidden |= reduce_own::<L, E>(&mut call, args, turn - 1, slot);
-                sent = slot + 1;
+                reduce_own::<L, E>(&mut call, args, turn - 1, slot);
             }
             if turn == 1 && full.has(2) {
                 // Turn 2 sends slots 3 and 4; a lane of four slots needs the first one back for it.
@@ -55,8 +53,8 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
                 taken = slot + 1;
             }
             // The last turn sends nothing, and leaves returning its slots to the next call.
-            if turn < 2 || full.has(turn - 1) {
-                call.turn(everyone, sent, hidden, everyone, taken);
+            if taken != 0 && full.has(turn - 1) {
+                call.turn(0, 0, false, everyone, taken);
             }
             turn += 1;
         }
@@ -86,24 +84,22 @@ fn result_slot(turn: u32, more: bool) -> u32 {
 }
 
 /// Reduces chunk `turn` of this rank's part, keeps the result and sends it to every peer as slot
-/// number `slot` of this call. Returns whether this thread sent anything that looks like a free slot.
+/// number `slot` of this call.
 #[inline(always)]
 unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
     turn: u32,
     slot: u32,
-) -> bool {
+) {
     let lane = call.lane();
     let own = part::<L, E>(lane, args, args.src, args.rank).chunk(turn);
     let result = part::<L, E>(lane, args, args.dst, args.rank).chunk(turn);
     let whole = own.whole_units().min(result.whole_units());
-    let mut hidden = false;
     // SAFETY: passed on to the caller.
     unsafe {
         for_units!(lane, whole, own.units, |N, index| {
             let units = reduced_units::<L, E, Full, N>(call, args, own, index, scatter_slot(turn));
-            hidden |= any_hidden::<Full, N>(&units);
             if call.ok() {
                 store_units::<L, E, Full, N>(lane, result, index, units);
             }
@@ -114,7 +110,6 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
             }
         });
     }
-    hidden
 }
 
 /// Stores every peer's result for chunk `turn` of its part from slot number `slot` of this call.
