@@ -18,10 +18,17 @@ pub const UNIT: usize = 16;
 /// Units that one thread moves at once where a chunk is large enough.
 pub const UNROLL: usize = 4;
 
-/// Most threads in a block of any kernel; the entries carry it as their launch bound.
+/// Most threads of a block that move data.
 ///
 /// Two such blocks fit a multiprocessor, so that one sends while the other waits at its barrier.
-pub const MAX_THREADS: u32 = 256;
+pub const MAX_WORKERS: u32 = 256;
+
+/// Threads of the warp that keeps the books of a block with several chunks: its fences wait for
+/// everything that the block has sent, and would hold up a warp with data of its own.
+pub const CLERKS: u32 = 32;
+
+/// Most threads in a block of any kernel; the entries carry it as their launch bound.
+pub const MAX_THREADS: u32 = MAX_WORKERS + CLERKS;
 
 /// Version of everything in this file. Ranks with different versions refuse each other.
 pub const ABI_VERSION: u32 = 1;
@@ -183,14 +190,14 @@ impl Operation {
 macro_rules! for_each_kernel {
     ($callback:ident) => {
         $callback! {
-            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 3;
-            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 3;
-            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 3;
-            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 3;
-            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 3;
-            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 3;
-            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 3;
-            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 3;
+            AllReduceOneShotF32Packet "peerlane_all_reduce_one_shot_f32_packet" one_shot::<F32, Packet> 4;
+            AllReduceOneShotF32Full "peerlane_all_reduce_one_shot_f32_full" one_shot::<F32, Full> 4;
+            AllReduceOneShotF16Packet "peerlane_all_reduce_one_shot_f16_packet" one_shot::<F16, Packet> 4;
+            AllReduceOneShotF16Full "peerlane_all_reduce_one_shot_f16_full" one_shot::<F16, Full> 4;
+            AllReduceOneShotBf16Packet "peerlane_all_reduce_one_shot_bf16_packet" one_shot::<Bf16, Packet> 4;
+            AllReduceOneShotBf16Full "peerlane_all_reduce_one_shot_bf16_full" one_shot::<Bf16, Full> 4;
+            AllReduceOneShotF32AsBf16Packet "peerlane_all_reduce_one_shot_f32_as_bf16_packet" one_shot::<F32AsBf16, Packet> 4;
+            AllReduceOneShotF32AsBf16Full "peerlane_all_reduce_one_shot_f32_as_bf16_full" one_shot::<F32AsBf16, Full> 4;
             AllReduceTwoShotF32 "peerlane_all_reduce_two_shot_f32" two_shot::<F32> 2;
             AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 2;
             AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 2;
@@ -321,6 +328,8 @@ pub struct Args {
     /// Units in a full chunk: what one block sends to one peer at once. At most
     /// `layout.slot_units`.
     pub chunk_units: u32,
+    /// Threads of each block that move data; any others keep the books.
+    pub workers: u32,
     /// Factor applied before the final rounding: 1, or 1/world for an average.
     pub scale: f32,
     /// Broadcast and gather: the root's rank.
@@ -351,8 +360,6 @@ pub struct Args {
     pub peer: u32,
     /// Probe: what to do, a [`probe`] code.
     pub mode: u32,
-    /// Unused; keeps the struct free of padding.
-    pub reserved: u32,
     /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
     pub widths: [u64; MAX_RANKS],
 }
@@ -369,6 +376,7 @@ impl Args {
             tail: 0,
             block_units: 1,
             chunk_units: 1,
+            workers: MAX_WORKERS,
             scale: 1.0,
             root: 0,
             src: 0,
@@ -384,7 +392,6 @@ impl Args {
             rounds: 0,
             peer: 0,
             mode: 0,
-            reserved: 0,
             widths: [0; MAX_RANKS],
         }
     }

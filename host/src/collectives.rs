@@ -53,7 +53,7 @@ impl Communicator {
         let grid = plan::grid(&shape, message);
         let whole = tail as usize == format.payload() * expansion;
         let aligned = (call.src.0 | call.dst.0).is_multiple_of(UNIT as u64);
-        let one_each = grid.chunk_units == grid.block_units && grid.block_units <= grid.threads;
+        let one_each = grid.chunk_units == grid.block_units && grid.block_units <= grid.workers;
         let single = if whole && aligned && one_each { flags::SINGLE } else { 0 };
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
         let args = Args {
@@ -217,7 +217,7 @@ impl Communicator {
         if shape.world == 1 {
             return Ok(());
         }
-        let grid = Grid { blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
+        let grid = Grid { blocks: 1, workers: 32, threads: 32, block_units: 1, chunk_units: 1 };
         let signature = movement(operation, 0, 0, 0);
         // SAFETY: the kernel touches no tensor.
         unsafe {
@@ -244,6 +244,7 @@ impl Communicator {
     ) -> Result<()> {
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
+        args.workers = grid.workers;
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
         // SAFETY: passed on to the caller.

@@ -60,7 +60,7 @@ fn successors(args: &Args) -> impl Iterator<Item = u32> + Clone + use<> {
 }
 
 /// This rank's units of a chunk as its peers receive them, or what changes nothing if it does not
-/// contribute: `N` units from `index` on, `threads` apart.
+/// contribute: `N` units from `index` on, `chunk.step` apart.
 #[inline(always)]
 unsafe fn own_units<L, E, F, const N: usize>(
     lane: L,
@@ -81,7 +81,7 @@ where
     visible::<E, N>(units)
 }
 
-/// `N` units of a chunk from `index` on, `threads` apart. More than one only if all are whole.
+/// `N` units of a chunk from `index` on, `chunk.step` apart. More than one only if all are whole.
 #[inline(always)]
 unsafe fn load_units<L, C, F, const N: usize>(lane: L, chunk: Chunk, index: u32) -> [Unit; N]
 where
@@ -91,7 +91,7 @@ where
 {
     let mut units = [[0; 4]; N];
     unrolled!(N, |u| {
-        let index = index + u as u32 * lane.threads();
+        let index = index + u as u32 * chunk.step;
         // SAFETY: the caller's chunk lies in its tensor.
         units[u] = unsafe {
             if N > 1 {
@@ -113,7 +113,7 @@ where
     F: Form,
 {
     unrolled!(N, |u| {
-        let index = index + u as u32 * lane.threads();
+        let index = index + u as u32 * chunk.step;
         // SAFETY: the caller's chunk lies in its tensor.
         unsafe {
             if N > 1 {
@@ -231,7 +231,7 @@ unsafe fn send_parts<L, E>(
         unsafe {
             let number = call.sent(peer).wrapping_add(slot);
             let address = call.reserve(peer, number);
-            for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
+            for_units!(lane, chunk, chunk.whole_units(), |N, index| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
                 call.put_units(address, index, number, units);
             });

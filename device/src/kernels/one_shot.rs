@@ -52,6 +52,11 @@ unsafe fn single<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
                 let slot = call.reserve(peer, number);
                 call.put_units(slot, thread, number, own);
             }
+        }
+        // Polls of early warps would get in the way of late warps' stores: with this barrier 8 KiB
+        // take 2.54 us instead of 2.67 on two H200s.
+        call.turn(0, 0, false, 0, 0);
+        if mine {
             let mut totals = [element::empty(args.op)];
             for rank in 0..args.world {
                 let units = if rank == args.rank {
@@ -109,7 +114,7 @@ unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
     let lane = call.lane();
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
+        for_units!(lane, chunk, chunk.whole_units(), |N, index| {
             let units = own_units::<L, E, F, N>(lane, args, chunk, index);
             for peer in successors(args) {
                 let number = call.sent(peer).wrapping_add(turn);
@@ -133,7 +138,7 @@ unsafe fn reduce<L: Lane, E: Element + Codec, F: Form>(
     let whole = own.whole_units().min(result.whole_units());
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, whole, own.units, |N, index| {
+        for_units!(lane, own, whole, |N, index| {
             let units = reduced_units::<L, E, F, N>(call, args, own, index, turn);
             if call.ok() {
                 store_units::<L, E, F, N>(lane, result, index, units);

@@ -98,7 +98,7 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     let whole = own.whole_units().min(result.whole_units());
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, whole, own.units, |N, index| {
+        for_units!(lane, own, whole, |N, index| {
             let units = reduced_units::<L, E, Full, N>(call, args, own, index, scatter_slot(turn));
             if call.ok() {
                 store_units::<L, E, Full, N>(lane, result, index, units);
@@ -126,7 +126,7 @@ unsafe fn take_results<L: Lane, E: Element + Codec>(
         // SAFETY: passed on to the caller.
         unsafe {
             let number = call.received(peer).wrapping_add(slot);
-            for_units!(lane, result.whole_units(), result.units, |N, index| {
+            for_units!(lane, result, result.whole_units(), |N, index| {
                 let units = call.take::<N>(peer, number, index, phase::RESULT);
                 if call.ok() {
                     store_units::<L, E, Full, N>(lane, result, index, units);
