@@ -59,8 +59,7 @@ fn successors(args: &Args) -> impl Iterator<Item = u32> + Clone + use<> {
     (1..world).map(move |step| if rank + step < world { rank + step } else { rank + step - world })
 }
 
-/// This rank's units of a chunk as its peers receive them, or what changes nothing if it does not
-/// contribute: `N` units from `index` on, `chunk.step` apart.
+/// This rank's units of a chunk, or what changes nothing if it does not contribute: `N` units from `index` on, `chunk.step` apart.
 #[inline(always)]
 unsafe fn own_units<L, E, F, const N: usize>(
     lane: L,
@@ -77,8 +76,7 @@ where
         return [[E::neutral(args.op); 4]; N];
     }
     // SAFETY: the caller's chunk lies in its tensor.
-    let units = unsafe { load_units::<L, E, F, N>(lane, chunk, index) };
-    visible::<E, N>(units)
+    unsafe { load_units::<L, E, F, N>(lane, chunk, index) }
 }
 
 /// `N` units of a chunk from `index` on, `chunk.step` apart. More than one only if all are whole.
@@ -146,7 +144,7 @@ where
         // SAFETY: passed on to the caller.
         let units = unsafe {
             if rank == args.rank {
-                own_units::<L, E, F, N>(lane, args, own, index)
+                visible::<E, N>(own_units::<L, E, F, N>(lane, args, own, index))
             } else {
                 let number = call.received(rank).wrapping_add(turn);
                 call.take::<N>(rank, number, index, phase::DATA)
@@ -186,11 +184,14 @@ where
     unrolled!(N, |u| {
         units[u] = element::finish::<L, E>(lane, scale, &totals[u], F::WORDS);
     });
-    visible::<E, N>(units)
+    units
 }
 
 /// `units` without a word that looks like a free slot. That word is NaN in every element of it, and
 /// another NaN takes its place, on this rank and on its peers alike; so reductions never seal.
+///
+/// Called as late as possible: it is the first to wait for the units, and what it waits ahead of is
+/// not in flight meanwhile (0.15 us of 2.6 in small calls).
 #[inline(always)]
 fn visible<E: Element, const N: usize>(mut units: [Unit; N]) -> [Unit; N] {
     unrolled!(N, |u| {
@@ -233,7 +234,7 @@ unsafe fn send_parts<L, E>(
             let address = call.reserve(peer, number);
             for_units!(lane, chunk, chunk.whole_units(), |N, index| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
-                call.put_units(address, index, number, units);
+                call.put_units(address, index, number, visible::<E, N>(units));
             });
         }
     }

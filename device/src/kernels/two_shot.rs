@@ -5,7 +5,7 @@
 //! data announce themselves in both, so a chunk's second half starts as soon as its owner has it.
 //! (FlashInfer's and SGLang's two-shot Lamport kernels have the same two halves.)
 
-use super::{reduced_units, send_parts, store_units, successors};
+use super::{reduced_units, send_parts, store_units, successors, visible};
 use crate::abi::{Args, phase};
 use crate::element::Element;
 use crate::for_units;
@@ -100,6 +100,7 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     unsafe {
         for_units!(lane, own, whole, |N, index| {
             let units = reduced_units::<L, E, Full, N>(call, args, own, index, scatter_slot(turn));
+            let units = visible::<E, N>(units);
             if call.ok() {
                 store_units::<L, E, Full, N>(lane, result, index, units);
             }

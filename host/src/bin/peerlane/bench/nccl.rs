@@ -9,6 +9,7 @@ use libloading::Library;
 use peerlane::gpu::{DevicePtr, Stream};
 use peerlane::{DType, Operation, ReduceOp};
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::process::Command;
 use std::ptr;
 use std::sync::Arc;
@@ -44,8 +45,8 @@ struct Functions {
 /// The loaded library.
 pub(crate) struct Nccl {
     functions: Functions,
-    /// Keeps the functions alive.
-    _library: Library,
+    /// Keeps the functions alive, and is never unloaded: threads of NCCL outlive its communicators.
+    _library: ManuallyDrop<Library>,
 }
 
 impl Nccl {
@@ -57,7 +58,7 @@ impl Nccl {
             match unsafe { Library::new(&path) } {
                 Ok(library) => {
                     let functions = functions(&library)?;
-                    return Ok(Arc::new(Nccl { functions, _library: library }));
+                    return Ok(Arc::new(Nccl { functions, _library: ManuallyDrop::new(library) }));
                 }
                 Err(error) => tried.push(format!("{path} ({error})")),
             }
