@@ -154,6 +154,10 @@ impl Gpu for NullGpu {
         Ok(())
     }
 
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn stream_query(&self, _: Stream) -> Result<bool> {
         Ok(true)
     }

@@ -65,7 +65,6 @@ impl Solo {
         args.shard_bytes = bytes as u64;
         args.part_units = plan::part_units(1, units) as u32;
         let grid = self.grid(rig, bytes);
-        args.workers = grid.workers;
         (args.block_units, args.chunk_units) = (grid.block_units, grid.chunk_units);
         if self.operation == Operation::Gather {
             (args.rows, args.widths[0]) = (1, bytes as u64);

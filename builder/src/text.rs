@@ -67,11 +67,11 @@ mod tests {
     fn every_entry_gets_the_bound_between_parameters_and_body() {
         let bounded = with_launch_bounds(TWO);
         assert!(
-            bounded.contains(".entry a()\n.maxntid 288, 1, 1\n.minnctapersm 2\n{"),
+            bounded.contains(".entry a()\n.maxntid 256, 1, 1\n.minnctapersm 2\n{"),
             "{bounded}"
         );
         assert!(
-            bounded.contains("b_param_0[16]\n)\n.maxntid 288, 1, 1\n.minnctapersm 2\n{"),
+            bounded.contains("b_param_0[16]\n)\n.maxntid 256, 1, 1\n.minnctapersm 2\n{"),
             "{bounded}"
         );
         assert_eq!(bounded.matches(".maxntid").count(), 2);

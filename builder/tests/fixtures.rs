@@ -59,7 +59,7 @@ fn a_good_crate_builds_for_every_variant() {
         assert!(ptx.starts_with(&format!("// peerlane sources {}\n", report.sources)));
         assert!(ptx.contains(&format!(".target {}", report.arch)));
         assert_eq!(
-            ptx.matches(".maxntid 288, 1, 1\n.minnctapersm 2\n{").count(),
+            ptx.matches(".maxntid 256, 1, 1\n.minnctapersm 2\n{").count(),
             3,
             "one bound per entry"
         );

@@ -18,17 +18,10 @@ pub const UNIT: usize = 16;
 /// Units that one thread moves at once where a chunk is large enough.
 pub const UNROLL: usize = 4;
 
-/// Most threads of a block that move data.
+/// Most threads in a block of any kernel; the entries carry it as their launch bound.
 ///
 /// Two such blocks fit a multiprocessor, so that one sends while the other waits at its barrier.
-pub const MAX_WORKERS: u32 = 256;
-
-/// Threads of the warp that keeps the books of a block with several chunks: its fences wait for
-/// everything that the block has sent, and would hold up a warp with data of its own.
-pub const CLERKS: u32 = 32;
-
-/// Most threads in a block of any kernel; the entries carry it as their launch bound.
-pub const MAX_THREADS: u32 = MAX_WORKERS + CLERKS;
+pub const MAX_THREADS: u32 = 256;
 
 /// Version of everything in this file. Ranks with different versions refuse each other.
 pub const ABI_VERSION: u32 = 1;
@@ -328,8 +321,6 @@ pub struct Args {
     /// Units in a full chunk: what one block sends to one peer at once. At most
     /// `layout.slot_units`.
     pub chunk_units: u32,
-    /// Threads of each block that move data; any others keep the books.
-    pub workers: u32,
     /// Factor applied before the final rounding: 1, or 1/world for an average.
     pub scale: f32,
     /// Broadcast and gather: the root's rank.
@@ -360,6 +351,8 @@ pub struct Args {
     pub peer: u32,
     /// Probe: what to do, a [`probe`] code.
     pub mode: u32,
+    /// Unused; keeps the struct free of padding.
+    pub reserved: u32,
     /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
     pub widths: [u64; MAX_RANKS],
 }
@@ -376,7 +369,6 @@ impl Args {
             tail: 0,
             block_units: 1,
             chunk_units: 1,
-            workers: MAX_WORKERS,
             scale: 1.0,
             root: 0,
             src: 0,
@@ -392,6 +384,7 @@ impl Args {
             rounds: 0,
             peer: 0,
             mode: 0,
+            reserved: 0,
             widths: [0; MAX_RANKS],
         }
     }

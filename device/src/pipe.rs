@@ -107,9 +107,7 @@ pub struct Call<'a, L, F> {
     args: &'a Args,
     /// Address of this lane's counters in this rank's mailbox.
     words: u64,
-    /// The rank whose pipes' books this thread keeps, if `books`.
-    clerk: u32,
-    /// Whether this thread keeps the books of the pipes to and from a rank.
+    /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
     books: bool,
     /// Whether it has returned the credits of earlier calls.
     returned: bool,
@@ -145,11 +143,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     #[inline(always)]
     pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
         let words = lane.peer(args.rank) + args.layout.words(lane.block()) as u64;
-        // The first threads, or those of the warp that moves no data.
-        let first = if lane.threads() > args.workers { args.workers } else { 0 };
-        let clerk = lane.thread().wrapping_sub(first);
-        let books = clerk < args.world && clerk != args.rank && peers >> clerk & 1 != 0;
-        Call { lane, args, words, clerk, books, returned: false, failure: 0, form: PhantomData }
+        let thread = lane.thread();
+        let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
+        Call { lane, args, words, books, returned: false, failure: 0, form: PhantomData }
     }
 
     /// Returns to their senders the slots that earlier calls consumed. Every path to a wait or a
@@ -163,13 +159,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             self.returned = true;
             // SAFETY: a word of the peer's mailbox that only this rank writes.
             unsafe {
-                self.return_credit(self.clerk, self.received(self.clerk));
+                let thread = self.lane.thread();
+                self.return_credit(thread, self.received(thread));
             }
         }
     }
 
-    /// Ends the call, once this thread has taken all it needed. The thread that keeps a
-    /// peer's books says how many slots went to that peer and came from it; other threads' numbers are
+    /// Ends the call, once this thread has taken all it needed. The thread whose number is a peer's
+    /// rank says how many slots went to that peer and came from it; other threads' numbers are
     /// not looked at.
     #[inline(always)]
     pub unsafe fn end(mut self, sent: u32, received: u32) {
@@ -188,8 +185,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             lane.sync_threads();
             // Additions rather than stores: nothing waits for the old values.
             if self.books {
-                let counter =
-                    |offset: usize| self.words + (offset + 4 * self.clerk as usize) as u64;
+                let counter = |offset: usize| self.words + (offset + 4 * thread as usize) as u64;
                 lane.add_word(counter(lane_words::SENT), sent);
                 lane.add_word(counter(lane_words::RECEIVED), received);
             }
@@ -203,13 +199,6 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     #[inline(always)]
     pub fn lane(&self) -> L {
         self.lane
-    }
-
-    /// The rank that this thread answers for in [`Call::turn`] and [`Call::end`], if there is one of
-    /// that number.
-    #[inline(always)]
-    pub fn clerk(&self) -> u32 {
-        self.clerk
     }
 
     /// Whether this thread may still write results: no wait of it has failed.
@@ -256,7 +245,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// Stores units of slot number `number`, at `slot` in a peer's mailbox: the `index`-th and those
-    /// `workers` apart after it. Relaxed: only what each unit itself carries tells the receiver
+    /// `threads` apart after it. Relaxed: only what each unit itself carries tells the receiver
     /// that it is there.
     #[inline(always)]
     pub unsafe fn put_units<const N: usize>(
@@ -270,7 +259,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             return;
         }
         unrolled!(N, |u| {
-            let index = index as u64 + u as u64 * self.args.workers as u64;
+            let index = index as u64 + u as u64 * self.lane.threads() as u64;
             // SAFETY: `slot` came from `reserve`, and a slot has more than `index` units.
             unsafe {
                 self.lane.put_unit(slot + index * UNIT as u64, F::encode(payloads[u], number))
@@ -302,7 +291,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// them before the words.
     #[inline(always)]
     pub unsafe fn turn(&mut self, to: u32, sent: u32, hidden: bool, from: u32, taken: u32) {
-        let (lane, peer) = (self.lane, self.clerk);
+        let (lane, thread) = (self.lane, self.lane.thread());
         // SAFETY: words of the peers' mailboxes that only this rank writes.
         unsafe {
             self.return_credits();
@@ -315,18 +304,18 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 lane.sync_threads_or(hidden)
             };
             let seals =
-                self.books && hidden && to >> peer & 1 != 0 && !self.broken(flags::BREAK_SEAL);
-            let releases = self.books && taken != 0 && from >> peer & 1 != 0;
+                self.books && hidden && to >> thread & 1 != 0 && !self.broken(flags::BREAK_SEAL);
+            let releases = self.books && taken != 0 && from >> thread & 1 != 0;
             if seals || releases {
                 if !self.broken(flags::BREAK_FENCE) {
                     lane.fence_system();
                 }
                 if seals {
-                    let sealed = self.peer_word(peer, lane_words::SEALED);
-                    lane.put_word(sealed, self.sent(peer).wrapping_add(sent));
+                    let sealed = self.peer_word(thread, lane_words::SEALED);
+                    lane.put_word(sealed, self.sent(thread).wrapping_add(sent));
                 }
                 if releases {
-                    self.return_credit(peer, self.received(peer).wrapping_add(taken));
+                    self.return_credit(thread, self.received(thread).wrapping_add(taken));
                 }
             }
         }
@@ -344,7 +333,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         unsafe { self.turn(0, 0, false, from, if needed { turn } else { 0 }) };
     }
 
-    /// Waits for `N` units of slot number `number` from `peer`: the `index`-th and those `workers`
+    /// Waits for `N` units of slot number `number` from `peer`: the `index`-th and those `threads`
     /// apart after it. Cleans them, and returns their payloads, which mean nothing once `ok` is
     /// false.
     #[inline(always)]
@@ -357,7 +346,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     ) -> [Unit; N] {
         let lane = self.lane;
         let first = self.slot(self.args.rank, peer, number) + index as u64 * UNIT as u64;
-        let step = self.args.workers as u64 * UNIT as u64;
+        let step = lane.threads() as u64 * UNIT as u64;
         let mut units = [[0; 4]; N];
         // SAFETY: the units lie in this rank's slots; nobody writes them between their arrival and
         // the next credit.

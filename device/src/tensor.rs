@@ -273,15 +273,7 @@ impl Message {
         let first = lane.block() * args.block_units;
         let Message { address, units, tail, stride } = self.part(first, args.block_units);
         let offset = first as u64 * stride as u64;
-        Share {
-            address,
-            units,
-            tail,
-            stride,
-            chunk_units: args.chunk_units,
-            offset,
-            step: args.workers,
-        }
+        Share { address, units, tail, stride, chunk_units: args.chunk_units, offset }
     }
 }
 
@@ -296,8 +288,6 @@ pub struct Share {
     chunk_units: u32,
     /// Tensor bytes of the message before this share.
     offset: u64,
-    /// Threads that share a chunk.
-    step: u32,
 }
 
 impl Share {
@@ -315,7 +305,7 @@ impl Share {
         let units = if left < self.chunk_units { left } else { self.chunk_units };
         let tail = if left > units { self.stride } else { self.tail };
         let address = self.address + first as u64 * self.stride as u64;
-        Chunk { address, units, tail, stride: self.stride, step: self.step }
+        Chunk { address, units, tail, stride: self.stride }
     }
 
     /// Offset of chunk number `turn` from the message's first byte.
@@ -336,8 +326,6 @@ pub struct Chunk {
     tail: u32,
     /// Tensor bytes of every other.
     pub stride: u32,
-    /// Units from one of a thread's units to its next.
-    pub step: u32,
 }
 
 impl Chunk {
@@ -363,26 +351,24 @@ impl Chunk {
 }
 
 /// Runs `$body` for this thread's units of a chunk: with `$n` = `UNROLL` while that many whole units
-/// are left, then with `$n` = 1. `$index` is the first unit, the others follow `$chunk.step` apart.
+/// are left, then with `$n` = 1. `$index` is the first unit, the others follow `threads` apart.
 #[macro_export]
 macro_rules! for_units {
-    ($lane:expr, $chunk:expr, $whole:expr, |$n:ident, $index:ident| $body:block) => {{
-        let (step, units, whole) = ($chunk.step, $chunk.units, $whole);
-        let thread = $lane.thread();
-        // Threads that only keep the books have no units.
-        let mut $index = if thread < step { thread } else { u32::MAX / 2 };
+    ($lane:expr, $whole:expr, $units:expr, |$n:ident, $index:ident| $body:block) => {{
+        let (threads, units, whole) = ($lane.threads(), $units, $whole);
+        let mut $index = $lane.thread();
         {
             const $n: usize = $crate::abi::UNROLL;
-            while $index + ($n as u32 - 1) * step < whole {
+            while $index + ($n as u32 - 1) * threads < whole {
                 $body
-                $index += $n as u32 * step;
+                $index += $n as u32 * threads;
             }
         }
         {
             const $n: usize = 1;
             while $index < units {
                 $body
-                $index += step;
+                $index += threads;
             }
         }
     }};

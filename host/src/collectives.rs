@@ -14,7 +14,7 @@ use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, ReduceOp, UNI
 /// # Safety
 /// Every tensor named in a request has the size that the request says, lies in memory of this
 /// rank's GPU, and stays alive and untouched by others until `stream` has passed the call. `stream`
-/// is a stream or was one that is still being captured; it lives until the next call or `close`.
+/// lives until the next call has been made.
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, stated on the impl")]
 impl Communicator {
     /// Reduces `call.count` elements of all ranks into every rank's `dst`.
@@ -53,7 +53,7 @@ impl Communicator {
         let grid = plan::grid(&shape, message);
         let whole = tail as usize == format.payload() * expansion;
         let aligned = (call.src.0 | call.dst.0).is_multiple_of(UNIT as u64);
-        let one_each = grid.chunk_units == grid.block_units && grid.block_units <= grid.workers;
+        let one_each = grid.chunk_units == grid.block_units && grid.block_units <= grid.threads;
         let single = if whole && aligned && one_each { flags::SINGLE } else { 0 };
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
         let args = Args {
@@ -217,7 +217,7 @@ impl Communicator {
         if shape.world == 1 {
             return Ok(());
         }
-        let grid = Grid { blocks: 1, workers: 32, threads: 32, block_units: 1, chunk_units: 1 };
+        let grid = Grid { blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
         let signature = movement(operation, 0, 0, 0);
         // SAFETY: the kernel touches no tensor.
         unsafe {
@@ -244,7 +244,6 @@ impl Communicator {
     ) -> Result<()> {
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
-        args.workers = grid.workers;
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
         // SAFETY: passed on to the caller.

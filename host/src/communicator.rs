@@ -208,13 +208,14 @@ impl Communicator {
         }
     }
 
-    /// Ends the communicator: waits for this rank's queued calls and lets go of the group, whose
-    /// memory is freed when all ranks have. A second call does nothing.
+    /// Ends the communicator: waits for everything queued on this rank's GPU and lets go of the group,
+    /// whose memory is freed when all ranks have. A second call does nothing.
     pub fn close(&mut self) -> Result<()> {
         if self.group.is_none() {
             return Ok(());
         }
-        let drained = self.last_stream.map_or(Ok(()), |stream| self.gpu.stream_synchronize(stream));
+        // The whole GPU rather than the last stream, which its owner may have destroyed by now.
+        let drained = if self.last_stream.is_some() { self.gpu.synchronize() } else { Ok(()) };
         let health = self.health();
         self.group = None;
         drained.and(health)

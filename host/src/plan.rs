@@ -4,7 +4,7 @@
 //! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
 
 use crate::request::Algorithm;
-use peerlane_device::abi::{CLERKS, Format, Layout, MAX_WORKERS};
+use peerlane_device::abi::{Format, Layout, MAX_THREADS};
 
 /// What all ranks of a communicator have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +22,6 @@ pub struct Shape {
 pub struct Grid {
     /// Blocks, the same on every rank.
     pub blocks: u32,
-    /// Threads of each block that move data.
-    pub workers: u32,
     /// Threads in each block.
     pub threads: u32,
     /// Units of a message that one block moves.
@@ -63,24 +61,22 @@ pub fn format(bytes: usize) -> Format {
 pub fn grid(shape: &Shape, units: usize) -> Grid {
     let units = units.max(1);
     let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
-    let workers = workers(units, most_blocks);
+    let threads = threads(units, most_blocks);
     // Whole rows of threads, so that no warp is half empty and every share begins aligned.
-    let block_units = units.div_ceil(most_blocks).next_multiple_of(workers as usize);
-    let chunk_units = block_units.min(shape.layout.slot_units as usize);
+    let block_units = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
     Grid {
         blocks: units.div_ceil(block_units) as u32,
-        workers,
-        threads: if block_units > chunk_units { workers + CLERKS } else { workers },
+        threads,
         block_units: block_units as u32,
-        chunk_units: chunk_units as u32,
+        chunk_units: block_units.min(shape.layout.slot_units as usize) as u32,
     }
 }
 
-/// Threads of a block that move data: as few as give each one unit, but at least a warp's worth per
+/// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
 /// scheduler.
-fn workers(units: usize, most_blocks: usize) -> u32 {
+fn threads(units: usize, most_blocks: usize) -> u32 {
     let even = units.div_ceil(most_blocks).next_power_of_two();
-    (even as u32).clamp(128, MAX_WORKERS)
+    (even as u32).clamp(128, MAX_THREADS)
 }
 
 /// Units of every part but the last of a two-shot all-reduce of `units` units.
@@ -106,7 +102,7 @@ mod tests {
             let shape = shape(world, max_blocks);
             let grid = grid(&shape, units);
             prop_assert!(grid.blocks >= 1 && grid.blocks <= max_blocks.min(shape.layout.lanes));
-            prop_assert!(grid.workers.is_power_of_two() && grid.workers <= MAX_WORKERS);
+            prop_assert!(grid.threads.is_power_of_two() && grid.threads <= MAX_THREADS);
             prop_assert!(grid.chunk_units >= 1 && grid.chunk_units <= shape.layout.slot_units);
             // All units belong to a block, and no block is idle.
             prop_assert_eq!(units.max(1).div_ceil(grid.block_units as usize), grid.blocks as usize);

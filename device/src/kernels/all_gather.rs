@@ -66,7 +66,7 @@ unsafe fn send_and_keep<L: Lane, F: Form>(
     let mut hidden = false;
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, chunk, whole, |N, index| {
+        for_units!(lane, whole, chunk.units, |N, index| {
             let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
             hidden |= any_hidden::<F, N>(&units);
             for peer in successors(args) {
@@ -93,7 +93,7 @@ pub(super) unsafe fn take_bytes<L: Lane, F: Form>(
     let lane = call.lane();
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, chunk, chunk.whole_units(), |N, index| {
+        for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
             let units = call.take::<N>(peer, number, index, phase::DATA);
             if call.ok() {
                 store_units::<L, Bytes, F, N>(lane, chunk, index, units);
@@ -114,7 +114,7 @@ pub(super) unsafe fn send_bytes<L: Lane, F: Form>(
     let mut hidden = false;
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, chunk, chunk.whole_units(), |N, index| {
+        for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
             let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
             hidden |= any_hidden::<F, N>(&units);
             for peer in peers.clone() {

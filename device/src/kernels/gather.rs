@@ -65,7 +65,7 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
         let mut more = true;
         while more {
             let chunk = src.chunk(turn);
-            for_units!(lane, chunk, 0, |N, index| {
+            for_units!(lane, 0, chunk.units, |N, index| {
                 let units = load_units::<L, Bytes, F, N>(lane, chunk, index);
                 own.store_units::<L, F, N>(lane, src.chunk_offset(turn), chunk, index, units);
             });
@@ -74,7 +74,7 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
                 let message = rows_of::<L, F>(lane, args, peer, 0);
                 let (chunk, place) = (message.chunk(turn), Place::of(lane, args, peer));
                 let number = call.received(peer).wrapping_add(turn);
-                for_units!(lane, chunk, 0, |N, index| {
+                for_units!(lane, 0, chunk.units, |N, index| {
                     let units = call.take::<N>(peer, number, index, phase::DATA);
                     if call.ok() {
                         let start = message.chunk_offset(turn);
@@ -86,19 +86,17 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
             turn += 1;
             // The last turn leaves returning its slots to the next call.
             if more {
-                let taken = taken(&call, args, turn);
-                call.turn(0, 0, false, peers, taken);
+                call.turn(0, 0, false, peers, taken::<L, F>(lane, args, turn));
             }
         }
-        let taken = taken(&call, args, turn);
-        call.end(0, taken);
+        call.end(0, taken::<L, F>(lane, args, turn));
     }
 }
 
-/// How many of this block's first `turns` chunks the rank whose books this thread keeps sends.
+/// How many of this block's first `turns` chunks the rank of this thread's number sends.
 #[inline(always)]
-fn taken<L: Lane, F: Form>(call: &Call<'_, L, F>, args: &Args, turns: u32) -> u32 {
-    let (lane, rank) = (call.lane(), call.clerk());
+fn taken<L: Lane, F: Form>(lane: L, args: &Args, turns: u32) -> u32 {
+    let rank = lane.thread();
     if rank >= args.world || turns == 0 {
         return 0;
     }
@@ -146,7 +144,7 @@ impl Place {
         units: [Unit; N],
     ) {
         unrolled!(N, |u| {
-            let index = index + u as u32 * chunk.step;
+            let index = index + u as u32 * lane.threads();
             let offset = start + (index * chunk.stride) as u64;
             // SAFETY: passed on to the caller.
             unsafe { self.store(lane, F::WORDS, offset, chunk.valid(index), units[u]) };

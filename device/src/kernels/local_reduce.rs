@@ -23,7 +23,7 @@ pub unsafe fn local_reduce<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
         let whole = from.whole_units().min(to.whole_units());
         // SAFETY: passed on to the caller.
         unsafe {
-            for_units!(lane, from, whole, |N, unit| {
+            for_units!(lane, whole, from.units, |N, unit| {
                 let mine = load_units::<L, E, Full, N>(lane, to, unit);
                 let other = load_units::<L, E, Full, N>(lane, from, unit);
                 let mut totals = [element::empty(args.op); N];

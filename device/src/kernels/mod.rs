@@ -59,7 +59,8 @@ fn successors(args: &Args) -> impl Iterator<Item = u32> + Clone + use<> {
     (1..world).map(move |step| if rank + step < world { rank + step } else { rank + step - world })
 }
 
-/// This rank's units of a chunk, or what changes nothing if it does not contribute: `N` units from `index` on, `chunk.step` apart.
+/// This rank's units of a chunk, or what changes nothing if it does not contribute: `N` units from
+/// `index` on, `threads` apart.
 #[inline(always)]
 unsafe fn own_units<L, E, F, const N: usize>(
     lane: L,
@@ -79,7 +80,7 @@ where
     unsafe { load_units::<L, E, F, N>(lane, chunk, index) }
 }
 
-/// `N` units of a chunk from `index` on, `chunk.step` apart. More than one only if all are whole.
+/// `N` units of a chunk from `index` on, `threads` apart. More than one only if all are whole.
 #[inline(always)]
 unsafe fn load_units<L, C, F, const N: usize>(lane: L, chunk: Chunk, index: u32) -> [Unit; N]
 where
@@ -89,7 +90,7 @@ where
 {
     let mut units = [[0; 4]; N];
     unrolled!(N, |u| {
-        let index = index + u as u32 * chunk.step;
+        let index = index + u as u32 * lane.threads();
         // SAFETY: the caller's chunk lies in its tensor.
         units[u] = unsafe {
             if N > 1 {
@@ -111,7 +112,7 @@ where
     F: Form,
 {
     unrolled!(N, |u| {
-        let index = index + u as u32 * chunk.step;
+        let index = index + u as u32 * lane.threads();
         // SAFETY: the caller's chunk lies in its tensor.
         unsafe {
             if N > 1 {
@@ -232,7 +233,7 @@ unsafe fn send_parts<L, E>(
         unsafe {
             let number = call.sent(peer).wrapping_add(slot);
             let address = call.reserve(peer, number);
-            for_units!(lane, chunk, chunk.whole_units(), |N, index| {
+            for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
                 call.put_units(address, index, number, visible::<E, N>(units));
             });

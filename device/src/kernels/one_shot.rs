@@ -113,7 +113,7 @@ unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
     let lane = call.lane();
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, chunk, chunk.whole_units(), |N, index| {
+        for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
             let units = own_units::<L, E, F, N>(lane, args, chunk, index);
             for peer in successors(args) {
                 let number = call.sent(peer).wrapping_add(turn);
@@ -137,7 +137,7 @@ unsafe fn reduce<L: Lane, E: Element + Codec, F: Form>(
     let whole = own.whole_units().min(result.whole_units());
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, own, whole, |N, index| {
+        for_units!(lane, whole, own.units, |N, index| {
             let units = reduced_units::<L, E, F, N>(call, args, own, index, turn);
             if call.ok() {
                 store_units::<L, E, F, N>(lane, result, index, units);

@@ -33,7 +33,7 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
                 let behind = turn - lag;
                 let (own, result) = (own.chunk(behind), dst.chunk(behind));
                 let whole = own.whole_units().min(result.whole_units());
-                for_units!(lane, own, whole, |N, index| {
+                for_units!(lane, whole, own.units, |N, index| {
                     let units = reduced_units::<L, E, Full, N>(&mut call, args, own, index, behind);
                     if call.ok() {
                         store_units::<L, E, Full, N>(lane, result, index, units);

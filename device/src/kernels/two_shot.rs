@@ -98,7 +98,7 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     let whole = own.whole_units().min(result.whole_units());
     // SAFETY: passed on to the caller.
     unsafe {
-        for_units!(lane, own, whole, |N, index| {
+        for_units!(lane, whole, own.units, |N, index| {
             let units = reduced_units::<L, E, Full, N>(call, args, own, index, scatter_slot(turn));
             let units = visible::<E, N>(units);
             if call.ok() {
@@ -127,7 +127,8 @@ unsafe fn take_results<L: Lane, E: Element + Codec>(
         // SAFETY: passed on to the caller.
         unsafe {
             let number = call.received(peer).wrapping_add(slot);
-            for_units!(lane, result, result.whole_units(), |N, index| {
+            // One unit at a time: with four, ptxas spills registers on sm_90.
+            for_units!(lane, 0, result.units, |N, index| {
                 let units = call.take::<N>(peer, number, index, phase::RESULT);
                 if call.ok() {
                     store_units::<L, E, Full, N>(lane, result, index, units);

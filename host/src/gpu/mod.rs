@@ -154,6 +154,8 @@ pub trait Gpu: Send + Sync {
     unsafe fn stream_destroy(&self, stream: Stream) -> Result<()>;
     /// Waits until everything queued on `stream` is done.
     fn stream_synchronize(&self, stream: Stream) -> Result<()>;
+    /// Waits until everything queued on this GPU, on any stream, is done.
+    fn synchronize(&self) -> Result<()>;
     /// Whether everything queued on `stream` is done.
     fn stream_query(&self, stream: Stream) -> Result<bool>;
     /// Makes an event that can be timed.

@@ -152,6 +152,12 @@ impl Gpu for CudaGpu {
         unsafe { cu!(self.ordinal(), cuStreamSynchronize(raw_stream(stream))) }
     }
 
+    fn synchronize(&self) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: the call takes no argument; it waits for the current context, which is this GPU's.
+        unsafe { cu!(self.ordinal(), cuCtxSynchronize()) }
+    }
+
     fn stream_query(&self, stream: Stream) -> Result<bool> {
         self.not_capturing("stream_query", stream)?;
         let _entered = self.enter()?;

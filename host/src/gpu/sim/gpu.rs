@@ -155,6 +155,16 @@ impl Gpu for SimGpu {
         self.finish("cuStreamSynchronize", stream, |_| Ok(()))
     }
 
+    fn synchronize(&self) -> Result<()> {
+        self.world.wait(self.ordinal(), |engine| {
+            if let Err(error) = engine.check(self.ordinal()) {
+                return Some(Err(error));
+            }
+            let own = engine.streams.iter().filter(|(_, queue)| queue.device == self.ordinal());
+            own.map(|(&key, _)| key).all(|key| engine.is_done(key)).then_some(Ok(()))
+        })
+    }
+
     fn stream_query(&self, stream: Stream) -> Result<bool> {
         const CALL: &str = "cuStreamQuery";
         {
