@@ -56,6 +56,7 @@ macro_rules! call_with {
         }
     };
 }
+call_with!();
 call_with!(A);
 call_with!(A B);
 call_with!(A B C);
@@ -74,9 +75,10 @@ pub(super) use inferred;
 /// The code that a driver function returns: `code!(cuFunction(arguments))`. Unsafe.
 macro_rules! code {
     ($name:ident($($argument:expr),*)) => {{
-        use $crate::gpu::cuda::call::{Call, inferred};
-        let call: unsafe extern "C" fn($(inferred!($argument)),*) -> cust::sys::CUresult =
-            cust::sys::$name;
+        use $crate::gpu::cuda::call::Call;
+        let call: unsafe extern "C" fn(
+            $($crate::gpu::cuda::call::inferred!($argument)),*
+        ) -> cust::sys::CUresult = cust::sys::$name;
         call.code(($($argument,)*))
     }};
 }
