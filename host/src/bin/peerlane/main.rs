@@ -57,6 +57,8 @@ struct Common {
 }
 
 fn main() -> ExitCode {
+    // SAFETY: the first thing that the program does; no other thread runs yet.
+    unsafe { peerlane::gpu::cuda::prepare_environment() };
     let program = match Program::try_parse() {
         Ok(program) => program,
         Err(error) => return explain(&error),
