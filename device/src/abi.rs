@@ -297,8 +297,8 @@ impl Kernel {
 
 /// The argument of every kernel, by value.
 ///
-/// What a small call touches comes first, in as few 64-byte lines of the constant bank as possible:
-/// each first touch of a line costs a kernel about 0.1 us. The device indexes `peers` and `widths` at
+/// What a small call touches comes first, in as few 64-byte lines of the constant bank as possible: a
+/// kernel waits for each line it touches first. The device indexes `peers` and `widths` at
 /// run time through the parameter bank, by their offsets here.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]

@@ -124,14 +124,14 @@ struct Patience {
     host_looks: u32,
 }
 
-/// Turns of a wait loop between two looks at the clock and the abort words. A turn takes about
-/// 0.3 us on an H200, so a wait that succeeds in the usual time pays nothing for them.
+/// Turns of a wait loop between two looks at the clock and the abort word: more than a wait takes
+/// that succeeds in the usual time, so such a wait pays nothing for them.
 const TURNS_PER_LOOK: u32 = 128;
 /// Binary logarithm of the nanoseconds between two looks at the host's abort word, about 1 ms. The
 /// word lies behind PCIe: when every waiting warp read it at each look, the reads alone held up calls
 /// for milliseconds.
 const HOST_LOOK_SHIFT: u32 = 20;
-/// Turns between two looks at the sender's seal, which arrives about 1 us after hidden data.
+/// Turns between two looks at the sender's seal, which arrives after the hidden data.
 const TURNS_PER_SEAL: u32 = 4;
 
 /// # Safety

@@ -31,7 +31,7 @@ pub struct Grid {
 }
 
 /// Bytes up to which broadcasts and gathers let data and flags travel together. They carry any bytes,
-/// token ids of -1 among them, and sealing such payload takes longer than sending it twice.
+/// token ids of -1 among them, and such payload would have to be sealed.
 const PACKET_BYTES: usize = 32 << 10;
 /// The same for reductions, whose payload needs a seal only for one rare NaN. Measured on two H200s
 /// (docs/performance.md): full width is as fast from here on.
