@@ -5,7 +5,8 @@
 
 use peerlane::error::{Error, Result};
 use peerlane::gpu::{
-    Backend, DevicePtr, Event, Gpu, GpuRef, Graph, HostMemory, PeerAccess, Properties, Stream,
+    Backend, DevicePtr, Event, Exported, Gpu, GpuRef, Graph, HostMemory, PeerAccess, Properties,
+    Stream,
 };
 use peerlane_device::abi::{Args, Kernel};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -78,6 +79,10 @@ impl NullGpu {
         })
     }
 
+    fn not_shared<T>(op: &'static str) -> Result<T> {
+        Err(Error::Unsupported { op, reason: "the null GPU shares nothing".into() })
+    }
+
     fn no_graphs<T>(op: &'static str) -> Result<T> {
         Err(Error::Unsupported { op, reason: "the null GPU records nothing".into() })
     }
@@ -115,6 +120,30 @@ impl Gpu for NullGpu {
         // SAFETY: it came from `alloc_host`, which used the same layout.
         unsafe { dealloc(memory.host, layout) };
         Ok(())
+    }
+
+    fn alloc_shared(&self, _: usize) -> Result<DevicePtr> {
+        Self::not_shared("alloc_shared")
+    }
+
+    fn export(&self, _: DevicePtr) -> Result<Exported> {
+        Self::not_shared("export")
+    }
+
+    fn import(&self, _: Exported, _: usize, _: u32) -> Result<DevicePtr> {
+        Self::not_shared("import")
+    }
+
+    unsafe fn release(&self, _: DevicePtr) -> Result<()> {
+        Self::not_shared("release")
+    }
+
+    unsafe fn register_host(&self, _: *mut u8, _: usize) -> Result<HostMemory> {
+        Self::not_shared("register_host")
+    }
+
+    unsafe fn unregister_host(&self, _: HostMemory) -> Result<()> {
+        Self::not_shared("unregister_host")
     }
 
     unsafe fn upload(&self, _: DevicePtr, _: &[u8], _: Stream) -> Result<()> {

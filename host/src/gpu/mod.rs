@@ -51,6 +51,24 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as above.
 unsafe impl Sync for HostMemory {}
 
+/// How another process finds device memory of this one. It travels with [`Exported::file`].
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum MemoryHandle {
+    /// A `CUipcMemHandle`: 64 bytes.
+    Ipc(Vec<u8>),
+    /// The memory is what the file descriptor beside it refers to.
+    File,
+}
+
+/// Device memory, ready to be mapped by another process.
+#[derive(Debug)]
+pub struct Exported {
+    /// What the other process hands to [`Gpu::import`].
+    pub handle: MemoryHandle,
+    /// Passed to the other process with `SCM_RIGHTS`; there only for [`MemoryHandle::File`].
+    pub file: Option<std::os::fd::OwnedFd>,
+}
+
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Properties {
@@ -112,6 +130,34 @@ pub trait Gpu: Send + Sync {
     /// # Safety
     /// Neither queued work nor the host uses the memory any more.
     unsafe fn free_host(&self, memory: HostMemory) -> Result<()>;
+
+    /// Allocates device memory that other processes can map. [`Gpu::free`] frees it, which waits
+    /// for nobody: every importer has released it before.
+    fn alloc_shared(&self, bytes: usize) -> Result<DevicePtr>;
+    /// Describes memory of [`Gpu::alloc_shared`] to another process.
+    fn export(&self, memory: DevicePtr) -> Result<Exported>;
+    /// Maps `bytes` bytes of GPU `owner` (an ordinal of this process) that another process has
+    /// exported, so that kernels of this GPU reach them.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`](crate::Error::Unreachable) if this GPU cannot reach `owner`.
+    fn import(&self, exported: Exported, bytes: usize, owner: u32) -> Result<DevicePtr>;
+    /// Unmaps what [`Gpu::import`] returned.
+    ///
+    /// # Safety
+    /// No queued work of this process uses the memory any more.
+    unsafe fn release(&self, imported: DevicePtr) -> Result<()>;
+    /// Pins host memory that exists already and maps it into this GPU. Its content stays.
+    ///
+    /// # Safety
+    /// The `bytes` bytes at `at`, both multiples of 4096, stay mapped until
+    /// [`Gpu::unregister_host`].
+    unsafe fn register_host(&self, at: *mut u8, bytes: usize) -> Result<HostMemory>;
+    /// Undoes [`Gpu::register_host`].
+    ///
+    /// # Safety
+    /// No queued work uses the memory any more.
+    unsafe fn unregister_host(&self, memory: HostMemory) -> Result<()>;
 
     /// Queues a copy from the host. `src` may be reused when the call returns.
     ///

@@ -16,6 +16,9 @@ pub struct Config {
     pub multiprocessors: u32,
     /// Bytes of memory of each GPU.
     pub memory_bytes: u64,
+    /// Whether a thread of the machine's own moves it, so that kernels run while no caller waits and
+    /// time passes as for real. Ranks in other processes need that. Schedules are not repeatable.
+    pub autonomous: bool,
     /// Pairs of GPUs that cannot reach each other, in either direction.
     pub unreachable: Vec<(u32, u32)>,
 }
@@ -28,6 +31,7 @@ impl Default for Config {
             weak: true,
             multiprocessors: 16,
             memory_bytes: 8 << 30,
+            autonomous: false,
             unreachable: Vec::new(),
         }
     }

@@ -9,7 +9,7 @@ use super::stream::{EventState, Queue};
 use super::work::Work;
 use crate::error::{Error, Result};
 use crate::gpu::{
-    Backend, DevicePtr, Event, Gpu, Graph, HostMemory, PeerAccess, Properties, Stream,
+    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, PeerAccess, Properties, Stream,
 };
 use peerlane_device::abi::{Args, Kernel, MAX_THREADS};
 use std::sync::Arc;
@@ -58,6 +58,30 @@ impl Gpu for SimGpu {
 
     unsafe fn free_host(&self, memory: HostMemory) -> Result<()> {
         self.world.enter().engine.free(self.ordinal(), memory.device.0, true)
+    }
+
+    fn alloc_shared(&self, _: usize) -> Result<DevicePtr> {
+        Err(Error::Unsupported { op: "alloc_shared", reason: "not yet".into() })
+    }
+
+    fn export(&self, _: DevicePtr) -> Result<Exported> {
+        Err(Error::Unsupported { op: "export", reason: "not yet".into() })
+    }
+
+    fn import(&self, _: Exported, _: usize, _: u32) -> Result<DevicePtr> {
+        Err(Error::Unsupported { op: "import", reason: "not yet".into() })
+    }
+
+    unsafe fn release(&self, _: DevicePtr) -> Result<()> {
+        Err(Error::Unsupported { op: "release", reason: "not yet".into() })
+    }
+
+    unsafe fn register_host(&self, _: *mut u8, _: usize) -> Result<HostMemory> {
+        Err(Error::Unsupported { op: "register_host", reason: "not yet".into() })
+    }
+
+    unsafe fn unregister_host(&self, _: HostMemory) -> Result<()> {
+        Err(Error::Unsupported { op: "unregister_host", reason: "not yet".into() })
     }
 
     unsafe fn upload(&self, dst: DevicePtr, src: &[u8], stream: Stream) -> Result<()> {
