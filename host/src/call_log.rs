@@ -1,4 +1,4 @@
-//! Ranks of one process compare what they are about to launch.
+//! Ranks compare what they are about to launch.
 //!
 //! Each rank writes the signature of its k-th common call with each peer before it launches, and
 //! reads the peer's k-th if it is there already. The fence between the two makes sure that of two
@@ -7,7 +7,9 @@
 //! nothing, so it can call again with the right arguments.
 
 use crate::error::{Error, Result};
+use crate::rendezvous::Segment;
 use peerlane_device::abi::{DType, Operation, ReduceOp, Wire};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// Calls that a rank may run ahead of the slowest before its entries are overwritten, after which a
@@ -63,29 +65,59 @@ impl Signature {
     }
 }
 
+/// One call of one rank with one peer. All zeros: none yet.
 #[derive(Default)]
-struct Entry {
+#[repr(C)]
+pub(crate) struct Entry {
     /// Number of the call plus 1, once the words are valid.
     number: AtomicU64,
     words: [AtomicU64; 2],
 }
 
+/// How many entries the log of `world` ranks has.
+pub(crate) fn entries(world: u32) -> usize {
+    (world as u64 * world as u64 * DEPTH) as usize
+}
+
 /// The logs of all pairs of a group.
 pub(crate) struct CallLog {
     world: u32,
-    entries: Box<[Entry]>,
+    entries: Entries,
+}
+
+/// Where the entries are.
+enum Entries {
+    /// In this process, whose ranks they are.
+    Own(Box<[Entry]>),
+    /// In the memory that the ranks' processes share.
+    Shared(Arc<Segment>),
 }
 
 impl CallLog {
+    /// The log of ranks of this process.
     pub(crate) fn new(world: u32) -> CallLog {
-        let count = world as u64 * world as u64 * DEPTH;
-        CallLog { world, entries: (0..count).map(|_| Entry::default()).collect() }
+        let own = (0..entries(world)).map(|_| Entry::default()).collect();
+        CallLog { world, entries: Entries::Own(own) }
+    }
+
+    /// The log of ranks that share `segment`.
+    pub(crate) fn shared(world: u32, segment: Arc<Segment>) -> CallLog {
+        CallLog { world, entries: Entries::Shared(segment) }
     }
 
     /// The `call`-th entry that `from` wrote for `to`.
     fn entry(&self, from: u32, to: u32, call: u64) -> &Entry {
         let pair = (from * self.world + to) as u64;
-        &self.entries[(pair * DEPTH + call % DEPTH) as usize]
+        let index = (pair * DEPTH + call % DEPTH) as usize;
+        match &self.entries {
+            Entries::Own(own) => &own[index],
+            Entries::Shared(segment) => {
+                assert!(index < entries(self.world));
+                // SAFETY: the segment has that many, all zeros at first, and every process
+                // accesses them as what they are: atomics.
+                unsafe { &*segment.log().add(index) }
+            }
+        }
     }
 
     /// Announces `rank`'s next call to each rank in `peers` (a bit each) and compares it with theirs.

@@ -7,8 +7,9 @@
 use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
 use crate::group::{Agreement, Card, Group};
+use crate::join;
 use crate::plan::Shape;
-use crate::rendezvous::{Meeting, Processes};
+use crate::rendezvous::{Meeting, Processes, lost_rank};
 use crate::request::Algorithm;
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::time::Duration;
@@ -72,7 +73,7 @@ impl Communicator {
     pub fn connect(gpus: &[GpuRef], config: &Config) -> Result<Vec<Communicator>> {
         let cards: Vec<Card> =
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
-        let agreement = Agreement::of(&cards)?;
+        let agreement = Agreement::of(&cards, config)?;
         gpus.iter().try_for_each(|gpu| agreement.map_peers(gpu))?;
         let members: Vec<_> =
             gpus.iter().map(|gpu| agreement.member(gpu, config)).collect::<Result<_>>()?;
@@ -106,9 +107,8 @@ impl Communicator {
         gpu: &GpuRef,
         config: &Config,
     ) -> Result<Communicator> {
-        let _ = (rank, gpu, config);
-        let reason = "not yet".into();
-        Err(Error::Rendezvous { world: meeting.world, reason })
+        let group = join::join(meeting, rank, gpu, config)?;
+        Communicator::new(rank, gpu, config, group)
     }
 
     fn join_rounds(
@@ -118,7 +118,7 @@ impl Communicator {
         config: &Config,
     ) -> Result<Communicator> {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
-        let agreement = Agreement::of(&cards)?;
+        let agreement = Agreement::of(&cards, config)?;
         agreement.map_peers(gpu)?;
         let members = meeting.exchange(rank, 1, agreement.member(gpu, config)?)?;
         // Rank 0's group is everybody's, so that all share one call log.
@@ -194,14 +194,23 @@ impl Communicator {
         let Some(group) = &self.group else { return Ok(()) };
         let page = group.members[self.rank as usize].status.host.cast::<Status>();
         // SAFETY: the page is alive as long as the group. The device writes the state last, after
-        // a system-wide fence, so the rest is valid once it is not OK.
-        let status = unsafe {
-            if (&raw const (*page).state).read_volatile() == state::OK {
+        // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
+        let (status, lost) = unsafe {
+            let lost = lost_rank((&raw const (*page).abort).read_volatile());
+            if (&raw const (*page).state).read_volatile() == state::OK && lost.is_none() {
                 return Ok(());
             }
             std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-            page.read_volatile()
+            (page.read_volatile(), lost)
         };
+        if let Some(peer) = lost {
+            let (rank, pid) = (self.rank, group.pid(peer).unwrap_or_default());
+            let operation = match status.state {
+                state::OK => "health",
+                _ => error::operation_name(status.operation),
+            };
+            return Err(Error::PeerLost { operation, rank, peer, pid });
+        }
         let operation = error::operation_name(status.operation);
         let phase = error::phase_name(status.phase);
         let (rank, peer, epoch) = (self.rank, status.peer, status.epoch);

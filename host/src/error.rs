@@ -122,8 +122,10 @@ pub enum Error {
     },
 
     /// The process of a rank has ended without closing its communicator.
-    #[error("rank {rank}: the process of rank {peer} (pid {pid}) is gone")]
+    #[error("{operation}: rank {rank} lost rank {peer}: its process (pid {pid}) has ended")]
     PeerLost {
+        /// The collective that was waiting, or `health` if none was.
+        operation: &'static str,
         /// The rank that noticed.
         rank: u32,
         /// The rank whose process ended.

@@ -1,25 +1,30 @@
 //! What the ranks of a group build together before the first call: mailboxes, mappings, one layout.
 //!
-//! Invariant: mailboxes belong to Peerlane and live until the last communicator of the group lets
-//! go, since peers write into them. Nothing here is on the path of a call.
+//! Invariant: what cards decide is the same on every rank. Nothing here is on the path of a call.
 
 use crate::call_log::CallLog;
 use crate::communicator::Config;
 use crate::error::{Error, Result};
-use crate::gpu::{Backend, DevicePtr, GpuRef, HostMemory, Stream};
+use crate::gpu::{Backend, GpuRef, cuda};
 use crate::layout;
+use crate::mailbox::{Member, Offer};
 use crate::plan::Shape;
-use peerlane_device::abi::{ABI_VERSION, FREE, Kernel, Layout, MAX_RANKS, MAX_THREADS, Status};
+use crate::rendezvous::{Membership, Segment};
+use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status};
+use serde::{Deserialize, Serialize};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// What a rank shows the others first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Card {
     ordinal: u32,
+    uuid: String,
     backend: Backend,
     /// Blocks of any kernel that its GPU holds at once.
     resident_blocks: u32,
-    config: Config,
+    /// The configuration, as text: it is only compared.
+    config: String,
     version: u32,
 }
 
@@ -33,70 +38,28 @@ impl Card {
         }
         Ok(Card {
             ordinal: gpu.properties().ordinal,
+            uuid: gpu.properties().uuid.clone(),
             backend: gpu.backend(),
             resident_blocks,
-            config: config.clone(),
+            config: format!("{config:?}"),
             version: ABI_VERSION,
         })
     }
-}
 
-/// One rank's memory that others write to, and its status page.
-pub(crate) struct Member {
-    gpu: GpuRef,
-    ordinal: u32,
-    pub(crate) mailbox: DevicePtr,
-    pub(crate) status: HostMemory,
-}
-
-impl Member {
-    /// Allocates and clears the memory of a rank on `gpu`.
-    fn new(gpu: &GpuRef, layout: Layout, world: u32) -> Result<Member> {
-        let bytes = layout.mailbox_bytes(world);
-        let mailbox = gpu.alloc(bytes)?;
-        let status = match gpu.alloc_host(size_of::<Status>()) {
-            Ok(status) => status,
-            Err(error) => {
-                // SAFETY: allocated above and used by nobody yet.
-                unsafe { gpu.free(mailbox)? };
-                return Err(error);
-            }
-        };
-        let member =
-            Member { gpu: gpu.clone(), ordinal: gpu.properties().ordinal, mailbox, status };
-        let words = layout.first_slot as usize;
-        let own = OwnStream::new(gpu)?;
-        // SAFETY: both ranges lie in the mailbox.
-        unsafe {
-            gpu.fill(mailbox, 0, words, own.stream)?;
-            gpu.fill(mailbox.offset(words), FREE as u8, bytes - words, own.stream)?;
+    /// The ordinal in this process of the GPU that it describes.
+    fn ordinal_here(&self) -> Result<u32> {
+        if self.backend == Backend::Sim {
+            return Ok(self.ordinal);
         }
-        gpu.stream_synchronize(own.stream)?;
-        Ok(member)
-    }
-}
-
-impl Member {
-    /// Lets all counters begin at `first` instead of 0.
-    fn number_slots_from(&self, first: u32, layout: Layout) -> Result<()> {
-        let words = (layout.words(layout.lanes) - layout.words(0)) as usize;
-        let counters: Vec<u8> = first.to_le_bytes().iter().copied().cycle().take(words).collect();
-        let own = OwnStream::new(&self.gpu)?;
-        // SAFETY: the counters lie in the mailbox, and nobody uses it yet.
-        unsafe {
-            self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
-        };
-        self.gpu.stream_synchronize(own.stream)
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        // Failing to free cannot be reported from here, and there is nothing else to do about it.
-        // SAFETY: the last communicator of the group is gone, so no kernel uses the memory.
-        let _ = unsafe { self.gpu.free(self.mailbox) };
-        // SAFETY: as above.
-        let _ = unsafe { self.gpu.free_host(self.status) };
+        let here = cuda::devices()?;
+        let found = here.iter().find(|gpu| gpu.properties().uuid == self.uuid);
+        found.map(|gpu| gpu.properties().ordinal).ok_or_else(|| Error::Unsupported {
+            op: "join",
+            reason: format!(
+                "GPU {} of another rank is hidden from this process; CUDA_VISIBLE_DEVICES must show every rank all GPUs of the group",
+                self.uuid
+            ),
+        })
     }
 }
 
@@ -108,7 +71,7 @@ pub(crate) struct Agreement {
 
 impl Agreement {
     /// Compares the cards, in rank order, and derives what they decide. The same on every rank.
-    pub(crate) fn of(cards: &[Card]) -> Result<Agreement> {
+    pub(crate) fn of(cards: &[Card], config: &Config) -> Result<Agreement> {
         let world = cards.len() as u32;
         let fail = |reason: String| Err(Error::Rendezvous { world, reason });
         if cards.is_empty() || cards.len() > MAX_RANKS {
@@ -124,12 +87,11 @@ impl Agreement {
             }
             if card.config != first.config {
                 return fail(format!(
-                    "rank 0 and rank {rank} bring different configurations: {:?} and {:?}",
+                    "rank 0 and rank {rank} bring different configurations: {} and {}",
                     first.config, card.config
                 ));
             }
         }
-        let config = &cards[0].config;
         let Some(layout) = layout::choose(world, config.mailbox_bytes) else {
             return Err(Error::InvalidArgument {
                 op: "connect",
@@ -153,6 +115,44 @@ impl Agreement {
         Ok(Arc::new(member))
     }
 
+    /// Allocates the memory of `rank`, which is a process of its own, and offers it to the others.
+    pub(crate) fn offer(
+        &self,
+        gpu: &GpuRef,
+        config: &Config,
+        segment: &Arc<Segment>,
+        rank: u32,
+    ) -> Result<(Arc<Member>, Offer, Option<OwnedFd>)> {
+        let Shape { world, layout, .. } = self.shape;
+        let member = Member::shared(gpu, layout, world, segment, rank)?;
+        if config.first_slot != 0 {
+            member.number_slots_from(config.first_slot, layout)?;
+        }
+        let (offer, file) = member.offer(layout.mailbox_bytes(world))?;
+        Ok((Arc::new(member), offer, file))
+    }
+
+    /// Maps what the other ranks offer, in rank order, into the GPU of `rank`, whose own memory is
+    /// `own`.
+    pub(crate) fn accept(
+        &self,
+        gpu: &GpuRef,
+        segment: &Arc<Segment>,
+        (rank, own): (u32, &Arc<Member>),
+        cards: &[Card],
+        offers: Vec<(Offer, Option<OwnedFd>)>,
+    ) -> Result<Vec<Arc<Member>>> {
+        let peers = (0..).zip(cards).zip(offers);
+        let members = peers.map(|((peer, card), (offer, file))| {
+            if peer == rank {
+                return Ok(own.clone());
+            }
+            let ordinal = card.ordinal_here()?;
+            Member::remote(gpu, segment, peer, ordinal, (offer, file)).map(Arc::new)
+        });
+        members.collect()
+    }
+
     /// Maps every other rank's GPU into `gpu`, or says which one it cannot reach.
     pub(crate) fn map_peers(&self, gpu: &GpuRef) -> Result<()> {
         let from = gpu.properties().ordinal;
@@ -172,23 +172,42 @@ impl Agreement {
 
 /// Most blocks in a call: ranks that share a GPU wait for each other's blocks, so all must fit.
 fn max_blocks(cards: &[Card], config: &Config) -> u32 {
-    let shared =
-        |card: &Card| cards.iter().filter(|other| other.ordinal == card.ordinal).count() as u32;
+    let shared = |card: &Card| cards.iter().filter(|other| other.uuid == card.uuid).count() as u32;
     let fitting = cards.iter().map(|card| card.resident_blocks / shared(card)).min().unwrap_or(1);
     config.max_blocks.unwrap_or(u32::MAX).min(fitting).max(1)
 }
 
-/// What every communicator of a group holds.
+/// What every communicator of a group holds. Dropped in this order.
 #[derive(Clone)]
 pub(crate) struct Group {
     pub(crate) shape: Shape,
     pub(crate) members: Arc<[Arc<Member>]>,
     pub(crate) log: Arc<CallLog>,
+    /// If the ranks are processes: this one's belonging to the group. After the members, since it
+    /// tells the others that this process writes to them no more.
+    membership: Option<Arc<Membership>>,
 }
 
 impl Group {
+    /// A group of ranks of this process.
     pub(crate) fn new(shape: Shape, members: Vec<Arc<Member>>) -> Group {
-        Group { shape, members: members.into(), log: Arc::new(CallLog::new(shape.world)) }
+        let log = Arc::new(CallLog::new(shape.world));
+        Group { shape, members: members.into(), log, membership: None }
+    }
+
+    /// One process's view of a group of processes.
+    pub(crate) fn of_processes(
+        shape: Shape,
+        members: Vec<Arc<Member>>,
+        membership: Membership,
+    ) -> Group {
+        let log = Arc::new(CallLog::shared(shape.world, membership.segment.clone()));
+        Group { shape, members: members.into(), log, membership: Some(Arc::new(membership)) }
+    }
+
+    /// The process of `rank`, if the ranks are processes.
+    pub(crate) fn pid(&self, rank: u32) -> Option<u32> {
+        self.membership.as_ref().map(|membership| membership.segment.pid(rank))
     }
 
     /// Stops every rank's waits.
@@ -204,24 +223,5 @@ impl Group {
     /// The ordinal of the GPU that holds `rank`.
     pub(crate) fn ordinal(&self, rank: u32) -> u32 {
         self.members[rank as usize].ordinal
-    }
-}
-
-/// A stream that a group's own work runs on, destroyed when it goes out of scope.
-pub(crate) struct OwnStream<'a> {
-    gpu: &'a GpuRef,
-    pub(crate) stream: Stream,
-}
-
-impl<'a> OwnStream<'a> {
-    pub(crate) fn new(gpu: &'a GpuRef) -> Result<OwnStream<'a>> {
-        Ok(OwnStream { gpu, stream: gpu.stream_create()? })
-    }
-}
-
-impl Drop for OwnStream<'_> {
-    fn drop(&mut self) {
-        // SAFETY: made in `new` and not used again; queued work still completes.
-        let _ = unsafe { self.gpu.stream_destroy(self.stream) };
     }
 }

@@ -100,7 +100,7 @@ pub struct PeerAccess {
 }
 
 /// Which kind of GPU a result came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// A real GPU.

@@ -1,7 +1,23 @@
 //! How ranks meet: as threads of one process, or as processes of one machine.
 
+mod host;
 mod processes;
+mod segment;
+mod socket;
+#[cfg(test)]
+mod tests;
 mod threads;
 
 pub use processes::Processes;
+pub(crate) use processes::{Membership, Seat};
+pub(crate) use segment::{PAGE, Segment, lost_rank};
 pub use threads::Meeting;
+
+/// The version of what processes say to each other while they meet, and of the memory they share.
+const PROTOCOL: u32 = 1;
+
+/// Names ranks: "rank 1" or "ranks 1, 2".
+fn ranks(which: impl Iterator<Item = u32>) -> String {
+    let list: Vec<_> = which.map(|rank| rank.to_string()).collect();
+    format!("rank{} {}", if list.len() == 1 { "" } else { "s" }, list.join(", "))
+}

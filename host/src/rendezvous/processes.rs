@@ -1,14 +1,295 @@
-//! How ranks meet when each is a process of its own.
+//! How ranks meet when each is a process of its own, and how they notice that one is gone.
+//!
+//! The first to come hosts the meeting under a name in the abstract socket namespace: nothing
+//! appears in a file system, so nothing stays behind, whoever is killed when. The host passes on a
+//! segment of shared memory and carries rounds of an exchange, as [`Meeting`](super::Meeting) does
+//! for threads. A connection stays open for as long as its rank belongs to the group.
 
-use std::time::Duration;
+use super::PROTOCOL;
+use super::host::Host;
+use super::segment::{Presence, Segment};
+use super::socket::{Claim, Connection, Listener, wait};
+use crate::error::{Error, Result};
+use peerlane_device::abi::MAX_RANKS;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::process::Pid;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Longest name: a socket's address has 107 bytes.
+const LONGEST_NAME: usize = 90;
+/// How long a guest waits beyond its patience for the host to say who is missing.
+const GRACE: Duration = Duration::from_secs(5);
+/// How often a rank that has left looks whether the others have.
+const LOOK: Duration = Duration::from_millis(5);
+/// How long it looks. After that its mailbox stays until the process ends.
+const LINGER: Duration = Duration::from_secs(60);
 
 /// Where the processes of a group meet: all of them give the same name and world size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Processes {
-    /// Any text up to 90 bytes that no other group of this machine uses at the same time.
+    /// Any text of 1 to 90 bytes that no other group of this user uses at the same time.
     pub name: String,
     /// Number of ranks.
     pub world: u32,
-    /// How long the ranks wait for each other.
+    /// How long the ranks wait for each other; the first to come decides.
     pub patience: Duration,
+}
+
+/// What a guest says to the host.
+#[derive(Serialize, Deserialize)]
+pub(super) enum Request {
+    Hello { protocol: u32, version: String, world: u32, rank: u32, pid: u32 },
+    Bring(String),
+    Joined,
+}
+
+/// What the host says to a guest.
+#[derive(Serialize, Deserialize)]
+pub(super) enum Reply {
+    /// With the segment.
+    Welcome {
+        host: u32,
+    },
+    /// With one file for each rank that brought one, in rank order.
+    All {
+        values: Vec<String>,
+        has_file: Vec<bool>,
+    },
+    Failed(String),
+}
+
+/// A rank's place in a meeting.
+pub(crate) struct Seat {
+    connection: Connection,
+    /// What the group shares.
+    pub(crate) segment: Arc<Segment>,
+    rank: u32,
+    world: u32,
+    /// The rank whose process hosts the meeting.
+    host: u32,
+    deadline: Instant,
+}
+
+impl Processes {
+    /// Enters the meeting as `rank`, which nobody else may do.
+    pub(crate) fn enter(&self, rank: u32) -> Result<Seat> {
+        self.check(rank)?;
+        let deadline = Instant::now() + self.patience;
+        let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
+        let mut pause = Duration::from_micros(200);
+        loop {
+            let connection = self.reach(rank).map_err(|error| {
+                fail(format!("rank {rank} cannot use sockets of the abstract namespace: {error}"))
+            })?;
+            if let Some(connection) = connection
+                && let Some(seat) = self.take_seat(rank, connection, deadline)?
+            {
+                return Ok(seat);
+            }
+            if Instant::now() >= deadline {
+                return Err(fail(format!("rank {rank} found no host for {:?}", self.patience)));
+            }
+            thread::sleep(pause);
+            pause = (2 * pause).min(Duration::from_millis(20));
+        }
+    }
+
+    fn check(&self, rank: u32) -> Result<()> {
+        let invalid = |argument, expected: String, got: String| {
+            Err(Error::InvalidArgument { op: "join", argument, expected, got })
+        };
+        if self.name.is_empty() || self.name.len() > LONGEST_NAME {
+            let got = format!("{} bytes", self.name.len());
+            return invalid("name", format!("1 to {LONGEST_NAME} bytes"), got);
+        }
+        if !(1..=MAX_RANKS as u32).contains(&self.world) {
+            return invalid("world", format!("1 to {MAX_RANKS} ranks"), self.world.to_string());
+        }
+        if rank >= self.world {
+            return invalid("rank", format!("0 to {}", self.world - 1), rank.to_string());
+        }
+        Ok(())
+    }
+
+    /// A connection to the host, which is this process if nobody else is.
+    fn reach(&self, rank: u32) -> rustix::io::Result<Option<Connection>> {
+        if let Claim::Host(listener) = Listener::claim(&self.name)? {
+            let segment = Arc::new(Segment::create(self.world)?);
+            let host = Host::new(listener, segment, (rank, self.world), self.patience);
+            let thread = thread::Builder::new().name("peerlane-host".into());
+            if thread.spawn(move || host.run()).is_err() {
+                return Err(rustix::io::Errno::AGAIN);
+            }
+        }
+        Connection::open(&self.name)
+    }
+
+    /// Says who it is. `None` if the host has gone meanwhile.
+    fn take_seat(
+        &self,
+        rank: u32,
+        connection: Connection,
+        deadline: Instant,
+    ) -> Result<Option<Seat>> {
+        let fail = |reason: String| Err(Error::Rendezvous { world: self.world, reason });
+        let pid = std::process::id();
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let hello = Request::Hello { protocol: PROTOCOL, version, world: self.world, rank, pid };
+        if connection.send(&hello, &[]).is_err() {
+            return Ok(None);
+        }
+        let (host, file) = match answer(&connection, deadline + GRACE) {
+            Ok(Some((Reply::Welcome { host }, mut files))) if files.len() == 1 => {
+                (host, files.remove(0))
+            }
+            Ok(Some((Reply::Failed(reason), _))) => return fail(reason),
+            Ok(Some(_)) => return fail(format!("rank {rank} does not understand the host")),
+            Ok(None) => return Ok(None),
+            Err(reason) => return fail(format!("rank {rank}: {reason}")),
+        };
+        let segment = match Segment::open(file, self.world) {
+            Ok(segment) => Arc::new(segment),
+            Err(reason) => return fail(format!("rank {rank}: {reason}")),
+        };
+        Ok(Some(Seat { connection, segment, rank, world: self.world, host, deadline }))
+    }
+}
+
+/// The host's next message; `None` if it is gone.
+fn answer(
+    connection: &Connection,
+    deadline: Instant,
+) -> std::result::Result<Option<(Reply, Vec<OwnedFd>)>, String> {
+    match wait(&[connection.as_fd()], Some(deadline)) {
+        Ok(ready) if ready[0] => connection.receive().map_err(|error| error.to_string()),
+        Ok(_) => Err("the host of the meeting does not answer".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+impl Seat {
+    /// Brings `value`, and a file with it, and waits for everybody else's, in rank order.
+    pub(crate) fn exchange<T: Serialize + DeserializeOwned>(
+        &self,
+        value: &T,
+        file: Option<OwnedFd>,
+    ) -> Result<Vec<(T, Option<OwnedFd>)>> {
+        let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
+        let text = serde_json::to_string(value).map_err(|error| fail(error.to_string()))?;
+        let files: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        let gone = || {
+            let pid = self.segment.pid(self.host);
+            fail(format!("the process of rank {} (pid {pid}), which hosts it, ended", self.host))
+        };
+        self.connection.send(&Request::Bring(text), &files).map_err(|_| gone())?;
+        // The host speaks by its own deadline, which may be later than this rank's by as much as
+        // this rank came earlier: it never did, having found the host there.
+        let reply = answer(&self.connection, self.deadline + GRACE)
+            .map_err(|reason| fail(format!("rank {}: {reason}", self.rank)))?;
+        let (values, has_file, files) = match reply {
+            Some((Reply::All { values, has_file }, files)) => (values, has_file, files),
+            Some((Reply::Failed(reason), _)) => return Err(fail(reason)),
+            Some((Reply::Welcome { .. }, _)) => {
+                return Err(fail(format!("rank {} does not understand the host", self.rank)));
+            }
+            None => return Err(gone()),
+        };
+        let mut files = files.into_iter();
+        let parsed = values.iter().zip(has_file).map(|(value, has_file)| {
+            let value = serde_json::from_str(value).map_err(|error| fail(error.to_string()))?;
+            Ok((value, if has_file { files.next() } else { None }))
+        });
+        parsed.collect()
+    }
+
+    /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
+    /// write into it any more.
+    pub(crate) fn join(self, mailbox: Arc<dyn Any + Send + Sync>) -> Result<Membership> {
+        let Seat { connection, segment, rank, world, host, .. } = self;
+        let fail = |reason: String| Error::Rendezvous { world, reason };
+        connection
+            .send(&Request::Joined, &[])
+            .map_err(|error| fail(format!("the host ended: {error}")))?;
+        let connection = Arc::new(connection);
+        let (leave, left) = channel();
+        let watch = Watch { connection: connection.clone(), segment: segment.clone(), rank, host };
+        let thread = thread::Builder::new().name("peerlane-watch".into());
+        let thread = thread
+            .spawn(move || watch.run(&left, mailbox))
+            .map_err(|error| fail(format!("rank {rank} cannot start a thread: {error}")))?;
+        Ok(Membership { segment, rank, connection, leave: Some(leave), thread: Some(thread) })
+    }
+}
+
+/// A rank's belonging to a group. Dropping it leaves the group, after which this process must not
+/// write into any mailbox.
+pub(crate) struct Membership {
+    /// What the group shares.
+    pub(crate) segment: Arc<Segment>,
+    rank: u32,
+    connection: Arc<Connection>,
+    /// Dropped to tell the thread.
+    leave: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.segment.set_presence(self.rank, Presence::Left);
+        self.connection.shut_down();
+        self.leave = None;
+        // The last to leave finds its memory freed when it returns; the others do not wait.
+        if self.segment.is_last(self.rank)
+            && let Some(thread) = self.thread.take()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a rank's thread watches.
+struct Watch {
+    connection: Arc<Connection>,
+    segment: Arc<Segment>,
+    rank: u32,
+    host: u32,
+}
+
+impl Watch {
+    /// Notices the end of the host's process, then keeps `mailbox` until nobody can write to it.
+    fn run(self, left: &Receiver<()>, mailbox: Arc<dyn Any + Send + Sync>) {
+        // Nothing more is said on the connection, so whatever happens to it is its end.
+        let _ = wait(&[self.connection.as_fd()], None);
+        if self.segment.presence(self.rank) != Presence::Left {
+            self.segment.lose(self.host);
+        }
+        while left.recv_timeout(Duration::from_secs(3600)) == Err(RecvTimeoutError::Timeout) {}
+        let until = Instant::now() + LINGER;
+        while !self.segment.is_last(self.rank) {
+            if Instant::now() >= until {
+                // Freeing what a peer may still write to is worse than keeping it.
+                std::mem::forget(mailbox);
+                return;
+            }
+            self.look_for_lost();
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Finds processes that ended after the host had left.
+    fn look_for_lost(&self) {
+        let count = self.segment.world();
+        for rank in (0..count).filter(|rank| self.segment.presence(*rank) == Presence::Joined) {
+            let pid = Pid::from_raw(self.segment.pid(rank) as i32);
+            let gone = pid.map(rustix::process::test_kill_process);
+            if gone == Some(Err(rustix::io::Errno::SRCH)) {
+                self.segment.lose(rank);
+            }
+        }
+    }
 }

@@ -129,13 +129,7 @@ impl Meeting {
 
 /// The ranks that have not brought a value, as text.
 fn missing(values: &[Option<Box<dyn std::any::Any + Send>>]) -> String {
-    let ranks: Vec<String> = values
-        .iter()
-        .enumerate()
-        .filter(|(_, v)| v.is_none())
-        .map(|(r, _)| r.to_string())
-        .collect();
-    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, ranks.join(", "))
+    super::ranks((0..).zip(values).filter(|(_, value)| value.is_none()).map(|(rank, _)| rank))
 }
 
 #[cfg(test)]

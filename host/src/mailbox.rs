@@ -1,0 +1,202 @@
+//! The memory that peers write to: whose it is, how another rank reaches it, when it goes.
+//!
+//! Invariant: a mailbox belongs to Peerlane and lives until no rank can write to it any more. What
+//! another process offers is mapped here, never owned.
+
+use crate::error::Result;
+use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
+use crate::rendezvous::{PAGE, Segment};
+use peerlane_device::abi::{FREE, Layout, Status};
+use serde::{Deserialize, Serialize};
+use std::hash::BuildHasher;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+
+/// One rank's memory that others write to, and its status page.
+pub(crate) struct Member {
+    gpu: GpuRef,
+    pub(crate) ordinal: u32,
+    pub(crate) mailbox: DevicePtr,
+    pub(crate) status: HostMemory,
+    holds: Holds,
+    /// Keeps the status page mapped, if it lies in memory that processes share.
+    _segment: Option<Arc<Segment>>,
+}
+
+/// What a member gives back in the end.
+enum Holds {
+    /// Memory of this process alone.
+    Private,
+    /// Memory that other processes map.
+    Shared,
+    /// Another process's memory, mapped into this rank's GPU.
+    Imported,
+    /// The memory of a rank of this process, which gives it back itself.
+    Neighbour,
+}
+
+impl Member {
+    /// Allocates and clears the memory of a rank on `gpu`.
+    pub(crate) fn new(gpu: &GpuRef, layout: Layout, world: u32) -> Result<Member> {
+        let mailbox = gpu.alloc(layout.mailbox_bytes(world))?;
+        let status = gpu.alloc_host(size_of::<Status>());
+        Member::with(gpu, mailbox, status, None)?.cleared(layout, world)
+    }
+
+    /// As `new`, for `rank` of a group of processes.
+    pub(crate) fn shared(
+        gpu: &GpuRef,
+        layout: Layout,
+        world: u32,
+        segment: &Arc<Segment>,
+        rank: u32,
+    ) -> Result<Member> {
+        let mailbox = gpu.alloc_shared(layout.mailbox_bytes(world))?;
+        // SAFETY: the page is whole, and the member keeps it mapped.
+        let status = unsafe { gpu.register_host(segment.page(rank), PAGE) };
+        Member::with(gpu, mailbox, status, Some(segment.clone()))?.cleared(layout, world)
+    }
+
+    /// Holds `mailbox` and `status`, or frees the first if there is no second.
+    fn with(
+        gpu: &GpuRef,
+        mailbox: DevicePtr,
+        status: Result<HostMemory>,
+        segment: Option<Arc<Segment>>,
+    ) -> Result<Member> {
+        match status {
+            Ok(status) => Ok(Member {
+                gpu: gpu.clone(),
+                ordinal: gpu.properties().ordinal,
+                mailbox,
+                status,
+                holds: if segment.is_some() { Holds::Shared } else { Holds::Private },
+                _segment: segment,
+            }),
+            Err(error) => {
+                // SAFETY: allocated by the caller and used by nobody yet.
+                unsafe { gpu.free(mailbox)? };
+                Err(error)
+            }
+        }
+    }
+
+    /// Empties the mailbox.
+    fn cleared(self, layout: Layout, world: u32) -> Result<Member> {
+        let (words, bytes) = (layout.first_slot as usize, layout.mailbox_bytes(world));
+        let own = OwnStream::new(&self.gpu)?;
+        // SAFETY: both ranges lie in the mailbox.
+        unsafe {
+            self.gpu.fill(self.mailbox, 0, words, own.stream)?;
+            let slots = self.mailbox.offset(words);
+            self.gpu.fill(slots, FREE as u8, bytes - words, own.stream)?;
+        }
+        self.gpu.stream_synchronize(own.stream)?;
+        drop(own);
+        Ok(self)
+    }
+
+    /// The memory of `peer` on the GPU `ordinal`, as a rank on `gpu` reaches it.
+    pub(crate) fn remote(
+        gpu: &GpuRef,
+        segment: &Arc<Segment>,
+        peer: u32,
+        ordinal: u32,
+        (offer, file): (Offer, Option<OwnedFd>),
+    ) -> Result<Member> {
+        let (mailbox, holds) = if offer.process == this_process() {
+            if ordinal != gpu.properties().ordinal {
+                gpu.enable_peer(ordinal)?;
+            }
+            (DevicePtr(offer.address), Holds::Neighbour)
+        } else {
+            let exported = Exported { handle: offer.handle, file };
+            let mapped = gpu.import(exported, offer.bytes, ordinal)?;
+            (mapped, Holds::Imported)
+        };
+        let host = segment.page(peer);
+        let status = HostMemory { host, device: DevicePtr(0), bytes: PAGE };
+        let _segment = Some(segment.clone());
+        Ok(Member { gpu: gpu.clone(), ordinal, mailbox, status, holds, _segment })
+    }
+
+    /// Offers the mailbox to the other processes.
+    pub(crate) fn offer(&self, bytes: usize) -> Result<(Offer, Option<OwnedFd>)> {
+        let Exported { handle, file } = self.gpu.export(self.mailbox)?;
+        let (address, process) = (self.mailbox.0, this_process());
+        Ok((Offer { handle, bytes, address, process }, file))
+    }
+
+    /// Lets all counters begin at `first` instead of 0.
+    pub(crate) fn number_slots_from(&self, first: u32, layout: Layout) -> Result<()> {
+        let words = (layout.words(layout.lanes) - layout.words(0)) as usize;
+        let counters: Vec<u8> = first.to_le_bytes().iter().copied().cycle().take(words).collect();
+        let own = OwnStream::new(&self.gpu)?;
+        // SAFETY: the counters lie in the mailbox, and nobody uses it yet.
+        unsafe {
+            self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
+        };
+        self.gpu.stream_synchronize(own.stream)
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        // Failing to free cannot be reported from here, and there is nothing else to do about it.
+        // SAFETY: who drops a member has waited for this rank's kernels and, if the memory is its
+        // own, for the other ranks to leave. The segment is dropped after this.
+        unsafe {
+            match &self.holds {
+                Holds::Private => {
+                    let _ = self.gpu.free(self.mailbox);
+                    let _ = self.gpu.free_host(self.status);
+                }
+                Holds::Shared => {
+                    let _ = self.gpu.free(self.mailbox);
+                    let _ = self.gpu.unregister_host(self.status);
+                }
+                Holds::Imported => {
+                    let _ = self.gpu.release(self.mailbox);
+                }
+                Holds::Neighbour => {}
+            }
+        }
+    }
+}
+
+/// What a rank offers the others: its mailbox.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Offer {
+    handle: MemoryHandle,
+    bytes: usize,
+    /// Where the ranks of the same process find it.
+    address: u64,
+    process: (u32, u64),
+}
+
+/// What no two living processes have in common, whatever their namespaces: a process's number and
+/// where its memory begins to differ.
+fn this_process() -> (u32, u64) {
+    static MARK: OnceLock<u64> = OnceLock::new();
+    let mark = MARK.get_or_init(|| std::hash::RandomState::new().hash_one(0));
+    (std::process::id(), *mark)
+}
+
+/// A stream that a group's own work runs on, destroyed when it goes out of scope.
+pub(crate) struct OwnStream<'a> {
+    gpu: &'a GpuRef,
+    pub(crate) stream: Stream,
+}
+
+impl<'a> OwnStream<'a> {
+    pub(crate) fn new(gpu: &'a GpuRef) -> Result<OwnStream<'a>> {
+        Ok(OwnStream { gpu, stream: gpu.stream_create()? })
+    }
+}
+
+impl Drop for OwnStream<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made in `new` and not used again; queued work still completes.
+        let _ = unsafe { self.gpu.stream_destroy(self.stream) };
+    }
+}

@@ -1,0 +1,198 @@
+//! The memory that all processes of a group share, and what they read in it about each other.
+//!
+//! Invariant: the file behind it has no name, so it goes when the last process does. Every word is
+//! atomic or written by one side only; a rank's page is pinned for its own GPU, so the word that
+//! another process stores there to stop a wait is the word that a kernel polls.
+//!
+//! ```text
+//! page 0          magic, protocol, world size
+//! page 1 + rank   Status (kernel and hosts), then at HOST: presence, pid
+//! then            the call log
+//! ```
+
+use crate::call_log::{self, Entry};
+use peerlane_device::abi::Status;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::MemfdFlags;
+use rustix::mm::{MapFlags, ProtFlags};
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Says that the memory is a segment of this layout.
+const MAGIC: u32 = 0x5045_4552;
+/// Bytes in a rank's page.
+pub(crate) const PAGE: usize = 4096;
+/// Where a page's words for hosts begin.
+const HOST: usize = 2048;
+const _: () = assert!(size_of::<Status>() <= HOST);
+
+/// What [`Segment::stop`] stores for a peer that is gone: this plus its rank.
+const LOST: u32 = 0x100;
+
+/// Where a rank stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Presence {
+    /// It has not joined.
+    Absent = 0,
+    /// It has joined.
+    Joined = 1,
+    /// It has closed its communicator: it writes into no mailbox any more.
+    Left = 2,
+    /// Its process has ended before it left.
+    Lost = 3,
+}
+
+/// The shared memory, mapped.
+pub(crate) struct Segment {
+    file: OwnedFd,
+    base: NonNull<u8>,
+    world: u32,
+}
+
+// SAFETY: what other threads and processes change is reached through atomics and volatile accesses.
+unsafe impl Send for Segment {}
+// SAFETY: as above.
+unsafe impl Sync for Segment {}
+
+fn bytes(world: u32) -> usize {
+    let log = call_log::entries(world) * size_of::<Entry>();
+    PAGE * (1 + world as usize) + log.next_multiple_of(PAGE)
+}
+
+impl Segment {
+    /// Makes the memory for a group of `world` ranks.
+    pub(super) fn create(world: u32) -> rustix::io::Result<Segment> {
+        let file = rustix::fs::memfd_create("peerlane", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, bytes(world) as u64)?;
+        let segment = Segment::map(file, world)?;
+        segment.header(0).store(MAGIC, Ordering::Relaxed);
+        segment.header(1).store(super::PROTOCOL, Ordering::Relaxed);
+        segment.header(2).store(world, Ordering::Relaxed);
+        Ok(segment)
+    }
+
+    /// Maps memory that another process has made; says what is wrong with it.
+    pub(super) fn open(file: OwnedFd, world: u32) -> Result<Segment, String> {
+        let size = rustix::fs::fstat(&file).map_err(|error| error.to_string())?.st_size;
+        if size != bytes(world) as i64 {
+            return Err(format!("expected {} bytes of shared memory, got {size}", bytes(world)));
+        }
+        let segment = Segment::map(file, world).map_err(|error| error.to_string())?;
+        let found = [0, 1, 2].map(|index| segment.header(index).load(Ordering::Relaxed));
+        let expected = [MAGIC, super::PROTOCOL, world];
+        if found != expected {
+            return Err(format!("expected shared memory marked {expected:x?}, got {found:x?}"));
+        }
+        Ok(segment)
+    }
+
+    fn map(file: OwnedFd, world: u32) -> rustix::io::Result<Segment> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the kernel chooses where; nothing is there.
+        let base = unsafe {
+            let anywhere = std::ptr::null_mut();
+            rustix::mm::mmap(anywhere, bytes(world), access, MapFlags::SHARED, &file, 0)?
+        };
+        let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
+        Ok(Segment { file, base, world })
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        assert!(offset + 4 <= bytes(self.world));
+        // SAFETY: inside the mapping, aligned, and accessed as an atomic by every process.
+        unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(offset).cast()) }
+    }
+
+    fn header(&self, index: usize) -> &AtomicU32 {
+        self.word(4 * index)
+    }
+
+    fn offset(rank: u32) -> usize {
+        PAGE * (1 + rank as usize)
+    }
+
+    /// Number of ranks.
+    pub(super) fn world(&self) -> u32 {
+        self.world
+    }
+
+    /// The page of `rank`, whose beginning is its [`Status`].
+    pub(crate) fn page(&self, rank: u32) -> *mut u8 {
+        assert!(rank < self.world);
+        // SAFETY: inside the mapping.
+        unsafe { self.base.as_ptr().add(Self::offset(rank)) }
+    }
+
+    /// The entries of the call log.
+    pub(crate) fn log(&self) -> *const Entry {
+        // SAFETY: inside the mapping.
+        unsafe { self.base.as_ptr().add(Self::offset(self.world)).cast_const().cast() }
+    }
+
+    /// Where `rank` stands.
+    pub(crate) fn presence(&self, rank: u32) -> Presence {
+        match self.word(Self::offset(rank) + HOST).load(Ordering::Acquire) {
+            1 => Presence::Joined,
+            2 => Presence::Left,
+            3 => Presence::Lost,
+            _ => Presence::Absent,
+        }
+    }
+
+    /// Says where `rank` stands.
+    pub(super) fn set_presence(&self, rank: u32, presence: Presence) {
+        self.word(Self::offset(rank) + HOST).store(presence as u32, Ordering::Release);
+    }
+
+    /// The process of `rank`.
+    pub(crate) fn pid(&self, rank: u32) -> u32 {
+        self.word(Self::offset(rank) + HOST + 4).load(Ordering::Relaxed)
+    }
+
+    /// Notes the process of `rank`.
+    pub(super) fn set_pid(&self, rank: u32, pid: u32) {
+        self.word(Self::offset(rank) + HOST + 4).store(pid, Ordering::Relaxed);
+    }
+
+    /// Notes that the process of `lost` has ended, and stops everybody's waits, if it had joined
+    /// and not left. More than one process may notice.
+    pub(super) fn lose(&self, lost: u32) {
+        let presence = self.word(Self::offset(lost) + HOST);
+        let (from, to) = (Presence::Joined as u32, Presence::Lost as u32);
+        let changed = presence.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        if changed.is_ok() {
+            for rank in 0..self.world {
+                // The first reason is the one to report.
+                let abort = self.word(Self::offset(rank) + std::mem::offset_of!(Status, abort));
+                let _ = abort.compare_exchange(0, LOST + lost, Ordering::AcqRel, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether every rank but `rank` has left or is lost.
+    pub(super) fn is_last(&self, rank: u32) -> bool {
+        let others = (0..self.world).filter(|other| *other != rank);
+        others.map(|other| self.presence(other)).all(|p| p != Presence::Joined)
+    }
+}
+
+/// The rank that is gone, if that is why `abort` was stored in a status page.
+pub(crate) fn lost_rank(abort: u32) -> Option<u32> {
+    (abort >= LOST).then(|| abort - LOST)
+}
+
+impl AsFd for Segment {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        let base: *mut c_void = self.base.as_ptr().cast();
+        // SAFETY: mapped in `map` with this size; whoever holds a pointer into it holds the segment.
+        let _ = unsafe { rustix::mm::munmap(base, bytes(self.world)) };
+    }
+}

@@ -1,0 +1,156 @@
+//! Messages between the processes of a meeting: whole, in order, with file descriptors if need be.
+//!
+//! Sockets are of the abstract namespace, whose names vanish with the last socket, so a killed
+//! process leaves nothing behind. A message is one packet of a `SOCK_SEQPACKET` connection.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::{Errno, Result};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::time::Instant;
+
+/// Longest message: 16 ranks' cards are a tenth of that.
+const LONGEST: usize = 64 << 10;
+/// Most file descriptors in a message: one for each rank.
+const MOST_FILES: usize = 16;
+
+/// One end of a connection.
+pub(super) struct Connection(OwnedFd);
+
+/// Where connections arrive.
+pub(super) struct Listener(OwnedFd);
+
+/// How an attempt to be the host of a name ended.
+pub(super) enum Claim {
+    /// The name is this process's now.
+    Host(Listener),
+    /// Somebody else has it.
+    Taken,
+}
+
+fn address(name: &str) -> Result<SocketAddrUnix> {
+    SocketAddrUnix::new_abstract_name(format!("peerlane/{name}").as_bytes())
+}
+
+fn socket() -> Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+}
+
+impl Listener {
+    /// Takes `name`, if nobody has it.
+    pub(super) fn claim(name: &str) -> Result<Claim> {
+        let socket = socket()?;
+        match rustix::net::bind(&socket, &address(name)?) {
+            Ok(()) => {}
+            Err(Errno::ADDRINUSE) => return Ok(Claim::Taken),
+            Err(error) => return Err(error),
+        }
+        rustix::net::listen(&socket, 64)?;
+        Ok(Claim::Host(Listener(socket)))
+    }
+
+    /// The next connection that waits.
+    pub(super) fn accept(&self) -> Result<Connection> {
+        rustix::net::accept_with(&self.0, SocketFlags::CLOEXEC).map(Connection)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Connection {
+    /// Connects to the host of `name`; `None` if there is none that listens.
+    pub(super) fn open(name: &str) -> Result<Option<Connection>> {
+        let socket = socket()?;
+        match rustix::net::connect(&socket, &address(name)?) {
+            Ok(()) => Ok(Some(Connection(socket))),
+            Err(Errno::CONNREFUSED) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the process at the other end belongs to the same user.
+    pub(super) fn is_same_user(&self) -> bool {
+        let peer = rustix::net::sockopt::socket_peercred(&self.0);
+        peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid())
+    }
+
+    /// Sends a message.
+    pub(super) fn send(&self, message: &impl Serialize, files: &[BorrowedFd<'_>]) -> Result<()> {
+        let bytes = serde_json::to_vec(message).map_err(|_| Errno::INVAL)?;
+        if bytes.len() > LONGEST || files.len() > MOST_FILES {
+            return Err(Errno::MSGSIZE);
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(files));
+        }
+        let parts = [IoSlice::new(&bytes)];
+        rustix::net::sendmsg(&self.0, &parts, &mut control, SendFlags::NOSIGNAL).map(drop)
+    }
+
+    /// Receives a message that has come or is about to; `None` if the other end is closed.
+    pub(super) fn receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>> {
+        let mut bytes = vec![0; LONGEST];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = match rustix::net::recvmsg(&self.0, &mut parts, &mut control, flags) {
+            Ok(received) => received.bytes,
+            // What a process that is killed leaves unread resets the connection.
+            Err(Errno::CONNRESET) => 0,
+            Err(error) => return Err(error),
+        };
+        if received == 0 {
+            return Ok(None);
+        }
+        let files = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(files) => Some(files),
+            _ => None,
+        });
+        let files = files.flatten().collect();
+        let message = serde_json::from_slice(&bytes[..received]).map_err(|_| Errno::BADMSG)?;
+        Ok(Some((message, files)))
+    }
+
+    /// Tells the other end, and whoever waits at this one, that nothing more will come.
+    pub(super) fn shut_down(&self) {
+        // It fails only if the other end was faster.
+        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
+    }
+}
+
+/// Waits until one of `ends` has something, at most until `deadline`; says which of them have.
+pub(super) fn wait(ends: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result<Vec<bool>> {
+    let mut polled: Vec<_> =
+        ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::IN)).collect();
+    loop {
+        let timeout = deadline.map(|at| {
+            let left = at.saturating_duration_since(Instant::now());
+            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
+        });
+        match poll(&mut polled, timeout.as_ref()) {
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(polled.iter().map(|end| !end.revents().is_empty()).collect()),
+        }
+    }
+}
