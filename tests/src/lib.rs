@@ -7,6 +7,7 @@
 pub mod group;
 pub mod job;
 pub mod machine;
+pub mod processes;
 pub mod runner;
 pub mod script;
 pub mod suite;

@@ -1,5 +1,6 @@
 //! The GPUs under test: simulated ones with a seed, or the real ones of this machine.
 
+use crate::processes::Gpus;
 use peerlane::gpu::{Backend, GpuRef, cuda, sim};
 use peerlane::{Config, layout};
 use std::time::Duration;
@@ -29,6 +30,11 @@ impl Machine {
     /// A GPU for each of `world` ranks; ranks beyond the number of GPUs share them.
     pub fn gpus(&self, world: u32) -> Vec<GpuRef> {
         self.gpus.iter().cycle().take(world as usize).cloned().collect()
+    }
+
+    /// All GPUs of a real machine, for ranks that are processes.
+    pub fn all(&self) -> Gpus {
+        Gpus::Cuda(self.gpus.len() as u32)
     }
 
     /// Whether the GPUs are simulated.

@@ -133,6 +133,21 @@ impl Script {
         self.verify_agreement(found)
     }
 
+    /// What is wrong with one rank's memory after the calls, if anything.
+    pub fn verify_rank(&self, rank: usize, found: &[u8]) -> Result<(), String> {
+        self.images[rank].verify(found).map_err(|(job, reason)| self.blame(rank, job, &reason))
+    }
+
+    /// Where the results of the reductions that `chosen` picks lie in a rank's memory.
+    pub fn computed(
+        &self,
+        rank: usize,
+        chosen: impl Fn(&Call) -> bool,
+    ) -> impl Iterator<Item = Range<usize>> {
+        let results = self.images[rank].computed.iter();
+        results.filter(move |c| chosen(&self.jobs[c.job].call)).map(|c| c.range.clone())
+    }
+
     /// All ranks must end an all-reduce with the same bits, NaN and zeros included.
     fn verify_agreement(&self, found: &[Vec<u8>]) -> Result<(), String> {
         for rank in 1..found.len() {

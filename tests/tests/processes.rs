@@ -1,0 +1,321 @@
+//! Ranks as processes, on simulated GPUs and, where there are any, on real ones.
+//!
+//! The program starts itself as each rank. Its own `main`, since libtest's cannot do that.
+
+use peerlane_tests::processes::{Gpus, Process, RANK, Start, serve};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+type Test = (&'static str, fn(&Gpus));
+
+/// On any GPUs.
+const EVERYWHERE: &[Test] = &[
+    ("every_collective_is_right", every_collective_is_right),
+    ("ranks_may_start_apart", ranks_may_start_apart),
+    ("a_rank_that_never_comes_is_named", a_rank_that_never_comes_is_named),
+    ("a_killed_rank_is_an_error_at_once", a_killed_rank_is_an_error_at_once),
+    ("a_rank_killed_between_calls_is_an_error", a_rank_killed_between_calls_is_an_error),
+    ("a_rank_killed_while_they_meet_is_named", a_rank_killed_while_they_meet_is_named),
+    ("a_rank_that_does_not_call_is_named", a_rank_that_does_not_call_is_named),
+    ("ranks_end_in_any_order", ranks_end_in_any_order),
+    ("an_abort_stops_every_rank", an_abort_stops_every_rank),
+    ("calls_that_differ_are_refused", calls_that_differ_are_refused),
+    ("two_groups_share_the_processes", two_groups_share_the_processes),
+    ("different_configurations_are_named", different_configurations_are_named),
+    ("nothing_stays_behind", nothing_stays_behind),
+];
+
+/// Only where machines can be made to measure.
+const SIMULATED: &[Test] = &[
+    ("groups_of_many_ranks_are_right", groups_of_many_ranks_are_right),
+    ("gpus_without_access_are_named_on_every_rank", gpus_without_access_are_named),
+    ("a_link_that_loses_stores_is_found", a_link_that_loses_stores_is_found),
+];
+
+fn main() -> ExitCode {
+    // SAFETY: no other thread runs yet.
+    unsafe { peerlane::gpu::cuda::prepare_environment() };
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == RANK) {
+        return serve(&arguments[1..]);
+    }
+    let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with("--")).collect();
+    let mut failed = run("sim", EVERYWHERE, &Gpus::sim(), &filters);
+    failed += run("sim", SIMULATED, &Gpus::sim(), &filters);
+    match peerlane_tests::Machine::cuda() {
+        Ok(machine) => failed += run("cuda", EVERYWHERE, &machine.all(), &filters),
+        Err(reason) => {
+            eprintln!("{} tests on real GPUs skipped: {reason}", EVERYWHERE.len());
+        }
+    }
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Runs the chosen tests; returns how many failed.
+fn run(kind: &str, tests: &[Test], gpus: &Gpus, filters: &[&String]) -> usize {
+    let chosen = tests.iter().filter(|(name, _)| {
+        filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
+    });
+    let outcomes = chosen.map(|(name, test)| {
+        let begin = Instant::now();
+        let good = catch_unwind(AssertUnwindSafe(|| test(gpus))).is_ok();
+        let verdict = if good { "ok" } else { "FAILED" };
+        println!("test {name} ... {kind}: {verdict} ({:.2} s)", begin.elapsed().as_secs_f64());
+        good
+    });
+    outcomes.filter(|good| !good).count()
+}
+
+/// How ranks are started: a fresh name, and times that no healthy run reaches.
+fn start(gpus: &Gpus, world: u32) -> Start {
+    static NAMES: AtomicU32 = AtomicU32::new(0);
+    let number = NAMES.fetch_add(1, Ordering::Relaxed);
+    Start {
+        name: format!("processes-{}-{number}", std::process::id()),
+        rank: 0,
+        world,
+        gpus: gpus.clone(),
+        deadline: Duration::from_secs(50),
+        patience: Duration::from_secs(50),
+    }
+}
+
+fn launch(start: &Start) -> Vec<Process> {
+    (0..start.world).map(|rank| Process::start(&Start { rank, ..start.clone() })).collect()
+}
+
+fn expect(ranks: &[Process], answer: &str) {
+    for rank in ranks {
+        assert_eq!(rank.answer(), answer, "rank {}", rank.start.rank);
+    }
+}
+
+fn joined(start: &Start) -> Vec<Process> {
+    let ranks = launch(start);
+    expect(&ranks, "ok joined");
+    ranks
+}
+
+/// Tells all ranks the same and returns their answers.
+fn ask_all(ranks: &mut [Process], command: &str) -> Vec<String> {
+    ranks.iter_mut().for_each(|rank| rank.tell(command));
+    ranks.iter().map(Process::answer).collect()
+}
+
+/// A command that must go right everywhere, with the same answer.
+fn all_agree(ranks: &mut [Process], command: &str) {
+    let answers = ask_all(ranks, command);
+    assert!(answers[0].starts_with("ok "), "{command}: {answers:?}");
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{command}: {answers:?}");
+}
+
+/// Ends all ranks, which must go well.
+fn end(ranks: Vec<Process>) {
+    assert!(ranks.into_iter().map(Process::end).all(|good| good));
+}
+
+fn worlds(gpus: &Gpus) -> Vec<u32> {
+    match gpus {
+        Gpus::Sim { .. } => vec![1, 2, 3],
+        // Never two processes that spin on one GPU.
+        Gpus::Cuda(count) => (2..=*count).collect(),
+    }
+}
+
+fn every_collective_is_right(gpus: &Gpus) {
+    for world in worlds(gpus) {
+        let mut ranks = joined(&start(gpus, world));
+        for seed in 1..=4 {
+            all_agree(&mut ranks, &format!("script {seed} 12 3000"));
+        }
+        all_agree(&mut ranks, "script 5 6 200000");
+        end(ranks);
+    }
+}
+
+fn groups_of_many_ranks_are_right(gpus: &Gpus) {
+    for world in [5, 8] {
+        let mut ranks = joined(&start(gpus, world));
+        all_agree(&mut ranks, "script 1 8 2000");
+        end(ranks);
+    }
+}
+
+fn ranks_may_start_apart(gpus: &Gpus) {
+    let start = start(gpus, 2);
+    let first = Process::start(&start);
+    std::thread::sleep(Duration::from_millis(1500));
+    let second = Process::start(&Start { rank: 1, ..start });
+    let mut ranks = vec![first, second];
+    expect(&ranks, "ok joined");
+    all_agree(&mut ranks, "script 1 5 1000");
+    end(ranks);
+}
+
+fn a_rank_that_never_comes_is_named(gpus: &Gpus) {
+    let start = Start { patience: Duration::from_secs(2), ..start(gpus, 3) };
+    let ranks = [0, 2].map(|rank| Process::start(&Start { rank, ..start.clone() }));
+    for rank in ranks {
+        let answer = rank.answer();
+        assert!(answer.contains("rendezvous of 3 ranks: waited 2s in vain for rank 1"), "{answer}");
+    }
+}
+
+fn a_killed_rank_is_an_error_at_once(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, worlds(gpus)[1..].first().copied().unwrap_or(2)));
+    let mut victim = ranks.pop().expect("a rank");
+    ranks.iter_mut().for_each(|rank| rank.tell("reduce 5000"));
+    std::thread::sleep(Duration::from_millis(300));
+    victim.kill();
+    let begin = Instant::now();
+    for rank in &mut ranks {
+        let answer = rank.answer();
+        let number = rank.start.rank;
+        let (peer, pid) = (victim.start.rank, victim.pid());
+        let expected = format!(
+            "error: all_reduce: rank {number} lost rank {peer}: its process (pid {pid}) has ended"
+        );
+        assert_eq!(answer, expected);
+        // It stays.
+        assert_eq!(rank.ask("reduce 8"), expected);
+        assert_eq!(rank.ask("health"), expected);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(2), "it took {:?}", begin.elapsed());
+    end(ranks);
+}
+
+fn a_rank_killed_between_calls_is_an_error(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 2));
+    all_agree(&mut ranks, "reduce 100");
+    ranks[0].kill();
+    let until = Instant::now() + Duration::from_secs(2);
+    while ranks[1].ask("health") == "ok well" {
+        assert!(Instant::now() < until, "the loss of rank 0 was not noticed");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let answer = ranks[1].ask("reduce 100");
+    assert!(answer.contains("health: rank 1 lost rank 0"), "{answer}");
+    assert!(ranks.pop().expect("rank 1").end());
+}
+
+fn a_rank_killed_while_they_meet_is_named(gpus: &Gpus) {
+    let start = start(gpus, 3);
+    let mut ranks = [0, 1].map(|rank| Process::start(&Start { rank, ..start.clone() }));
+    std::thread::sleep(Duration::from_millis(1500));
+    ranks[1].kill();
+    let answer = ranks[0].answer();
+    let first_hosts = format!("the process of rank 1 (pid {})", ranks[1].pid());
+    assert!(answer.contains(&first_hosts) && answer.contains("ended"), "{answer}");
+}
+
+fn a_rank_that_does_not_call_is_named(gpus: &Gpus) {
+    let start = Start { deadline: Duration::from_secs(1), ..start(gpus, 2) };
+    let mut ranks = joined(&start);
+    let answer = ranks[1].ask("reduce 64");
+    assert!(answer.starts_with("error: all_reduce: rank 1 waited 1s for rank 0"), "{answer}");
+}
+
+fn ranks_end_in_any_order(gpus: &Gpus) {
+    let orders: &[&[usize]] = match worlds(gpus).last() {
+        Some(3) => &[&[0, 1, 2], &[0, 2, 1], &[1, 0, 2], &[1, 2, 0], &[2, 0, 1], &[2, 1, 0]],
+        _ => &[&[0, 1], &[1, 0]],
+    };
+    for order in orders {
+        let mut ranks = joined(&start(gpus, order.len() as u32));
+        all_agree(&mut ranks, "script 3 4 1000");
+        for rank in *order {
+            assert_eq!(ranks[*rank].ask("close"), "ok closed");
+        }
+        for rank in *order {
+            let answer = ranks[*rank].ask("reduce 4");
+            assert!(answer.contains("is closed"), "{answer}");
+            assert_eq!(ranks[*rank].ask("close"), "ok closed");
+        }
+        end(ranks);
+    }
+}
+
+fn an_abort_stops_every_rank(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 2));
+    ranks[0].tell("reduce 640");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(ranks[1].ask("abort"), "ok aborted");
+    let answer = ranks[0].answer();
+    assert!(answer.starts_with("error: all_reduce: rank 0 was aborted"), "{answer}");
+}
+
+fn calls_that_differ_are_refused(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 2));
+    ranks[0].tell("reduce 64");
+    std::thread::sleep(Duration::from_millis(300));
+    let answer = ranks[1].ask("reduce 32");
+    assert!(answer.contains("rank 1 and rank 0 disagree"), "{answer}");
+    assert!(answer.contains("256 bytes") && answer.contains("128 bytes"), "{answer}");
+    assert_eq!(ranks[1].ask("reduce 64"), "ok reduced");
+    assert_eq!(ranks[0].answer(), "ok reduced");
+    end(ranks);
+}
+
+fn two_groups_share_the_processes(gpus: &Gpus) {
+    let start = start(gpus, 2);
+    let mut ranks = joined(&start);
+    let name = format!("{}-second", start.name);
+    assert_eq!(ask_all(&mut ranks, &format!("@b join {name}")), ["ok joined", "ok joined"]);
+    for seed in 1..4 {
+        all_agree(&mut ranks, &format!("script {seed} 5 1000"));
+        all_agree(&mut ranks, &format!("@b script {seed} 5 1000"));
+    }
+    assert_eq!(ask_all(&mut ranks, "close"), ["ok closed", "ok closed"]);
+    all_agree(&mut ranks, "@b script 9 5 1000");
+    end(ranks);
+}
+
+fn different_configurations_are_named(gpus: &Gpus) {
+    let start = start(gpus, 2);
+    let other = Start { rank: 1, deadline: Duration::from_secs(40), ..start.clone() };
+    for rank in [Process::start(&start), Process::start(&other)] {
+        let answer = rank.answer();
+        assert!(answer.contains("rank 0 and rank 1 bring different configurations"), "{answer}");
+    }
+}
+
+fn gpus_without_access_are_named(_: &Gpus) {
+    let gpus = Gpus::Sim { devices: 3, unreachable: Some((1, 2)), lossy: None };
+    let answers: Vec<String> = launch(&start(&gpus, 3)).iter().map(Process::answer).collect();
+    assert!(answers[0].starts_with("error: GPU 1 cannot reach GPU 2"), "{answers:?}");
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
+
+fn a_link_that_loses_stores_is_found(_: &Gpus) {
+    let gpus = Gpus::Sim { devices: 3, unreachable: None, lossy: Some((2, 1)) };
+    let answers: Vec<String> = launch(&start(&gpus, 3)).iter().map(Process::answer).collect();
+    assert!(answers[0].starts_with("error: GPU 2 cannot reach GPU 1"), "{answers:?}");
+    assert!(answers[0].contains("what it stores does not arrive"), "{answers:?}");
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
+
+/// Names in the file system and in the socket namespace that a group has made.
+fn traces(name: &str) -> Vec<String> {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let sockets = sockets.lines().filter(|line| line.contains(name)).map(str::to_owned);
+    let files = std::fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+    let files = files.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    sockets.chain(files.filter(|file| file.to_lowercase().contains("peerlane"))).collect()
+}
+
+fn nothing_stays_behind(gpus: &Gpus) {
+    let closed = start(gpus, 2);
+    end(joined(&closed));
+    let killed = start(gpus, 2);
+    let mut ranks = joined(&killed);
+    ranks.iter_mut().for_each(Process::kill);
+    let early = start(gpus, 2);
+    let mut first = Process::start(&early);
+    std::thread::sleep(Duration::from_millis(300));
+    first.kill();
+    for start in [closed, killed, early] {
+        assert_eq!(traces(&start.name), Vec::<String>::new());
+    }
+}
