@@ -10,7 +10,6 @@ use super::work::Work;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
 
 /// What fresh device memory holds: a value that no kernel may take for a result.
 const UNDEFINED: u8 = 0xa5;
@@ -191,50 +190,4 @@ impl Memory {
             Work::Launch(_) | Work::Graph(_) => Ok(0),
         }
     }
-}
-
-/// Loads 8 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it.
-pub(super) unsafe fn load_u8(address: u64) -> u8 {
-    // SAFETY: live memory, by the caller's promise; atomic, since the host may look at it too.
-    unsafe { AtomicU8::from_ptr(address as *mut u8) }.load(Ordering::Relaxed)
-}
-
-/// Stores 8 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it.
-pub(super) unsafe fn store_u8(address: u64, value: u8) {
-    // SAFETY: as in `load_u8`.
-    unsafe { AtomicU8::from_ptr(address as *mut u8) }.store(value, Ordering::Relaxed);
-}
-
-/// Loads 16 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it and the address is aligned.
-pub(super) unsafe fn load_u16(address: u64) -> u16 {
-    // SAFETY: as in `load_u8`, and aligned.
-    unsafe { AtomicU16::from_ptr(address as *mut u16) }.load(Ordering::Relaxed)
-}
-
-/// Stores 16 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it and the address is aligned.
-pub(super) unsafe fn store_u16(address: u64, value: u16) {
-    // SAFETY: as in `load_u16`.
-    unsafe { AtomicU16::from_ptr(address as *mut u16) }.store(value, Ordering::Relaxed);
-}
-
-/// A word of simulated memory.
-///
-/// # Safety
-/// [`Memory::find`] allowed access, the address is aligned, and the memory outlives the use.
-#[inline(always)]
-pub(super) unsafe fn word<'a>(address: u64) -> &'a AtomicU32 {
-    // SAFETY: as in `load_u16`.
-    unsafe { AtomicU32::from_ptr(address as *mut u32) }
 }

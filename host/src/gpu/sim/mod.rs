@@ -10,6 +10,7 @@
 //! A unit lands whole or in halves of 8 bytes. What it does not model: caches and load reordering (a load always sees memory as it is when it
 //! runs), limits on resident blocks, and bandwidth.
 
+mod access;
 mod capture;
 mod config;
 mod context;
