@@ -16,8 +16,12 @@ pub struct Config {
     pub multiprocessors: u32,
     /// Bytes of memory of each GPU.
     pub memory_bytes: u64,
-    /// Whether a thread of the machine's own moves it, so that kernels run while no caller waits and
-    /// time passes as for real. Ranks in other processes need that. Schedules are not repeatable.
+    /// Whether a thread of the machine's own moves it, so that kernels run while no caller waits.
+    /// Ranks in other processes need that. Schedules are not repeatable then.
+    ///
+    /// Waiting takes real time in such a machine, and in any machine while memory that it exported
+    /// or imported is there: another process may be about to write what is waited for. For the same
+    /// reason no kernel counts as hung there.
     pub autonomous: bool,
     /// Pairs of GPUs that cannot reach each other, in either direction.
     pub unreachable: Vec<(u32, u32)>,
