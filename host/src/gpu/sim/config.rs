@@ -16,11 +16,18 @@ pub struct Config {
     pub multiprocessors: u32,
     /// Bytes of memory of each GPU.
     pub memory_bytes: u64,
-    /// Whether a thread of the machine's own moves it, so that kernels run while no caller waits and
-    /// time passes as for real. Ranks in other processes need that. Schedules are not repeatable.
+    /// Whether a thread of the machine's own moves it, so that kernels run while no caller waits.
+    /// Ranks in other processes need that. Schedules are not repeatable then.
+    ///
+    /// Waiting takes real time in such a machine, and in any machine while memory that it exported
+    /// or imported is there: another process may be about to write what is waited for. For the same
+    /// reason no kernel counts as hung there.
     pub autonomous: bool,
     /// Pairs of GPUs that cannot reach each other, in either direction.
     pub unreachable: Vec<(u32, u32)>,
+    /// Ordered pairs of GPUs: what the first stores into the memory of the second, in units or
+    /// words, is lost, though access is offered. Drivers have been seen that do this.
+    pub lossy: Vec<(u32, u32)>,
 }
 
 impl Default for Config {
@@ -33,6 +40,7 @@ impl Default for Config {
             memory_bytes: 8 << 30,
             autonomous: false,
             unreachable: Vec::new(),
+            lossy: Vec::new(),
         }
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct Machine {
     pub(super) memory: RefCell<Memory>,
     /// Whether puts go through store buffers.
     pub(super) weak: bool,
+    /// Ordered pairs of GPUs between which puts are lost.
+    pub(super) lossy: Vec<(u32, u32)>,
     /// Simulated nanoseconds since the world began.
     pub(super) clock: Cell<u64>,
     /// Something happened that a waiting lane might see.
@@ -216,6 +218,14 @@ impl LaneContext {
         if !self.listed.replace(true) {
             self.kernel().dirty.borrow_mut().push(Dirty::Lane(self.index));
         }
+    }
+
+    /// Whether what this lane puts at `address` is lost on the way.
+    pub(super) fn loses(&self, address: u64) -> bool {
+        let kernel = self.kernel();
+        let lossy = &kernel.machine.lossy;
+        let owner = || kernel.machine.memory.borrow().owner(address);
+        !lossy.is_empty() && owner().is_some_and(|to| lossy.contains(&(kernel.device, to)))
     }
 
     /// Checks an access of `bytes` bytes, to be aligned to `align`.

@@ -6,8 +6,9 @@ use super::context::Machine;
 use super::engine::{Engine, default_stream};
 use super::fail;
 use super::kernel::Body;
+use super::memory::Memory;
+use super::mover::Handle;
 use super::work::{Launch, Work};
-use super::world::Shared;
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Properties, Stream};
 use peerlane_device::abi::{Args, MAX_THREADS};
@@ -15,12 +16,12 @@ use std::sync::Arc;
 
 /// One GPU of a simulated machine.
 pub(super) struct SimGpu {
-    pub(super) world: Arc<Shared>,
+    pub(super) world: Arc<Handle>,
     pub(super) properties: Properties,
 }
 
 impl SimGpu {
-    pub(super) fn new(world: &Arc<Shared>, ordinal: u32) -> SimGpu {
+    pub(super) fn new(world: &Arc<Handle>, ordinal: u32) -> SimGpu {
         let config = &world.config;
         let properties = Properties {
             ordinal,
@@ -57,6 +58,24 @@ impl SimGpu {
         }
     }
 
+    /// Device memory that `alloc` makes, if this GPU has room for `bytes` more bytes.
+    pub(super) fn allocate(
+        &self,
+        bytes: usize,
+        alloc: impl FnOnce(&mut Memory) -> Option<u64>,
+    ) -> Result<DevicePtr> {
+        const CALL: &str = "cuMemAlloc";
+        if bytes == 0 {
+            return Err(self.error(CALL, fail::INVALID_VALUE));
+        }
+        let state = self.world.enter();
+        state.engine.check(self.ordinal())?;
+        let mut memory = state.engine.machine().memory.borrow_mut();
+        let left = self.properties.memory_bytes.saturating_sub(memory.used(self.ordinal()));
+        let base = (bytes as u64 <= left).then(|| alloc(&mut memory)).flatten();
+        base.map(DevicePtr).ok_or_else(|| self.error(CALL, fail::OUT_OF_MEMORY))
+    }
+
     /// Checks that this GPU may use `bytes` bytes of its own memory.
     pub(super) fn own(
         &self,
@@ -81,15 +100,20 @@ impl SimGpu {
         })
     }
 
-    /// Checks that `dst` is this GPU's or a peer's whose access is enabled.
+    /// Checks that `dst` is this GPU's, or a peer's that it imported or whose access is enabled.
     pub(super) fn reachable(&self, machine: &Machine, dst: DevicePtr, bytes: usize) -> Result<()> {
         let memory = machine.memory.borrow();
         match memory.owner(dst.0) {
-            Some(to) if !memory.peer_enabled(self.ordinal(), to) => Err(Error::Unreachable {
-                from: self.ordinal(),
-                to,
-                reason: "its peer access is not enabled".into(),
-            }),
+            Some(to)
+                if !memory.peer_enabled(self.ordinal(), to)
+                    && !memory.imported(self.ordinal(), dst.0) =>
+            {
+                Err(Error::Unreachable {
+                    from: self.ordinal(),
+                    to,
+                    reason: "its peer access is not enabled".into(),
+                })
+            }
             Some(to) if to != self.ordinal() => {
                 let invalid = |_| self.error("cuMemcpyAsync", fail::INVALID_VALUE);
                 memory.find(self.ordinal(), dst.0, bytes).map(drop).map_err(invalid)

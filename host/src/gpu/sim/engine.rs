@@ -1,13 +1,13 @@
 //! The state of a world, and how it moves: streams feed the scheduler, which feeds them back.
 //!
-//! Invariant: nothing moves but inside [`Engine::run`], which somebody calls who waits. So a host
-//! thread alone sees the same world for the same calls.
+//! Invariant: nothing moves but inside [`Engine::run`], which somebody calls who waits, or the
+//! world's own thread if it has one. So without one a host thread alone sees the same world for the
+//! same calls.
 
 use super::capture::Capture;
 use super::config::{Config, Statistics};
 use super::context::Machine;
-use super::fail;
-use super::memory::Memory;
+use super::memory::{Memory, Origin};
 use super::random::{Policy, Random};
 use super::scheduler::{Event, Scheduler};
 use super::stream::{EventState, Queue};
@@ -66,6 +66,7 @@ pub(super) struct Engine {
     launches: u64,
     next_handle: u64,
     seed: u64,
+    autonomous: bool,
 }
 
 // SAFETY: the `Rc`s, cells and coroutines in here are reachable from here only, and whoever uses
@@ -81,6 +82,7 @@ impl Engine {
             policy,
             memory: RefCell::new(Memory::new(config.devices)),
             weak: config.weak,
+            lossy: config.lossy.clone(),
             clock: Cell::new(0),
             progress: Cell::new(false),
         });
@@ -99,6 +101,7 @@ impl Engine {
             launches: 0,
             next_handle: WORLDS.fetch_add(1, Ordering::Relaxed) << 32,
             seed: config.seed,
+            autonomous: config.autonomous,
         }
     }
 
@@ -126,17 +129,25 @@ impl Engine {
         self.failed[device as usize].clone().map_or(Ok(()), Err)
     }
 
-    /// Frees memory; it stays readable for stores on their way until no kernel runs.
-    pub(super) fn free(&mut self, device: u32, base: u64, pinned_host: bool) -> Result<(), Error> {
+    /// Takes memory back; it stays readable for stores on their way until no kernel runs. False if
+    /// `user` did not get it from a call of this kind.
+    pub(super) fn free(&mut self, user: u32, base: u64, origin: Origin) -> bool {
         let mut memory = self.machine().memory.borrow_mut();
-        if !memory.free(device, base, pinned_host) {
-            let call = if pinned_host { "cuMemFreeHost" } else { "cuMemFree" };
-            return Err(fail::driver(call, device, fail::INVALID_VALUE));
-        }
+        let known = memory.free(user, base, origin);
         if self.scheduler.is_empty() {
             memory.release_freed();
         }
-        Ok(())
+        known
+    }
+
+    /// Whether nothing but this world can end a wait in it, so that its time means nothing to others.
+    pub(super) fn is_alone(&self) -> bool {
+        !self.autonomous && !self.machine().memory.borrow().is_shared()
+    }
+
+    /// Whether nothing moves until something is queued.
+    pub(super) fn is_at_rest(&self) -> bool {
+        !self.stirred && self.startable.is_empty() && self.scheduler.is_empty()
     }
 
     /// Moves the world for about `turns` turns, or until an operation of a stream completes.
@@ -165,9 +176,10 @@ impl Engine {
         self.scheduler.idle
     }
 
-    /// Lets simulated time pass while nothing happens.
+    /// Lets simulated time pass while nothing happens. Kernels that wait for another world may do
+    /// so for ever, as they may on a real GPU.
     pub(super) fn advance(&mut self, ns: u64) {
-        if self.scheduler.advance(ns) < HANG_NS {
+        if self.scheduler.advance(ns) < HANG_NS || !self.is_alone() {
             return;
         }
         let hung: Vec<_> = self.scheduler.running().collect();

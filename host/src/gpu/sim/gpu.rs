@@ -5,6 +5,7 @@
 
 use super::device::SimGpu;
 use super::fail;
+use super::memory::Origin;
 use super::stream::{EventState, Queue};
 use super::work::Work;
 use crate::error::{Error, Result};
@@ -27,21 +28,11 @@ impl Gpu for SimGpu {
     }
 
     fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
-        const CALL: &str = "cuMemAlloc";
-        if bytes == 0 {
-            return Err(self.error(CALL, fail::INVALID_VALUE));
-        }
-        let state = self.world.enter();
-        state.engine.check(self.ordinal())?;
-        let mut memory = state.engine.machine().memory.borrow_mut();
-        let left = self.properties.memory_bytes.saturating_sub(memory.used(self.ordinal()));
-        let fits = bytes as u64 <= left;
-        let base = fits.then(|| memory.alloc(self.ordinal(), bytes, false)).flatten();
-        base.map(DevicePtr).ok_or_else(|| self.error(CALL, fail::OUT_OF_MEMORY))
+        self.allocate(bytes, |memory| memory.alloc(self.ordinal(), bytes, Origin::Alloc))
     }
 
     unsafe fn free(&self, memory: DevicePtr) -> Result<()> {
-        self.world.enter().engine.free(self.ordinal(), memory.0, false)
+        self.take_back("free", "memory", memory, Origin::Alloc)
     }
 
     fn alloc_host(&self, bytes: usize) -> Result<HostMemory> {
@@ -51,37 +42,38 @@ impl Gpu for SimGpu {
         }
         let state = self.world.enter();
         state.engine.check(self.ordinal())?;
-        let base = state.engine.machine().memory.borrow_mut().alloc(self.ordinal(), bytes, true);
+        let mut memory = state.engine.machine().memory.borrow_mut();
+        let base = memory.alloc(self.ordinal(), bytes, Origin::AllocHost);
         let base = base.ok_or_else(|| self.error(CALL, fail::OUT_OF_MEMORY))?;
         Ok(HostMemory { host: base as *mut u8, device: DevicePtr(base), bytes })
     }
 
     unsafe fn free_host(&self, memory: HostMemory) -> Result<()> {
-        self.world.enter().engine.free(self.ordinal(), memory.device.0, true)
+        self.take_back("free_host", "memory", memory.device, Origin::AllocHost)
     }
 
-    fn alloc_shared(&self, _: usize) -> Result<DevicePtr> {
-        Err(Error::Unsupported { op: "alloc_shared", reason: "not yet".into() })
+    fn alloc_shared(&self, bytes: usize) -> Result<DevicePtr> {
+        self.allocate(bytes, |memory| memory.alloc_shared(self.ordinal(), bytes))
     }
 
-    fn export(&self, _: DevicePtr) -> Result<Exported> {
-        Err(Error::Unsupported { op: "export", reason: "not yet".into() })
+    fn export(&self, memory: DevicePtr) -> Result<Exported> {
+        self.export_file(memory)
     }
 
-    fn import(&self, _: Exported, _: usize, _: u32) -> Result<DevicePtr> {
-        Err(Error::Unsupported { op: "import", reason: "not yet".into() })
+    fn import(&self, exported: Exported, bytes: usize, owner: u32) -> Result<DevicePtr> {
+        self.import_file(&exported, bytes, owner)
     }
 
-    unsafe fn release(&self, _: DevicePtr) -> Result<()> {
-        Err(Error::Unsupported { op: "release", reason: "not yet".into() })
+    unsafe fn release(&self, imported: DevicePtr) -> Result<()> {
+        self.take_back("release", "imported", imported, Origin::Import)
     }
 
-    unsafe fn register_host(&self, _: *mut u8, _: usize) -> Result<HostMemory> {
-        Err(Error::Unsupported { op: "register_host", reason: "not yet".into() })
+    unsafe fn register_host(&self, at: *mut u8, bytes: usize) -> Result<HostMemory> {
+        self.register(at, bytes)
     }
 
-    unsafe fn unregister_host(&self, _: HostMemory) -> Result<()> {
-        Err(Error::Unsupported { op: "unregister_host", reason: "not yet".into() })
+    unsafe fn unregister_host(&self, memory: HostMemory) -> Result<()> {
+        self.take_back("unregister_host", "memory", memory.device, Origin::RegisterHost)
     }
 
     unsafe fn upload(&self, dst: DevicePtr, src: &[u8], stream: Stream) -> Result<()> {

@@ -7,14 +7,14 @@
 //! memory accesses long. Kernels keep nothing on a lane's stack that needs dropping, so a lane that
 //! is not resumed again leaks nothing.
 
+use super::access::{load_u8, load_u16, load_words, store_u8, store_u16, store_words, word};
 use super::context::{Barrier, LaneContext, Turn};
-use super::memory::{load_u8, load_u16, store_u8, store_u16, word};
 use super::random::Chance;
 use super::stack::has_room;
 use half::{bf16, f16};
 use peerlane_device::abi::Args;
 use peerlane_device::lane::{Lane, Unit};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 /// One simulated GPU thread. It is valid while its kernel runs, on its own coroutine.
 #[derive(Clone, Copy)]
@@ -91,15 +91,20 @@ impl SimLane {
         }
     }
 
-    /// The word at a checked address, as this lane sees it.
+    /// The words at a checked address, as this lane sees them.
     #[inline(always)]
-    fn see(self, address: u64) -> u32 {
+    fn see<const N: usize>(self, address: u64) -> [u32; N] {
         let context = self.context();
-        let own = if context.outbox.is_empty() { None } else { context.outbox.newest(address) };
-        let shared = || context.published().newest(address);
         // SAFETY: checked by the caller.
-        let memory = || unsafe { word(address) }.load(Ordering::Relaxed);
-        own.or_else(shared).unwrap_or_else(memory)
+        let mut words = unsafe { load_words(address) };
+        if context.outbox.is_empty() && context.published().is_empty() {
+            return words;
+        }
+        for (word, at) in words.iter_mut().zip((address..).step_by(4)) {
+            let pending = context.outbox.newest(at).or_else(|| context.published().newest(at));
+            *word = pending.unwrap_or(*word);
+        }
+        words
     }
 
     /// Puts words at a checked address.
@@ -107,8 +112,12 @@ impl SimLane {
         let context = self.context();
         let kernel = context.kernel();
         context.acted.set(true);
+        if context.loses(address) {
+            return;
+        }
         if !kernel.machine.weak {
-            store_words(address, values);
+            // SAFETY: checked by the caller.
+            unsafe { store_words(address, values) };
             kernel.machine.progress.set(true);
             return;
         }
@@ -127,24 +136,6 @@ impl SimLane {
         self.context().acted.set(true);
         self.context().kernel().machine.progress.set(true);
     }
-}
-
-/// Stores words at an address that was checked.
-#[inline(always)]
-fn store_words(address: u64, values: &[u32]) {
-    for (value, address) in values.iter().zip((address..).step_by(4)) {
-        // SAFETY: the caller has checked the whole range.
-        unsafe { word(address) }.store(*value, Ordering::Relaxed);
-    }
-}
-
-/// Loads words at an address that was checked.
-#[inline(always)]
-fn load_words<const N: usize>(address: u64) -> [u32; N] {
-    std::array::from_fn(|index| {
-        // SAFETY: the caller has checked the whole range.
-        unsafe { word(address + 4 * index as u64) }.load(Ordering::Relaxed)
-    })
 }
 
 impl Lane for SimLane {
@@ -199,17 +190,21 @@ impl Lane for SimLane {
 
     unsafe fn load_u32(self, address: u64) -> u32 {
         self.plain("load", address, 4);
-        load_words::<1>(address)[0]
+        // SAFETY: `plain` has checked it.
+        let [word] = unsafe { load_words(address) };
+        word
     }
 
     unsafe fn load_u32x2(self, address: u64) -> [u32; 2] {
         self.plain("load", address, 8);
-        load_words(address)
+        // SAFETY: `plain` has checked it.
+        unsafe { load_words(address) }
     }
 
     unsafe fn load_u32x4(self, address: u64) -> Unit {
         self.plain("load", address, 16);
-        load_words(address)
+        // SAFETY: `plain` has checked it.
+        unsafe { load_words(address) }
     }
 
     unsafe fn store_u8(self, address: u64, value: u32) {
@@ -228,19 +223,22 @@ impl Lane for SimLane {
 
     unsafe fn store_u32(self, address: u64, value: u32) {
         self.plain("store", address, 4);
-        store_words(address, &[value]);
+        // SAFETY: `plain` has checked it.
+        unsafe { store_words(address, &[value]) };
         self.acted();
     }
 
     unsafe fn store_u32x2(self, address: u64, value: [u32; 2]) {
         self.plain("store", address, 8);
-        store_words(address, &value);
+        // SAFETY: `plain` has checked it.
+        unsafe { store_words(address, &value) };
         self.acted();
     }
 
     unsafe fn store_u32x4(self, address: u64, value: Unit) {
         self.plain("store", address, 16);
-        store_words(address, &value);
+        // SAFETY: `plain` has checked it.
+        unsafe { store_words(address, &value) };
         self.acted();
     }
 
@@ -253,7 +251,7 @@ impl Lane for SimLane {
     unsafe fn poll_unit(self, address: u64) -> Unit {
         self.check("poll", address, 16);
         self.maybe_yield(self.context().kernel().machine.policy.poll);
-        std::array::from_fn(|index| self.see(address + 4 * index as u64))
+        self.see(address)
     }
 
     unsafe fn put_word(self, address: u64, value: u32) {
@@ -265,20 +263,21 @@ impl Lane for SimLane {
     unsafe fn poll_word(self, address: u64) -> u32 {
         self.check("poll", address, 4);
         self.maybe_yield(self.context().kernel().machine.policy.poll);
-        self.see(address)
+        let [word] = self.see(address);
+        word
     }
 
     unsafe fn add_word(self, address: u64, value: u32) {
         self.plain("add", address, 4);
         // SAFETY: `plain` has checked it.
-        unsafe { word(address) }.fetch_add(value, Ordering::Relaxed);
+        unsafe { word(address) }.fetch_add(value, Ordering::AcqRel);
     }
 
     unsafe fn claim_word(self, address: u64) -> bool {
         self.plain("claim", address, 4);
         // SAFETY: `plain` has checked it.
         let word = unsafe { word(address) };
-        let won = word.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        let won = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if won {
             self.acted();
         }
@@ -293,6 +292,8 @@ impl Lane for SimLane {
             context.outbox.land_all(published);
             self.acted();
         }
+        // Other worlds share no lock with this one.
+        fence(Ordering::SeqCst);
         self.maybe_yield(context.kernel().machine.policy.put);
     }
 

@@ -4,37 +4,59 @@
 //! access it, and freed memory goes back to the allocator only while no kernel runs. So a kernel
 //! with a wrong address gets an error and never reaches memory that is not simulated.
 //!
-//! A simulated address is the real one: every device and the host use the same.
+//! A simulated address is the real one: every device and the host use the same. Memory that another
+//! world exported has an address of its own in each world that imported it. Copies that another
+//! world's kernels race with are the callers' to order, as on GPUs.
 
+use super::backing::Backing;
 use super::work::Work;
-use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::os::fd::OwnedFd;
 
 /// What fresh device memory holds: a value that no kernel may take for a result.
 const UNDEFINED: u8 = 0xa5;
-const ALIGNMENT: usize = 256;
 
-/// One allocation; dropping it frees the memory.
+/// Which call an allocation came from; each has a call that takes it back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// Device memory, of `alloc` or `alloc_shared`.
+    Alloc,
+    /// Pinned host memory.
+    AllocHost,
+    /// Another world's device memory.
+    Import,
+    /// Pinned host memory that the caller owns.
+    RegisterHost,
+}
+
+impl Origin {
+    fn is_host(self) -> bool {
+        matches!(self, Origin::AllocHost | Origin::RegisterHost)
+    }
+}
+
+/// One allocation.
 struct Allocation {
-    base: u64,
-    bytes: usize,
-    layout: Layout,
-    device: u32,
-    pinned_host: bool,
+    backing: Backing,
+    origin: Origin,
+    /// The device whose memory it is.
+    owner: u32,
+    /// The device whose call it came from: the owner, but for imported memory.
+    user: u32,
+    /// Another process may know of it.
+    outside: bool,
 }
 
 impl Allocation {
     fn range(&self) -> Range<u64> {
-        self.base..self.base + self.bytes as u64
+        self.backing.base..self.backing.base + self.backing.bytes as u64
     }
-}
 
-impl Drop for Allocation {
-    fn drop(&mut self) {
-        // SAFETY: `base` came from `alloc` with this layout and is freed here only.
-        unsafe { dealloc(self.base as *mut u8, self.layout) }
+    /// What it is, for errors.
+    fn describe(&self) -> String {
+        let kind = if self.origin.is_host() { "pinned host" } else { "device" };
+        format!("{} bytes of {kind} memory of GPU {}", self.backing.bytes, self.owner)
     }
 }
 
@@ -72,33 +94,37 @@ impl Memory {
     }
 
     /// Allocates; `None` if the machine that simulates has no memory left.
-    pub(super) fn alloc(&mut self, device: u32, bytes: usize, pinned_host: bool) -> Option<u64> {
-        let layout = Layout::from_size_align(bytes, ALIGNMENT).ok().filter(|l| l.size() > 0)?;
-        // SAFETY: the layout is not empty.
-        let memory = unsafe { alloc(layout) };
-        if memory.is_null() {
-            return None;
-        }
-        let value = if pinned_host { 0 } else { UNDEFINED };
-        // SAFETY: `memory` points to `bytes` fresh bytes.
-        unsafe { memory.write_bytes(value, bytes) };
-        let base = memory as u64;
-        self.allocations.insert(base, Allocation { base, bytes, layout, device, pinned_host });
-        if !pinned_host {
-            self.used[device as usize] += bytes as u64;
-        }
-        Some(base)
+    pub(super) fn alloc(&mut self, device: u32, bytes: usize, origin: Origin) -> Option<u64> {
+        let value = if origin.is_host() { 0 } else { UNDEFINED };
+        Some(self.add(Backing::heap(bytes, value)?, origin, device, device))
     }
 
-    /// Frees what `alloc` returned; false if it did not return that.
-    pub(super) fn free(&mut self, device: u32, base: u64, pinned_host: bool) -> bool {
-        let matches = |a: &Allocation| a.device == device && a.pinned_host == pinned_host;
+    /// Allocates device memory that other worlds can map; `None` as for `alloc`.
+    pub(super) fn alloc_shared(&mut self, device: u32, bytes: usize) -> Option<u64> {
+        let backing = Backing::file(bytes, UNDEFINED).ok()?;
+        Some(self.add(backing, Origin::Alloc, device, device))
+    }
+
+    /// Takes memory into the map; `user`'s call brought it.
+    pub(super) fn add(&mut self, backing: Backing, origin: Origin, owner: u32, user: u32) -> u64 {
+        let base = backing.base;
+        if origin == Origin::Alloc {
+            self.used[owner as usize] += backing.bytes as u64;
+        }
+        let outside = origin == Origin::Import;
+        self.allocations.insert(base, Allocation { backing, origin, owner, user, outside });
+        base
+    }
+
+    /// Takes back what a call of `user` gave; false if it did not.
+    pub(super) fn free(&mut self, user: u32, base: u64, origin: Origin) -> bool {
+        let matches = |a: &Allocation| a.user == user && a.origin == origin;
         if !self.allocations.get(&base).is_some_and(matches) {
             return false;
         }
         if let Some(allocation) = self.allocations.remove(&base) {
-            if !pinned_host {
-                self.used[device as usize] -= allocation.bytes as u64;
+            if origin == Origin::Alloc {
+                self.used[user as usize] -= allocation.backing.bytes as u64;
             }
             self.freed.push(allocation);
         }
@@ -111,6 +137,19 @@ impl Memory {
         self.freed.clear();
     }
 
+    /// The file of memory that `device` allocated with `alloc_shared`. Others know of it from now.
+    pub(super) fn export(&mut self, device: u32, base: u64) -> Option<&OwnedFd> {
+        let allocation = self.allocations.get_mut(&base).filter(|a| a.user == device)?;
+        let file = allocation.backing.exportable()?;
+        allocation.outside = true;
+        Some(file)
+    }
+
+    /// Whether another world may write into this one's memory, or wait for what this one writes.
+    pub(super) fn is_shared(&self) -> bool {
+        self.allocations.values().any(|allocation| allocation.outside)
+    }
+
     pub(super) fn enable_peer(&mut self, device: u32, peer: u32) {
         self.enabled[device as usize][peer as usize] = true;
     }
@@ -119,11 +158,45 @@ impl Memory {
         self.enabled[device as usize][peer as usize]
     }
 
+    /// The allocation with the greatest base up to `address`.
+    fn below(&self, address: u64) -> Option<&Allocation> {
+        self.allocations.range(..=address).next_back().map(|(_, allocation)| allocation)
+    }
+
     /// The device whose memory `address` lies in.
     pub(super) fn owner(&self, address: u64) -> Option<u32> {
-        let (_, allocation) = self.allocations.range(..=address).next_back()?;
-        let inside = allocation.range().contains(&address) && !allocation.pinned_host;
-        inside.then_some(allocation.device)
+        let allocation = self.below(address)?;
+        let inside = allocation.range().contains(&address) && !allocation.origin.is_host();
+        inside.then_some(allocation.owner)
+    }
+
+    /// Whether `device` imported the memory that `address` lies in.
+    pub(super) fn imported(&self, device: u32, address: u64) -> bool {
+        self.below(address).is_some_and(|a| a.origin == Origin::Import && a.user == device)
+    }
+
+    /// Whether some of `range` is in the map.
+    pub(super) fn overlaps(&self, range: &Range<u64>) -> bool {
+        self.below(range.end - 1).is_some_and(|below| below.range().end > range.start)
+    }
+
+    /// What lies at `address`, for errors.
+    pub(super) fn describe(&self, address: u64) -> String {
+        match self.below(address).filter(|below| below.range().contains(&address)) {
+            Some(at) => {
+                let offset = address - at.backing.base;
+                let how = match (at.origin, at.backing.exportable()) {
+                    (Origin::Alloc, None) => "alloc",
+                    (Origin::Alloc, Some(_)) => "alloc_shared",
+                    (Origin::AllocHost, _) => "alloc_host",
+                    (Origin::Import, _) => "import",
+                    (Origin::RegisterHost, _) => "register_host",
+                };
+                let what = at.describe();
+                format!("{address:#x}, at offset {offset} of {what}, from {how} on GPU {}", at.user)
+            }
+            None => format!("{address:#x}, in no live allocation"),
+        }
     }
 
     /// The allocation in which `device` may access `bytes` bytes at `address`, or why it may not.
@@ -133,33 +206,30 @@ impl Memory {
         address: u64,
         bytes: usize,
     ) -> Result<Range<u64>, String> {
-        let Some((_, below)) = self.allocations.range(..=address).next_back() else {
+        let Some(below) = self.below(address) else {
             return Err("it lies in no live allocation".into());
         };
         let range = below.range();
-        let kind = if below.pinned_host { "pinned host" } else { "device" };
-        let what = format_args!("{} bytes of {kind} memory of GPU {}", below.bytes, below.device);
         if address >= range.end {
-            let past = address - range.end;
+            let (what, past) = (below.describe(), address - range.end);
             return Err(format!(
                 "it lies in no live allocation: the nearest below is {what}, which end {past} bytes before"
             ));
         }
         if range.end - address < bytes as u64 {
-            return Err(format!(
-                "it runs over the end of {what} at offset {}",
-                address - range.start
-            ));
+            let (what, offset) = (below.describe(), address - range.start);
+            return Err(format!("it runs over the end of {what} at offset {offset}"));
         }
-        if below.pinned_host && below.device != device {
-            return Err(format!("it lies in {what}, which GPU {device} does not map"));
+        if below.user == device || !below.origin.is_host() && self.peer_enabled(device, below.owner)
+        {
+            return Ok(range);
         }
-        if !self.peer_enabled(device, below.device) {
-            return Err(format!(
-                "it lies in {what}, whose peer access GPU {device} has not enabled"
-            ));
-        }
-        Ok(range)
+        let what = below.describe();
+        Err(if below.origin.is_host() {
+            format!("it lies in {what}, which GPU {device} does not map")
+        } else {
+            format!("it lies in {what}, whose peer access GPU {device} has not enabled")
+        })
     }
 
     /// Does a write, a fill or a copy for `device`; returns how many bytes it moved.
@@ -191,50 +261,4 @@ impl Memory {
             Work::Launch(_) | Work::Graph(_) => Ok(0),
         }
     }
-}
-
-/// Loads 8 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it.
-pub(super) unsafe fn load_u8(address: u64) -> u8 {
-    // SAFETY: live memory, by the caller's promise; atomic, since the host may look at it too.
-    unsafe { AtomicU8::from_ptr(address as *mut u8) }.load(Ordering::Relaxed)
-}
-
-/// Stores 8 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it.
-pub(super) unsafe fn store_u8(address: u64, value: u8) {
-    // SAFETY: as in `load_u8`.
-    unsafe { AtomicU8::from_ptr(address as *mut u8) }.store(value, Ordering::Relaxed);
-}
-
-/// Loads 16 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it and the address is aligned.
-pub(super) unsafe fn load_u16(address: u64) -> u16 {
-    // SAFETY: as in `load_u8`, and aligned.
-    unsafe { AtomicU16::from_ptr(address as *mut u16) }.load(Ordering::Relaxed)
-}
-
-/// Stores 16 bits.
-///
-/// # Safety
-/// [`Memory::find`] allowed it and the address is aligned.
-pub(super) unsafe fn store_u16(address: u64, value: u16) {
-    // SAFETY: as in `load_u16`.
-    unsafe { AtomicU16::from_ptr(address as *mut u16) }.store(value, Ordering::Relaxed);
-}
-
-/// A word of simulated memory.
-///
-/// # Safety
-/// [`Memory::find`] allowed access, the address is aligned, and the memory outlives the use.
-#[inline(always)]
-pub(super) unsafe fn word<'a>(address: u64) -> &'a AtomicU32 {
-    // SAFETY: as in `load_u16`.
-    unsafe { AtomicU32::from_ptr(address as *mut u32) }
 }

@@ -7,9 +7,14 @@
 //! order unless a fence orders them; ranks run at very different paces; every access is checked.
 //! It promises nothing about speed: simulated time only orders events and lets deadlines pass.
 //!
-//! A unit lands whole or in halves of 8 bytes. What it does not model: caches and load reordering (a load always sees memory as it is when it
-//! runs), limits on resident blocks, and bandwidth.
+//! A unit lands whole or in halves of 8 bytes. What it does not model: caches and load reordering (a
+//! load always sees memory as it is when it runs), limits on resident blocks, and bandwidth.
+//!
+//! Ranks that are processes have a world each, made from equal configurations. Device memory that
+//! one world exports is a file, which the others map: all they know of each other.
 
+mod access;
+mod backing;
 mod capture;
 mod config;
 mod context;
@@ -20,9 +25,11 @@ mod gpu;
 mod kernel;
 mod lane;
 mod memory;
+mod mover;
 mod outbox;
 mod random;
 mod scheduler;
+mod shared;
 mod stack;
 mod stream;
 #[cfg(test)]
@@ -37,12 +44,15 @@ use super::GpuRef;
 use std::sync::Arc;
 
 /// A simulated machine. It lives as long as one of its GPUs.
-pub struct World(Arc<world::Shared>);
+pub struct World(Arc<mover::Handle>);
 
 impl World {
     /// Makes a machine.
+    ///
+    /// # Panics
+    /// If the machine is to be autonomous and the operating system has no thread for it.
     pub fn new(config: &Config) -> World {
-        World(Arc::new(world::Shared::new(config)))
+        World(Arc::new(mover::Handle::new(world::Shared::new(config))))
     }
 
     /// The seed that it was made with.

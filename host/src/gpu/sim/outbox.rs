@@ -2,17 +2,16 @@
 //!
 //! Invariant: stores of one lane to one address land in the order they were made, and a store that
 //! happened before another to the same address (through a block barrier) never overwrites it.
-//! Nothing else is ordered, and each half of a unit, 8 bytes, lands by itself.
+//! Nothing else is ordered, and each half of a unit, 8 bytes, lands by itself, in one piece.
 //!
 //! A lane's puts wait in its [`Outbox`]. A block barrier moves them to the block's [`Published`]
 //! stores: every lane of the block sees those, and any of its lanes can fence them.
 
-use super::memory::word;
+use super::access::store_words;
 use super::random::{Chance, Random};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::atomic::Ordering;
 
 /// Words that an outbox holds before it counts as full; a put makes another land first then.
 const CAPACITY: usize = 64;
@@ -50,36 +49,54 @@ impl Outbox {
 
     /// Lands the unit, or half of one, that a store chosen at random belongs to.
     pub(super) fn land_some(&self, published: &Published, random: &Random, tear: Chance) {
-        let mut stores = self.0.borrow_mut();
-        if stores.is_empty() {
+        if self.is_empty() {
             return;
         }
-        let chosen = stores[random.below(stores.len())].address;
+        let chosen = {
+            let stores = self.0.borrow();
+            stores[random.below(stores.len())].address
+        };
         let mask = if random.chance(tear) { HALF_MASK } else { UNIT_MASK };
-        // All stores there, oldest first: coherence.
-        stores.retain(|store| {
-            let stays = store.address & mask != chosen & mask;
-            if !stays {
-                published.land_over(*store);
-            }
-            stays
-        });
+        self.land(published, |address| address & mask == chosen & mask);
     }
 
-    /// Lands every store to the `bytes` bytes at `address`.
+    /// Lands every store to the halves of units that the `bytes` bytes at `address` touch.
     pub(super) fn land_range(&self, published: &Published, address: u64, bytes: u64) {
-        self.0.borrow_mut().retain(|store| {
-            let hit = store.address < address + bytes && address < store.address + 4;
-            if hit {
-                published.land_over(*store);
-            }
-            !hit
-        });
+        let halves = address & HALF_MASK..(address + bytes).next_multiple_of(8);
+        self.land(published, |address| halves.contains(&address));
     }
 
     pub(super) fn land_all(&self, published: &Published) {
-        for store in self.0.borrow_mut().drain(..) {
-            published.land_over(store);
+        self.land(published, |_| true);
+    }
+
+    /// Lands the stores to some addresses, oldest first: coherence. The words of a half that were
+    /// put together are neighbours here, and land as one.
+    fn land(&self, published: &Published, hit: impl Fn(u64) -> bool) {
+        let mut first: Option<Store> = None;
+        self.0.borrow_mut().retain(|store| {
+            if !hit(store.address) {
+                return true;
+            }
+            // They are newer than any published store to their address.
+            published.0.borrow_mut().take(store.address);
+            match first.take() {
+                Some(low) if low.address + 4 == store.address => {
+                    land(low.address, &[low.value, store.value]);
+                    return false;
+                }
+                Some(other) => land(other.address, &[other.value]),
+                None => {}
+            }
+            if store.address & HALF_MASK == store.address {
+                first = Some(*store);
+            } else {
+                land(store.address, &[store.value]);
+            }
+            false
+        });
+        if let Some(last) = first {
+            land(last.address, &[last.value]);
         }
     }
 
@@ -117,6 +134,16 @@ impl Table {
         }
         Some(value)
     }
+
+    /// Lands what there is of half a unit, as one store if it is whole.
+    fn land_half(&mut self, half: u64) {
+        match (self.take(half), self.take(half + 4)) {
+            (Some(low), Some(high)) => land(half, &[low, high]),
+            (Some(low), None) => land(half, &[low]),
+            (None, Some(high)) => land(half + 4, &[high]),
+            (None, None) => {}
+        }
+    }
 }
 
 impl Published {
@@ -139,12 +166,6 @@ impl Published {
         }
     }
 
-    /// Lands a store of a lane, which is newer than any published one to its address.
-    fn land_over(&self, store: Store) {
-        self.0.borrow_mut().take(store.address);
-        land(store);
-    }
-
     pub(super) fn land_some(&self, random: &Random, tear: Chance) {
         let table = &mut *self.0.borrow_mut();
         if table.addresses.is_empty() {
@@ -153,37 +174,31 @@ impl Published {
         let chosen = table.addresses[random.below(table.addresses.len())];
         let mask = if random.chance(tear) { HALF_MASK } else { UNIT_MASK };
         let unit = chosen & UNIT_MASK;
-        for address in (0..4).map(|word| unit + 4 * word).filter(|a| a & mask == chosen & mask) {
-            if let Some(value) = table.take(address) {
-                land(Store { address, value });
-            }
+        for half in [unit, unit + 8].into_iter().filter(|half| half & mask == chosen & mask) {
+            table.land_half(half);
         }
     }
 
-    /// Lands every store to the `bytes` bytes at `address`.
+    /// Lands every store to the halves of units that the `bytes` bytes at `address` touch.
     pub(super) fn land_range(&self, address: u64, bytes: u64) {
-        let first = address & !3;
-        for address in (first..address + bytes).step_by(4) {
-            let value = self.0.borrow_mut().take(address);
-            if let Some(value) = value {
-                land(Store { address, value });
-            }
+        let table = &mut *self.0.borrow_mut();
+        for half in (address & HALF_MASK..address + bytes).step_by(8) {
+            table.land_half(half);
         }
     }
 
     pub(super) fn land_all(&self) {
         let table = &mut *self.0.borrow_mut();
-        for address in table.addresses.drain(..) {
-            if let Some((value, _)) = table.stores.remove(&address) {
-                land(Store { address, value });
-            }
+        while let Some(&address) = table.addresses.last() {
+            table.land_half(address & HALF_MASK);
         }
     }
 }
 
-fn land(store: Store) {
+/// Stores a word, or both of a half.
+fn land(address: u64, values: &[u32]) {
     // SAFETY: the put checked the address, and memory is not given back while kernels run.
-    unsafe { word(store.address) }.store(store.value, Ordering::Relaxed);
+    unsafe { store_words(address, values) };
 }
 
 /// Addresses are distinct already; one multiplication spreads them.

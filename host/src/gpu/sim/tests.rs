@@ -2,9 +2,11 @@
 //! than a GPU does where they must not.
 
 mod access;
+mod autonomous;
 mod graphs;
 mod memory_model;
 mod schedule;
+mod shared;
 mod streams;
 
 use super::device::SimGpu;

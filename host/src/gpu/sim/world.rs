@@ -1,17 +1,19 @@
 //! One simulated machine, shared by its GPUs and by the threads that use them.
 //!
-//! Invariant: the world moves only while a thread waits in it, and one thread at a time moves it.
-//! Simulated time jumps freely only if every thread that uses the world waits in it too. While one
+//! Invariant: the world moves only while a thread waits in it, and one thread at a time moves it; in
+//! an autonomous world that is always its own, and threads that wait just wait. Simulated time jumps freely only if every thread that uses the world waits in it too. While one
 //! is outside, it may be about to launch what the lanes wait for, and time passes as for real:
 //! else a busy machine would make deadlines pass that no GPU would miss. A thread that has not
-//! come yet cannot be known, so even a free jump takes a fraction of the real time.
+//! come yet cannot be known, so even a free jump takes a fraction of the real time. For another
+//! process the same holds, and nobody knows what it is about to do: time in a world that is
+//! autonomous or shares memory is never faster than real time.
 
 use super::config::{Config, Statistics};
 use super::engine::{Engine, Outcome};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, LockResult, Mutex, MutexGuard, Weak};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -50,6 +52,8 @@ pub(super) struct State {
     waiting: usize,
     /// Every thread that has used the world.
     threads: HashMap<ThreadId, Weak<()>>,
+    /// No GPU of the world is left.
+    ended: bool,
 }
 
 type Guard<'a> = MutexGuard<'a, State>;
@@ -58,9 +62,10 @@ impl Shared {
     pub(super) fn new(config: &Config) -> Shared {
         let state = State {
             engine: Engine::new(config),
-            moving: false,
+            moving: config.autonomous,
             waiting: 0,
             threads: HashMap::new(),
+            ended: false,
         };
         Shared {
             config: config.clone(),
@@ -87,10 +92,14 @@ impl Shared {
     }
 
     fn lock(&self) -> Guard<'_> {
+        self.request().expect("the simulator does not panic")
+    }
+
+    fn request(&self) -> LockResult<Guard<'_>> {
         self.wanting.fetch_add(1, Ordering::SeqCst);
         let state = self.state.lock();
         self.wanting.fetch_sub(1, Ordering::SeqCst);
-        state.expect("the simulator does not panic")
+        state
     }
 
     /// Moves the world, or lets another thread, until `done` has an answer.
@@ -107,6 +116,9 @@ impl Shared {
                 break answer;
             }
             if state.moving && !mover {
+                if self.config.autonomous && state.engine.is_at_rest() {
+                    break Err(stuck(device, &state.engine));
+                }
                 (state, _) = self.sleep(state, 100 * PACE);
                 continue;
             }
@@ -155,10 +167,38 @@ impl Shared {
         }
     }
 
-    /// All lanes wait: skips `ns` nanoseconds, at real speed where another thread may help them.
+    /// Moves an autonomous world for as long as it has a GPU.
+    pub(super) fn drive(&self) {
+        let mut state = self.lock();
+        while !state.ended {
+            match self.advance(&mut state) {
+                Some(Outcome::Nothing) => {
+                    // Whoever waits for more than there was must know.
+                    self.changed.notify_all();
+                    let slept = self.changed.wait(state);
+                    state = slept.expect("the simulator does not panic");
+                }
+                Some(Outcome::Idle(ns)) => state = self.pace(state, ns),
+                _ => {}
+            }
+            state = self.let_others(state);
+        }
+    }
+
+    /// The last GPU is gone: nothing moves any more.
+    pub(super) fn end(&self) {
+        // A poisoned lock has ended the world's thread already, and this must not panic.
+        if let Ok(mut state) = self.request() {
+            state.ended = true;
+        }
+        self.changed.notify_all();
+    }
+
+    /// All lanes wait: skips `ns` nanoseconds, at real speed where another thread or another world
+    /// may help them.
     fn pace<'a>(&'a self, mut state: Guard<'a>, ns: u64) -> Guard<'a> {
         state.threads.retain(|_, alive| alive.strong_count() > 0);
-        if state.threads.len() <= state.waiting {
+        if state.engine.is_alone() && state.threads.len() <= state.waiting {
             if state.engine.idle_ns() > FREE_IDLE_NS {
                 let limit = Duration::from_nanos(ns / JUMP_FRACTION).min(LONGEST_JUMP);
                 let (returned, woken) = self.sleep(state, limit);

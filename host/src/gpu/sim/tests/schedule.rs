@@ -61,7 +61,7 @@ fn divergent_barriers_are_found() {
 }
 
 /// Every rank tells every other, each of its lanes a unit, and waits for all of theirs.
-fn exchange(lane: SimLane, args: &Args) {
+pub(super) fn exchange(lane: SimLane, args: &Args) {
     let index = u64::from(lane.block() * lane.threads() + lane.thread());
     let slot = |rank: u32| 16 * (index * u64::from(args.world) + u64::from(rank));
     // SAFETY: inside the ranks' memory.
