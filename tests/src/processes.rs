@@ -9,7 +9,7 @@ use crate::job::{Call, random_jobs};
 use crate::machine::small;
 use crate::script::Script;
 use peerlane::cases::Rng;
-use peerlane::gpu::{GpuRef, Stream, cuda, sim};
+use peerlane::gpu::{GpuRef, cuda, sim};
 use peerlane::{AllReduce, Communicator, Config, DType, Error, Processes};
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -260,6 +260,8 @@ impl Servant {
 /// An all-reduce of `count` numbers, waited for.
 fn reduce(rank: &mut Rank, count: usize) -> Result<String, Error> {
     let memory = Memory::with_image(&rank.gpu, rank.stream, &vec![0; 4 * count])?;
+    // A call that is refused must not free what is still being written.
+    rank.gpu.stream_synchronize(rank.stream)?;
     let call = AllReduce::in_place(memory.base, count, DType::F32);
     // SAFETY: the memory has that size and lives until the stream is done.
     unsafe { rank.communicator.all_reduce(&call, rank.stream)? };
@@ -277,7 +279,7 @@ fn run_script(rank: &mut Rank, seed: u64, count: usize, most: usize) -> Result<S
     let image = &script.images[number].before;
     let text = |error: Error| error.to_string();
     let memory = Memory::with_image(&rank.gpu, rank.stream, image).map_err(text)?;
-    rank.gpu.stream_synchronize(Stream::default()).map_err(text)?;
+    rank.gpu.stream_synchronize(rank.stream).map_err(text)?;
     rank.issue_all(&script, memory.base).map_err(text)?;
     rank.finish().map_err(text)?;
     let found = memory.read(image.len()).map_err(text)?;
