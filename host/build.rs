@@ -1,4 +1,5 @@
 //! Embeds the kernels: writes kernels_sm_75.ptx, kernels_sm_80.ptx and kernels_sm_90.ptx to OUT_DIR.
+//! Gives libpeerlane.so its name, and its place in memory for good.
 //!
 //! Invariant: what lands in OUT_DIR has passed every check of the builder. docs/building.md says
 //! which toolchain compiles it.
@@ -15,6 +16,10 @@ fn main() -> ExitCode {
     for line in builder.rerun_lines() {
         println!("{line}");
     }
+    // Without a name in the library, programs linked to it by path would look for that path only.
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libpeerlane.so");
+    // Simulated machines and the driver have threads that would outlive a dlclose.
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
     match builder.build_all(&folder("OUT_DIR"), "kernels_") {
         Ok(reports) => {
             for line in Report::warnings(&reports).into_iter().flat_map(str::lines) {

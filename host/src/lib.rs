@@ -5,6 +5,7 @@ pub mod cases;
 mod collectives;
 pub mod communicator;
 pub mod error;
+pub mod ffi;
 pub mod gpu;
 mod group;
 mod join;

@@ -1,0 +1,315 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0
+ *
+ * Peerlane: peer-to-peer collectives for the GPUs of one machine. How to link, and a program to
+ * begin with: docs/c.md. This file is made from host/src/ffi/; change that, then run
+ *     PEERLANE_UPDATE_HEADER=1 cargo test -p peerlane --test c_header
+ *
+ * ERRORS. A function that can fail returns a status. If it is not PEERLANE_OK, the thread that
+ * called finds the reason in peerlane_last_error(). NULL is refused with an error that names the
+ * argument, except where a function says otherwise. A collective that returns an error has queued
+ * nothing and changed nothing. What goes wrong later, on the GPU, is seen by
+ * peerlane_comm_synchronize, peerlane_comm_health and every later call.
+ *
+ * STREAMS are CUstream (cudaStream_t) values, passed as void *; NULL is the GPU's default stream.
+ * Collectives are queued and return at once; calls of one communicator run in the order in which
+ * they were made, on whichever streams. A stream must exist until the next call has been made.
+ *
+ * TENSORS are addresses in memory of the rank's GPU, whoever allocated it. They stay alive and
+ * untouched by others until the stream has passed the call. Sizes are in elements where values are
+ * reduced and in bytes where they are only moved. All ranks bring the same sizes, types, operators
+ * and roots; if not, one of them gets PEERLANE_MISMATCH.
+ *
+ * THREADS. One communicator is used by one thread at a time; different ones freely. The exception
+ * are peerlane_comm_abort, peerlane_comm_health, peerlane_comm_rank and peerlane_comm_world_size,
+ * which any thread may call at any time before peerlane_comm_destroy begins. A peerlane_gpu may be
+ * used by many threads at once. Destroying or closing a handle ends its use on every thread.
+ * A process that has called this library may not fork and go on calling it in the child.
+ */
+
+#ifndef PEERLANE_H
+#define PEERLANE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// How a call ended.
+typedef enum {
+    // It did what it should.
+    PEERLANE_OK = 0,
+    // An argument is not what the call can work with. Nothing has changed.
+    PEERLANE_INVALID_ARGUMENT = 1,
+    // Two ranks called different things. Nothing has changed; the rank may call again.
+    PEERLANE_MISMATCH = 2,
+    // The machine cannot do it.
+    PEERLANE_UNSUPPORTED = 3,
+    // No NVIDIA driver could be loaded.
+    PEERLANE_NO_DRIVER = 4,
+    // A call of the CUDA driver failed.
+    PEERLANE_DRIVER = 5,
+    // Two GPUs cannot reach each other.
+    PEERLANE_UNREACHABLE = 6,
+    // A wait on the GPU reached its deadline.
+    PEERLANE_TIMEOUT = 7,
+    // The communicator was aborted, by this rank or by another.
+    PEERLANE_ABORTED = 8,
+    // The process of a rank has ended without closing its communicator.
+    PEERLANE_PEER_LOST = 9,
+    // What a GPU read is not what its peer wrote.
+    PEERLANE_CORRUPT = 10,
+    // The ranks did not meet.
+    PEERLANE_RENDEZVOUS = 11,
+    // The communicator is closed.
+    PEERLANE_CLOSED = 12,
+    // A simulated GPU found a kernel doing what hardware would not forgive.
+    PEERLANE_SIMULATED = 13,
+    // A bug in Peerlane.
+    PEERLANE_INTERNAL = 14,
+} peerlane_status;
+
+// How an all-reduce is carried out.
+typedef enum {
+    // By size: what is expected to be fastest.
+    PEERLANE_ALGORITHM_AUTO = 0,
+    // Every rank sends its tensor to every other, 8 bytes and their flag at a time.
+    PEERLANE_ALGORITHM_ONE_SHOT_PACKET = 1,
+    // Every rank sends its tensor to every other, 16 bytes at a time.
+    PEERLANE_ALGORITHM_ONE_SHOT_FULL = 2,
+    // Reduce-scatter and all-gather in one kernel.
+    PEERLANE_ALGORITHM_TWO_SHOT = 3,
+} peerlane_algorithm;
+
+// How f32 elements travel between GPUs; other types always travel as they are.
+typedef enum {
+    // As they are.
+    PEERLANE_WIRE_NATIVE = 0,
+    // Rounded to bfloat16: half the traffic.
+    PEERLANE_WIRE_BF16 = 1,
+} peerlane_wire;
+
+// The type of a tensor's elements, where values are reduced.
+typedef enum {
+    // IEEE binary32.
+    PEERLANE_F32 = 0,
+    // IEEE binary16.
+    PEERLANE_F16 = 1,
+    // bfloat16.
+    PEERLANE_BF16 = 2,
+} peerlane_dtype;
+
+// How values are combined, in f32 and in rank order.
+typedef enum {
+    // Their sum.
+    PEERLANE_SUM = 0,
+    // The largest; a NaN loses against a number.
+    PEERLANE_MAX = 1,
+    // The smallest; a NaN loses against a number.
+    PEERLANE_MIN = 2,
+    // Their sum divided by the world size.
+    PEERLANE_AVG = 3,
+} peerlane_op;
+
+// One rank's end of a group of GPUs.
+typedef struct peerlane_comm peerlane_comm;
+
+// A GPU of this machine or of a simulated one.
+typedef struct peerlane_gpu peerlane_gpu;
+
+// What all ranks of a group agree on when they meet. `peerlane_config_init` fills it.
+typedef struct {
+    // sizeof(peerlane_config).
+    size_t size;
+    // A wait on the GPU that lasts longer than this many milliseconds ends with
+    // PEERLANE_TIMEOUT.
+    uint64_t deadline_ms;
+    // Most bytes of device memory for one rank's mailbox.
+    size_t mailbox_bytes;
+    // Most blocks that one call may use; 0 for as many as the smallest GPU holds.
+    uint32_t max_blocks;
+    // How every all-reduce is carried out that does not choose for itself.
+    peerlane_algorithm algorithm;
+} peerlane_config;
+
+// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
+typedef struct {
+    // sizeof(peerlane_reduce_options).
+    size_t size;
+    // How f32 elements travel.
+    peerlane_wire wire;
+    // How the reduction is carried out; a reduce-scatter has PEERLANE_ALGORITHM_AUTO only.
+    peerlane_algorithm algorithm;
+    // If not 0, this rank adds nothing: its `src` is not read, and it still receives the result.
+    // The only field in which ranks may differ.
+    int no_contribution;
+} peerlane_reduce_options;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The library's version, for example "0.1.0".
+const char *peerlane_version(void);
+
+// The name of a status, for example "PEERLANE_TIMEOUT". Never NULL, whatever the number.
+const char *peerlane_status_name(peerlane_status status);
+
+// What the last call that failed on this thread had to say; empty if none has. Never NULL. Calls
+// that succeed leave it; the text is valid until the next call on this thread that fails.
+const char *peerlane_last_error(void);
+
+// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
+// blocks as fit, algorithms by size. `size` is sizeof(peerlane_config).
+peerlane_status peerlane_config_init(peerlane_config *config, size_t size);
+
+// Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.
+// `size` is sizeof(peerlane_reduce_options).
+peerlane_status peerlane_reduce_options_init(peerlane_reduce_options *options, size_t size);
+
+// Opens a GPU: "cuda:K" is the K-th that the CUDA driver shows; "sim:K/N" is the K-th of a
+// simulated machine of N, with K from 0 and N from 1 to 16. Within a process, all "sim:K/N" of one
+// N belong to one machine for as long as one of them is open or used by a communicator.
+peerlane_status peerlane_gpu_open(const char *name, peerlane_gpu **gpu);
+
+// Gives a GPU back. Communicators that use it keep what they need of it. Fine with NULL.
+void peerlane_gpu_close(peerlane_gpu *gpu);
+
+// Allocates device memory, aligned to 256 bytes or better, with undefined content. Tensors may
+// just as well be memory of the CUDA runtime or of a framework.
+peerlane_status peerlane_gpu_alloc(const peerlane_gpu *gpu, size_t bytes, void **memory);
+
+// Frees what `peerlane_gpu_alloc` returned, once no queued work uses it any more. Fine with NULL.
+peerlane_status peerlane_gpu_free(const peerlane_gpu *gpu, void *memory);
+
+// Queues a copy of `bytes` bytes from the host to the GPU. `src` may be reused when the call
+// returns.
+peerlane_status peerlane_gpu_upload(const peerlane_gpu *gpu,
+                                    void *dst,
+                                    const void *src,
+                                    size_t bytes,
+                                    void *stream);
+
+// Copies `bytes` bytes from the GPU to the host after everything queued on `stream`, and waits for
+// that.
+peerlane_status peerlane_gpu_download(const peerlane_gpu *gpu,
+                                      void *dst,
+                                      const void *src,
+                                      size_t bytes,
+                                      void *stream);
+
+// Makes a stream that does not wait for the default stream. Streams of the CUDA runtime or of a
+// framework do just as well.
+peerlane_status peerlane_stream_create(const peerlane_gpu *gpu, void **stream);
+
+// Destroys a stream of `peerlane_stream_create`; work queued on it still completes. Fine with
+// NULL.
+peerlane_status peerlane_stream_destroy(const peerlane_gpu *gpu, void *stream);
+
+// Waits until everything queued on a stream is done. `peerlane_comm_synchronize` also says whether
+// the communicator's calls went well.
+peerlane_status peerlane_stream_synchronize(const peerlane_gpu *gpu, void *stream);
+
+// Makes all ranks of a group at once, rank r on `gpus[r]`, for a process that has them all.
+// Several ranks may share a GPU. `config` may be NULL. `comms` has room for `world_size` handles;
+// they may go to threads of their own. On failure all of them are NULL, unless it is `world_size`
+// that is refused.
+peerlane_status peerlane_connect(peerlane_gpu *const *gpus,
+                                 uint32_t world_size,
+                                 const peerlane_config *config,
+                                 peerlane_comm **comms);
+
+// Joins a group as `rank`, each rank a process of its own; returns once all ranks have joined.
+// Every process gives the same `name`, up to 90 bytes that no other group of this machine uses at
+// the same time, the same `world_size`, and its own `gpu`. `patience_ms` is how long it waits for
+// the others. `config` may be NULL. On failure *comm is NULL.
+peerlane_status peerlane_join_processes(const char *name,
+                                        uint32_t rank,
+                                        uint32_t world_size,
+                                        uint64_t patience_ms,
+                                        const peerlane_gpu *gpu,
+                                        const peerlane_config *config,
+                                        peerlane_comm **comm);
+
+// Which rank it is.
+peerlane_status peerlane_comm_rank(const peerlane_comm *comm, uint32_t *rank);
+
+// How many ranks its group has.
+peerlane_status peerlane_comm_world_size(const peerlane_comm *comm, uint32_t *world_size);
+
+// The first error that a call of this rank met on the GPU. It stays: every later call returns it
+// too, and what is left to do is to close all ranks and to make a new group. Does not wait.
+peerlane_status peerlane_comm_health(const peerlane_comm *comm);
+
+// How long this rank's waits may last from its next call on. Ranks may differ.
+peerlane_status peerlane_comm_set_deadline(peerlane_comm *comm, uint64_t deadline_ms);
+
+// Waits until everything queued on `stream` is done, and says whether this rank's calls went well.
+peerlane_status peerlane_comm_synchronize(const peerlane_comm *comm, void *stream);
+
+// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on.
+// Any thread may call it at any time before `peerlane_comm_destroy` begins.
+peerlane_status peerlane_comm_abort(const peerlane_comm *comm);
+
+// Ends the communicator: waits for everything queued on its GPU, says whether its calls went well,
+// and lets go of the group, whose memory is freed when all ranks have. A second call does nothing.
+peerlane_status peerlane_comm_close(peerlane_comm *comm);
+
+// Closes the communicator if it is open, and frees the handle. Fine with NULL.
+void peerlane_comm_destroy(peerlane_comm *comm);
+
+// Reduces `count` elements of all ranks into every rank's `dst`. `src` and `dst` are aligned to
+// the element; they may be the same. `options` may be NULL.
+peerlane_status peerlane_all_reduce(peerlane_comm *comm,
+                                    const void *src,
+                                    void *dst,
+                                    size_t count,
+                                    peerlane_dtype dtype,
+                                    peerlane_op op,
+                                    const peerlane_reduce_options *options,
+                                    void *stream);
+
+// Reduces world size x `count` elements of all ranks; rank r's `dst` gets the r-th part, `count`
+// elements. `dst` may be this rank's own part of `src`. `options` may be NULL.
+peerlane_status peerlane_reduce_scatter(peerlane_comm *comm,
+                                        const void *src,
+                                        void *dst,
+                                        size_t count,
+                                        peerlane_dtype dtype,
+                                        peerlane_op op,
+                                        const peerlane_reduce_options *options,
+                                        void *stream);
+
+// Copies every rank's `bytes` bytes to every rank's `dst`, in rank order: world size x `bytes`
+// bytes. `src` may be this rank's part of `dst`.
+peerlane_status peerlane_all_gather(peerlane_comm *comm,
+                                    const void *src,
+                                    void *dst,
+                                    size_t bytes,
+                                    void *stream);
+
+// Copies the root's `bytes` bytes to every rank's `data`.
+peerlane_status peerlane_broadcast(peerlane_comm *comm,
+                                   void *data,
+                                   size_t bytes,
+                                   uint32_t root,
+                                   void *stream);
+
+// Joins the ranks' tensors along their last dimension in the root's `dst`. Rank r brings `rows`
+// rows of `widths[r]` bytes in `src`; the root's `dst` has `rows` rows of all widths together, in
+// rank order. A rank whose width is 0 brings nothing and, unless it is the root, need not call.
+// `widths` are `width_count` = world size numbers. `dst` is used on the root only.
+peerlane_status peerlane_gather(peerlane_comm *comm,
+                                const void *src,
+                                void *dst,
+                                size_t rows,
+                                const size_t *widths,
+                                size_t width_count,
+                                uint32_t root,
+                                void *stream);
+
+// Holds `stream` until every rank has queued its barrier and reached it. The host does not wait.
+peerlane_status peerlane_barrier(peerlane_comm *comm, void *stream);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* PEERLANE_H */

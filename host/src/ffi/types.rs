@@ -1,0 +1,242 @@
+//! The enums and structs of the C interface, and what they mean in Rust.
+//!
+//! Invariant: a struct that may grow begins with its size. An enum that C passes is a
+//! [`MaybeUninit`] until [`choose`] has found its number, since C may pass any number.
+
+use super::arguments::{check_size, choose, sized};
+use super::status::{guard, peerlane_status};
+use crate::collectives::invalid;
+use crate::communicator::Config;
+use crate::error::Result;
+use crate::request::Algorithm;
+use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
+use std::ffi::c_int;
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+/// The type of a tensor's elements, where values are reduced.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_dtype {
+    /// IEEE binary32.
+    PEERLANE_F32 = 0,
+    /// IEEE binary16.
+    PEERLANE_F16 = 1,
+    /// bfloat16.
+    PEERLANE_BF16 = 2,
+}
+
+/// How values are combined, in f32 and in rank order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_op {
+    /// Their sum.
+    PEERLANE_SUM = 0,
+    /// The largest; a NaN loses against a number.
+    PEERLANE_MAX = 1,
+    /// The smallest; a NaN loses against a number.
+    PEERLANE_MIN = 2,
+    /// Their sum divided by the world size.
+    PEERLANE_AVG = 3,
+}
+
+/// How f32 elements travel between GPUs; other types always travel as they are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_wire {
+    /// As they are.
+    PEERLANE_WIRE_NATIVE = 0,
+    /// Rounded to bfloat16: half the traffic.
+    PEERLANE_WIRE_BF16 = 1,
+}
+
+/// How an all-reduce is carried out.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_algorithm {
+    /// By size: what is expected to be fastest.
+    PEERLANE_ALGORITHM_AUTO = 0,
+    /// Every rank sends its tensor to every other, 8 bytes and their flag at a time.
+    PEERLANE_ALGORITHM_ONE_SHOT_PACKET = 1,
+    /// Every rank sends its tensor to every other, 16 bytes at a time.
+    PEERLANE_ALGORITHM_ONE_SHOT_FULL = 2,
+    /// Reduce-scatter and all-gather in one kernel.
+    PEERLANE_ALGORITHM_TWO_SHOT = 3,
+}
+
+/// What all ranks of a group agree on when they meet. `peerlane_config_init` fills it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct peerlane_config {
+    /// sizeof(peerlane_config).
+    pub size: usize,
+    /// A wait on the GPU that lasts longer than this many milliseconds ends with
+    /// PEERLANE_TIMEOUT.
+    pub deadline_ms: u64,
+    /// Most bytes of device memory for one rank's mailbox.
+    pub mailbox_bytes: usize,
+    /// Most blocks that one call may use; 0 for as many as the smallest GPU holds.
+    pub max_blocks: u32,
+    /// How every all-reduce is carried out that does not choose for itself.
+    pub algorithm: MaybeUninit<peerlane_algorithm>,
+}
+
+/// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct peerlane_reduce_options {
+    /// sizeof(peerlane_reduce_options).
+    pub size: usize,
+    /// How f32 elements travel.
+    pub wire: MaybeUninit<peerlane_wire>,
+    /// How the reduction is carried out; a reduce-scatter has PEERLANE_ALGORITHM_AUTO only.
+    pub algorithm: MaybeUninit<peerlane_algorithm>,
+    /// If not 0, this rank adds nothing: its `src` is not read, and it still receives the result.
+    /// The only field in which ranks may differ.
+    pub no_contribution: c_int,
+}
+
+/// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
+/// blocks as fit, algorithms by size. `size` is sizeof(peerlane_config).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerlane_config_init(
+    config: *mut peerlane_config,
+    size: usize,
+) -> peerlane_status {
+    guard("config_init", |op| {
+        check_size::<peerlane_config>(op, "size", size)?;
+        let before = peerlane_config::new(&Config::default());
+        // SAFETY: the header asks for room for one.
+        unsafe { super::arguments::place(op, "config", config, before)? };
+        Ok(())
+    })
+}
+
+/// Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.
+/// `size` is sizeof(peerlane_reduce_options).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerlane_reduce_options_init(
+    options: *mut peerlane_reduce_options,
+    size: usize,
+) -> peerlane_status {
+    guard("reduce_options_init", |op| {
+        check_size::<peerlane_reduce_options>(op, "size", size)?;
+        // SAFETY: the header asks for room for one.
+        unsafe { super::arguments::place(op, "options", options, peerlane_reduce_options::new())? };
+        Ok(())
+    })
+}
+
+const DTYPES: [(peerlane_dtype, DType); 3] = [
+    (peerlane_dtype::PEERLANE_F32, DType::F32),
+    (peerlane_dtype::PEERLANE_F16, DType::F16),
+    (peerlane_dtype::PEERLANE_BF16, DType::Bf16),
+];
+
+const OPS: [(peerlane_op, ReduceOp); 4] = [
+    (peerlane_op::PEERLANE_SUM, ReduceOp::Sum),
+    (peerlane_op::PEERLANE_MAX, ReduceOp::Max),
+    (peerlane_op::PEERLANE_MIN, ReduceOp::Min),
+    (peerlane_op::PEERLANE_AVG, ReduceOp::Avg),
+];
+
+const WIRES: [(peerlane_wire, Wire); 2] = [
+    (peerlane_wire::PEERLANE_WIRE_NATIVE, Wire::Native),
+    (peerlane_wire::PEERLANE_WIRE_BF16, Wire::Bf16),
+];
+
+const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 4] = [
+    (peerlane_algorithm::PEERLANE_ALGORITHM_AUTO, None),
+    (
+        peerlane_algorithm::PEERLANE_ALGORITHM_ONE_SHOT_PACKET,
+        Some(Algorithm::OneShot(Format::Packet)),
+    ),
+    (peerlane_algorithm::PEERLANE_ALGORITHM_ONE_SHOT_FULL, Some(Algorithm::OneShot(Format::Full))),
+    (peerlane_algorithm::PEERLANE_ALGORITHM_TWO_SHOT, Some(Algorithm::TwoShot)),
+];
+
+/// The element type that C means.
+pub(super) fn dtype(op: &'static str, value: MaybeUninit<peerlane_dtype>) -> Result<DType> {
+    choose(op, "dtype", value, &DTYPES)
+}
+
+/// The operator that C means.
+pub(super) fn reduce_op(op: &'static str, value: MaybeUninit<peerlane_op>) -> Result<ReduceOp> {
+    choose(op, "op", value, &OPS)
+}
+
+impl peerlane_config {
+    fn new(config: &Config) -> peerlane_config {
+        peerlane_config {
+            size: size_of::<peerlane_config>(),
+            deadline_ms: config.deadline.as_millis() as u64,
+            mailbox_bytes: config.mailbox_bytes,
+            max_blocks: config.max_blocks.unwrap_or(0),
+            algorithm: MaybeUninit::new(peerlane_algorithm::PEERLANE_ALGORITHM_AUTO),
+        }
+    }
+
+    /// The configuration behind `pointer`; the default one behind NULL.
+    ///
+    /// # Safety
+    /// `pointer` is NULL or leads to a configuration as large as it says.
+    pub(super) unsafe fn read(op: &'static str, pointer: *const peerlane_config) -> Result<Config> {
+        // SAFETY: the caller's contract.
+        let Some(config) = (unsafe { sized(op, "config.size", pointer)? }) else {
+            return Ok(Config::default());
+        };
+        Ok(Config {
+            deadline: Duration::from_millis(config.deadline_ms),
+            mailbox_bytes: config.mailbox_bytes,
+            max_blocks: Some(config.max_blocks).filter(|blocks| *blocks != 0),
+            algorithm: choose(op, "config.algorithm", config.algorithm, &ALGORITHMS)?,
+            ..Config::default()
+        })
+    }
+}
+
+/// A reduction's options, looked up.
+#[derive(Clone, Copy)]
+pub(super) struct ReduceOptions {
+    pub(super) wire: Wire,
+    pub(super) algorithm: Option<Algorithm>,
+    pub(super) contribution: bool,
+}
+
+impl peerlane_reduce_options {
+    fn new() -> peerlane_reduce_options {
+        peerlane_reduce_options {
+            size: size_of::<peerlane_reduce_options>(),
+            wire: MaybeUninit::new(peerlane_wire::PEERLANE_WIRE_NATIVE),
+            algorithm: MaybeUninit::new(peerlane_algorithm::PEERLANE_ALGORITHM_AUTO),
+            no_contribution: 0,
+        }
+    }
+
+    /// The options behind `pointer`; the default ones behind NULL.
+    ///
+    /// # Safety
+    /// `pointer` is NULL or leads to options as large as they say.
+    pub(super) unsafe fn read(
+        op: &'static str,
+        pointer: *const peerlane_reduce_options,
+    ) -> Result<ReduceOptions> {
+        // SAFETY: the caller's contract.
+        let options = unsafe { sized(op, "options.size", pointer)? };
+        let options = options.unwrap_or_else(peerlane_reduce_options::new);
+        Ok(ReduceOptions {
+            wire: choose(op, "options.wire", options.wire, &WIRES)?,
+            algorithm: choose(op, "options.algorithm", options.algorithm, &ALGORITHMS)?,
+            contribution: options.no_contribution == 0,
+        })
+    }
+}
+
+impl ReduceOptions {
+    /// Refuses a choice of algorithm where there is only one.
+    pub(super) fn without_algorithm(self, op: &'static str) -> Result<ReduceOptions> {
+        let Some(algorithm) = self.algorithm else { return Ok(self) };
+        let expected = "PEERLANE_ALGORITHM_AUTO, there is one way only".into();
+        Err(invalid(op, "options.algorithm", expected, format!("{algorithm:?}")))
+    }
+}
