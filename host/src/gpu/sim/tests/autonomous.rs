@@ -70,7 +70,7 @@ fn worlds_exchange_data() {
 /// one by one instead of by halves it failed in 8 of 8 runs.
 #[test]
 fn a_half_of_a_unit_is_never_torn_between_worlds() {
-    const CHANGES: u32 = 2_000_000;
+    const CHANGES: u32 = 1_000_000;
     const STOP: u64 = 1024;
     let processes = processes(2, 100, 4096);
     processes[0].launch((1, 1), |lane, args| {
