@@ -26,6 +26,9 @@ pub(super) const NOT_READY: u32 = 600;
 /// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`.
 pub(super) const PEER_ACCESS_ALREADY_ENABLED: u32 = 704;
 
+/// `CUDA_ERROR_TOO_MANY_PEERS`.
+pub(super) const TOO_MANY_PEERS: u32 = 711;
+
 /// A driver function that takes `Arguments`.
 pub(super) trait Call<Arguments> {
     /// Calls it and returns its code.

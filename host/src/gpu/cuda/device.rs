@@ -7,6 +7,7 @@ use super::call::{INVALID_VALUE, check, code, cu};
 use super::context::{Context, Entered};
 use super::modules::Kernels;
 use super::properties;
+use super::shared::Table;
 use crate::error::{Error, Result};
 use crate::gpu::{Event, Gpu, Graph, Properties, Stream};
 use cust::sys::{self, CUdevice_P2PAttribute as P2p};
@@ -21,6 +22,7 @@ pub struct CudaGpu {
     /// The contexts of the GPUs whose memory is mapped here. They are kept alive because a mapping
     /// ends with the context it leads to. Held while kernels are loaded, too.
     peers: Mutex<Vec<Context>>,
+    shared: Mutex<Table>,
     pub(super) context: Context,
 }
 
@@ -29,7 +31,13 @@ impl CudaGpu {
     pub(super) fn open(ordinal: u32) -> Result<CudaGpu> {
         let context = Context::of(ordinal)?;
         let properties = properties::read(&context)?;
-        Ok(CudaGpu { properties, kernels: OnceLock::new(), peers: Mutex::new(Vec::new()), context })
+        Ok(CudaGpu {
+            properties,
+            kernels: OnceLock::new(),
+            peers: Mutex::default(),
+            shared: Mutex::default(),
+            context,
+        })
     }
 
     /// The architecture of the PTX that [`Gpu::load_kernels`] loaded; `None` before it did.
@@ -55,6 +63,11 @@ impl CudaGpu {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Vec<Context>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What memory was made in other ways than by `alloc`.
+    pub(super) fn table(&self) -> MutexGuard<'_, Table> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The loaded kernel.

@@ -11,6 +11,7 @@ use super::check_ordinal;
 use super::context::Context;
 use super::device::{CudaGpu, raw_event, raw_graph, raw_stream};
 use super::modules::Kernels;
+use super::shared::{EXPORT_VARIABLE, wants_parts};
 use crate::error::{Error, Result};
 use crate::gpu::{
     Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, PeerAccess, Properties, Stream,
@@ -37,9 +38,8 @@ impl Gpu for CudaGpu {
     }
 
     unsafe fn free(&self, memory: DevicePtr) -> Result<()> {
-        let _entered = self.enter()?;
         // SAFETY: the caller says that nothing uses the memory.
-        unsafe { cu!(self.ordinal(), cuMemFree_v2(memory.0)) }
+        unsafe { self.free_device(memory) }
     }
 
     fn alloc_host(&self, bytes: usize) -> Result<HostMemory> {
@@ -67,28 +67,33 @@ impl Gpu for CudaGpu {
         unsafe { cu!(self.ordinal(), cuMemFreeHost(memory.host.cast())) }
     }
 
-    fn alloc_shared(&self, _: usize) -> Result<DevicePtr> {
-        Err(Error::Unsupported { op: "alloc_shared", reason: "not yet".into() })
+    fn alloc_shared(&self, bytes: usize) -> Result<DevicePtr> {
+        let asked = std::env::var(EXPORT_VARIABLE).ok();
+        self.allocate_shared(bytes, wants_parts(asked.as_deref())?)
     }
 
-    fn export(&self, _: DevicePtr) -> Result<Exported> {
-        Err(Error::Unsupported { op: "export", reason: "not yet".into() })
+    fn export(&self, memory: DevicePtr) -> Result<Exported> {
+        self.export_shared(memory)
     }
 
-    fn import(&self, _: Exported, _: usize, _: u32) -> Result<DevicePtr> {
-        Err(Error::Unsupported { op: "import", reason: "not yet".into() })
+    fn import(&self, exported: Exported, bytes: usize, owner: u32) -> Result<DevicePtr> {
+        self.import_shared(&exported, bytes, owner)
     }
 
-    unsafe fn release(&self, _: DevicePtr) -> Result<()> {
-        Err(Error::Unsupported { op: "release", reason: "not yet".into() })
+    unsafe fn release(&self, imported: DevicePtr) -> Result<()> {
+        // SAFETY: the caller says that nothing uses the memory.
+        unsafe { self.release_import(imported) }
     }
 
-    unsafe fn register_host(&self, _: *mut u8, _: usize) -> Result<HostMemory> {
-        Err(Error::Unsupported { op: "register_host", reason: "not yet".into() })
+    unsafe fn register_host(&self, at: *mut u8, bytes: usize) -> Result<HostMemory> {
+        // SAFETY: the memory stays there, as the caller says.
+        unsafe { self.register(at, bytes) }
     }
 
-    unsafe fn unregister_host(&self, _: HostMemory) -> Result<()> {
-        Err(Error::Unsupported { op: "unregister_host", reason: "not yet".into() })
+    unsafe fn unregister_host(&self, memory: HostMemory) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: the caller says that nothing uses the memory.
+        unsafe { cu!(self.ordinal(), cuMemHostUnregister(memory.host.cast())) }
     }
 
     unsafe fn upload(&self, dst: DevicePtr, src: &[u8], stream: Stream) -> Result<()> {

@@ -5,7 +5,8 @@
 //! [`Error::NoDriver`]. No call changes the caller's current context.
 //!
 //! `driver` finds the library, `call` is the one way to call it, `context` makes a device current,
-//! `modules` loads the kernels, `device` holds one GPU, `gpu` implements [`Gpu`](super::Gpu) for it.
+//! `modules` loads the kernels, `device` holds one GPU, `gpu` implements [`Gpu`](super::Gpu) for it,
+//! `shared` what that says about memory of several processes.
 
 mod call;
 mod context;
@@ -14,6 +15,7 @@ mod driver;
 mod gpu;
 mod modules;
 mod properties;
+mod shared;
 mod symbols;
 
 #[cfg(test)]
@@ -22,6 +24,7 @@ mod tests;
 pub use device::CudaGpu;
 pub use driver::{load, version};
 pub use modules::VARIANT_VARIABLE;
+pub use shared::EXPORT_VARIABLE;
 
 use crate::error::{Error, Result};
 use crate::gpu::GpuRef;

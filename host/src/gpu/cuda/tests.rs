@@ -2,6 +2,8 @@
 //!
 //! Invariant: a test leaves no error on the device, so their order does not matter.
 
+mod shared;
+
 use super::call::code;
 use super::*;
 use crate::gpu::{Backend, DevicePtr, Gpu, Stream};

@@ -1,6 +1,7 @@
 //! The driver errors that the simulator gives, with the driver's own numbers and names.
 //!
-//! Invariant: a call that a real driver refuses is refused with the same code.
+//! Invariant: a call that a real driver refuses is refused with the same code, or, where there is
+//! more to say, with an error that names the argument, what was expected and what came.
 
 use crate::error::Error;
 

@@ -1,12 +1,14 @@
 //! One simulated machine, shared by its GPUs and by the threads that use them.
 //!
-//! Invariant: the world moves only while a thread waits in it, and one thread at a time moves it; in
-//! an autonomous world that is always its own, and threads that wait just wait. Simulated time jumps freely only if every thread that uses the world waits in it too. While one
+//! Invariant: the world moves only while a thread waits in it, and one thread at a time moves it. In
+//! an autonomous world that is always its own, and threads that wait just wait.
+//!
+//! Simulated time jumps freely only if every thread that uses the world waits in it too. While one
 //! is outside, it may be about to launch what the lanes wait for, and time passes as for real:
 //! else a busy machine would make deadlines pass that no GPU would miss. A thread that has not
-//! come yet cannot be known, so even a free jump takes a fraction of the real time. For another
-//! process the same holds, and nobody knows what it is about to do: time in a world that is
-//! autonomous or shares memory is never faster than real time.
+//! come yet cannot be known, so even a free jump takes a fraction of the real time. Nor can it be
+//! known what another process is about to do: lanes of a world that is autonomous or shares memory
+//! wait no faster than in real time.
 
 use super::config::{Config, Statistics};
 use super::engine::{Engine, Outcome};

@@ -116,7 +116,8 @@ fn a_deadline_comes_soon_when_all_wait() {
     }
     machine.synchronize().unwrap();
     assert!(machine.world.statistics().clock_ns > 10_000_000_000);
-    assert!(start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
+    // Half a second where nothing else runs.
+    assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
 
 #[test]

@@ -248,12 +248,13 @@ fn host_memory_is_registered_by_pages() {
     expected_and_got(register(usize::MAX.wrapping_sub(BYTES - 1) as *mut u8, BYTES));
 }
 
-/// How long a kernel that waits 50 ms for nothing takes for real.
-fn wait_50_ms(gpu: &SimGpu) -> Duration {
+/// How long a kernel that waits `time` for nothing takes for real.
+fn wait_for(gpu: &SimGpu, time: Duration) -> Duration {
     let start = Instant::now();
-    run(gpu, &[], |lane, _| {
+    let ns = time.as_nanos() as u64;
+    run(gpu, &[], move |lane, _| {
         let begin = lane.clock_ns();
-        while lane.clock_ns() - begin < 50_000_000 {
+        while lane.clock_ns() - begin < ns {
             lane.pause();
         }
     })
@@ -263,17 +264,18 @@ fn wait_50_ms(gpu: &SimGpu) -> Duration {
 
 #[test]
 fn time_does_not_jump_while_memory_is_shared() {
-    let real = Duration::from_millis(50);
+    const LONG: Duration = Duration::from_secs(5);
+    const SHORT: Duration = Duration::from_millis(50);
     let (owner, peer) = (process(0, &config(8)), process(1, &config(8)));
     let memory = owner.alloc_shared(BYTES).unwrap();
-    assert!(wait_50_ms(&owner) < real, "nobody knows of the memory yet");
+    assert!(wait_for(&owner, LONG) < LONG, "nobody knows of the memory yet");
     let imported = peer.import(owner.export(memory).unwrap(), BYTES, 0).unwrap();
-    assert!(wait_50_ms(&owner) >= real);
-    assert!(wait_50_ms(&peer) >= real);
+    assert!(wait_for(&owner, SHORT) >= SHORT);
+    assert!(wait_for(&peer, SHORT) >= SHORT);
     // SAFETY: nobody uses it any more.
     unsafe {
         owner.free(memory).unwrap();
         peer.release(imported).unwrap();
     }
-    assert!(wait_50_ms(&owner) < real && wait_50_ms(&peer) < real);
+    assert!(wait_for(&owner, LONG) < LONG && wait_for(&peer, LONG) < LONG);
 }
