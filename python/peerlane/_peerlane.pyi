@@ -3,14 +3,14 @@ __cuda_array_interface__ or, on a simulated GPU, a numpy array from Communicator
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-_Device = int | str | Any  # or torch.device
-_Stream = int | Any | None  # or torch.cuda.Stream
-_Op = Literal["sum", "max", "min", "avg"]
-_Wire = Literal["native", "bf16"]
-_DType = Literal["float32", "float16", "bfloat16"]
-_Algorithm = Literal["auto", "packet", "full", "two-shot"]
+_Device: TypeAlias = int | str | Any  # or torch.device
+_Stream: TypeAlias = int | Any | None  # or torch.cuda.Stream
+_Op: TypeAlias = Literal["sum", "max", "min", "avg"]
+_Wire: TypeAlias = Literal["native", "bf16"]
+_DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+_Algorithm: TypeAlias = Literal["auto", "packet", "full", "two-shot"]
 
 class Communicator:
     """One rank of a group of GPUs. The calls queue work on a stream and return at once.
@@ -77,7 +77,7 @@ class Communicator:
         dtype: _DType | None = None,
         stream: _Stream = None,
     ) -> None:
-        """Every rank ends with the reduction of all ranks' tensors, in place unless there is an out.
+        """Every rank ends with the reduction of all ranks' tensors, in place without an out.
 
         wire="bf16" sends float32 elements as bfloat16. With contribution=False this rank adds
         nothing and still receives. dtype="bfloat16" says what two-byte elements are that the
@@ -156,7 +156,7 @@ class Communicator:
     ) -> None: ...
 
 def topology(devices: Iterable[_Device] | None = None) -> dict[str, Any]:
-    """The GPUs, or all real ones, and how they reach each other, as `peerlane topo --json` has it."""
+    """The GPUs, or all real ones, and how they reach each other: `peerlane topo --json`'s facts."""
 
 def version() -> str:
     """The version of the library."""

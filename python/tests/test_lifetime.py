@@ -1,9 +1,11 @@
 """Communicators from joining to collection: close orders, deadlines, aborts, threads, memory."""
 
 import gc
+import resource
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,15 +100,19 @@ def test_collection_closes_and_frees(group: Group) -> None:
     assert array.sum() == 1000
 
 
-def test_memory_is_used_again(group: Group) -> None:
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_memory_is_freed(group: Group) -> None:
     (rank,) = group(1)
-    # 8 GiB in all, 1 GiB at a time: more than the GPU holds if nothing were freed.
-    for _ in range(20):
-        kept = rank.empty(1 << 29, "uint8")
-        kept[:4096].view("float32")[:] = 1
-        rank.all_reduce(kept[:4096].view("float32"))
+    before, size = resident_bytes(), 64 << 20
+    for _ in range(8):
+        array = rank.empty(size, "uint8")
+        rank.all_reduce(array[:4096].view("float32"))
         rank.synchronize()
-        del kept
+        del array
+    assert resident_bytes() - before < 3 * size
 
 
 def test_an_array_may_go_before_the_call_has_run(group: Group) -> None:
