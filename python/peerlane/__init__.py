@@ -1,0 +1,35 @@
+"""Peer-to-peer collectives for the GPUs of one machine."""
+
+from ._peerlane import Communicator, topology, version
+from .errors import (
+    AbortedError,
+    ClosedError,
+    DeadlineError,
+    DriverError,
+    Error,
+    MismatchError,
+    NoDriverError,
+    PeerLostError,
+    RendezvousError,
+    UnreachableError,
+    UnsupportedError,
+)
+
+__version__ = version()
+
+__all__ = [
+    "AbortedError",
+    "ClosedError",
+    "Communicator",
+    "DeadlineError",
+    "DriverError",
+    "Error",
+    "MismatchError",
+    "NoDriverError",
+    "PeerLostError",
+    "RendezvousError",
+    "UnreachableError",
+    "UnsupportedError",
+    "topology",
+    "version",
+]

@@ -1,0 +1,162 @@
+"""The compiled part of peerlane. A tensor is a torch.Tensor, an object with
+__cuda_array_interface__ or, on a simulated GPU, a numpy array from Communicator.empty."""
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+_Device: TypeAlias = int | str | Any  # or torch.device
+_Stream: TypeAlias = int | Any | None  # or torch.cuda.Stream
+_Op: TypeAlias = Literal["sum", "max", "min", "avg"]
+_Wire: TypeAlias = Literal["native", "bf16"]
+_DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+_Algorithm: TypeAlias = Literal["auto", "packet", "full", "two-shot"]
+
+class Communicator:
+    """One rank of a group of GPUs. The calls queue work on a stream and return at once.
+
+    A tensor must stay alive until the stream has passed the call. Ranks make the same calls in the
+    same order.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        name: str,
+        device: _Device,
+        *,
+        deadline: float = 10.0,
+        patience: float = 120.0,
+        mailbox_bytes: int | None = None,
+        max_blocks: int | None = None,
+        algorithm: _Algorithm | None = None,
+    ) -> None:
+        """Joins the group called name and returns once all world_size ranks have.
+
+        device is the index of a GPU, "cuda:0", a torch.device, or "sim:3/8" for GPU 3 of a
+        simulated machine of 8. Waits on the GPU end after deadline seconds, the wait for the
+        other ranks to join after patience seconds.
+        """
+
+    @staticmethod
+    def connect(
+        devices: Iterable[_Device],
+        *,
+        deadline: float = 10.0,
+        mailbox_bytes: int | None = None,
+        max_blocks: int | None = None,
+        algorithm: _Algorithm | None = None,
+    ) -> list[Communicator]:
+        """All ranks of a group in this process, rank r on devices[r], for one thread to drive."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def device(self) -> str:
+        """This rank's GPU."""
+
+    @property
+    def mailbox_bytes(self) -> int:
+        """Bytes of device memory that this rank's mailbox takes."""
+
+    def all_reduce(
+        self,
+        tensor: Any,
+        out: Any | None = None,
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        contribution: bool = True,
+        dtype: _DType | None = None,
+        stream: _Stream = None,
+    ) -> None:
+        """Every rank ends with the reduction of all ranks' tensors, in place without an out.
+
+        wire="bf16" sends float32 elements as bfloat16. With contribution=False this rank adds
+        nothing and still receives. dtype="bfloat16" says what two-byte elements are that the
+        array cannot name.
+        """
+
+    def reduce_scatter(
+        self,
+        tensor: Any,
+        out: Any,
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        contribution: bool = True,
+        dtype: _DType | None = None,
+        stream: _Stream = None,
+    ) -> None:
+        """Rank r ends with the reduction of all ranks' r-th parts."""
+
+    def all_gather(self, tensor: Any, out: Any, *, stream: _Stream = None) -> None:
+        """Every rank ends with all ranks' tensors, one after the other in rank order."""
+
+    def broadcast(self, tensor: Any, root: int, *, stream: _Stream = None) -> None:
+        """Every rank ends with the root's tensor, in place."""
+
+    def gather(
+        self,
+        tensor: Any | None,
+        out: Any | None,
+        root: int,
+        widths: Sequence[int],
+        *,
+        stream: _Stream = None,
+    ) -> None:
+        """The root ends with the tensors of all ranks that have one, joined along their last
+        dimension.
+
+        widths holds every rank's last dimension, 0 for a rank that brings nothing. out is None on
+        all ranks but the root; a rank that is neither the root nor brings anything need not call.
+        """
+
+    def barrier(self, *, stream: _Stream = None) -> None:
+        """Holds the stream until every rank has reached its barrier."""
+
+    def synchronize(self, stream: _Stream = None) -> None:
+        """Waits until everything queued on the stream is done, then raises what went wrong."""
+
+    def health(self) -> None:
+        """Raises what went wrong so far; never waits."""
+
+    def set_deadline(self, seconds: float) -> None:
+        """How long this rank's waits may last from its next call on."""
+
+    def abort(self) -> None:
+        """Ends every wait of every rank; their calls raise from then on."""
+
+    def close(self) -> None:
+        """Waits for everything queued on this rank's GPU and leaves the group.
+
+        Raises what went wrong before, if nothing has raised it yet. A second call does nothing.
+        """
+
+    def empty(self, shape: int | Iterable[int], dtype: Any) -> Any:
+        """A numpy array in this rank's memory, which must be simulated.
+
+        dtype is numpy's, or "bfloat16": then ml_dtypes.bfloat16 if that can be imported, else
+        uint16.
+        """
+
+    def __enter__(self) -> Communicator: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None: ...
+
+def topology(devices: Iterable[_Device] | None = None) -> dict[str, Any]:
+    """The GPUs, or all real ones, and how they reach each other: `peerlane topo --json`'s facts."""
+
+def version() -> str:
+    """The version of the library."""

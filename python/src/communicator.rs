@@ -1,0 +1,385 @@
+//! `peerlane.Communicator`: one rank of a group, as a Python object.
+//!
+//! Invariant: the interpreter is let go of wherever a call waits (meeting, synchronizing, closing)
+//! and nowhere else; the lock around the library's communicator is never held while something
+//! waits, so any thread may abort, close or ask at any time.
+
+use crate::collectives::{self, Reduction};
+use crate::device::Device;
+use crate::options::{self, Given};
+use crate::{error, memory};
+use peerlane::gpu::Stream;
+use peerlane::{Algorithm, Config, Error, Format, Processes};
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::types::{PyString, PyTuple};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+/// How long the ranks wait for each other to join, unless the caller says.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// One rank of a group of GPUs. The calls queue work on a stream and return at once.
+#[pyclass(frozen, weakref, module = "peerlane")]
+pub(crate) struct Communicator {
+    /// Empty once closed.
+    inner: Mutex<Option<peerlane::Communicator>>,
+    pub(crate) gpu: Device,
+    pub(crate) ordinal: u32,
+    pub(crate) number: u32,
+    pub(crate) world: u32,
+    mailbox: usize,
+    /// The arguments of torch's question for the current stream, for a real GPU.
+    pub(crate) stream_arguments: Option<Py<PyTuple>>,
+}
+
+#[pymethods]
+impl Communicator {
+    #[new]
+    #[pyo3(
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None)"
+    )]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
+    fn new(
+        py: Python<'_>,
+        rank: &Bound<'_, PyAny>,
+        world_size: &Bound<'_, PyAny>,
+        name: &Bound<'_, PyAny>,
+        device: &Bound<'_, PyAny>,
+        deadline: Given<'_, '_>,
+        patience: Given<'_, '_>,
+        mailbox_bytes: Given<'_, '_>,
+        max_blocks: Given<'_, '_>,
+        algorithm: Given<'_, '_>,
+    ) -> PyResult<Communicator> {
+        const CALL: &str = "Communicator";
+        let rank = options::whole32(CALL, "rank", rank)?;
+        let world = options::whole32(CALL, "world_size", world_size)?;
+        let wrong = |_| error::wrong_type(CALL, "name", "a str", error::kind(name));
+        let name = name.cast::<PyString>().map_err(wrong)?.to_string();
+        let patience = match patience {
+            Some(seconds) => options::seconds(CALL, "patience", seconds)?,
+            None => PATIENCE,
+        };
+        let config = config(CALL, deadline, mailbox_bytes, max_blocks, algorithm)?;
+        let device = Device::open(CALL, "device", device)?;
+        let meeting = Processes { name, world, patience };
+        let joined = py.detach(|| {
+            peerlane::Communicator::join_processes(&meeting, rank, &device.gpu, &config)
+        });
+        Communicator::wrap(py, device, joined.map_err(|e| error::raise(py, e))?)
+    }
+
+    /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
+    #[staticmethod]
+    #[pyo3(
+        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None)"
+    )]
+    fn connect(
+        py: Python<'_>,
+        devices: &Bound<'_, PyAny>,
+        deadline: Given<'_, '_>,
+        mailbox_bytes: Given<'_, '_>,
+        max_blocks: Given<'_, '_>,
+        algorithm: Given<'_, '_>,
+    ) -> PyResult<Vec<Communicator>> {
+        const CALL: &str = "connect";
+        let config = config(CALL, deadline, mailbox_bytes, max_blocks, algorithm)?;
+        let devices = Device::open_all(CALL, devices)?;
+        let gpus: Vec<_> = devices.iter().map(|device| device.gpu.clone()).collect();
+        let ranks = py.detach(|| peerlane::Communicator::connect(&gpus, &config));
+        let ranks = ranks.map_err(|e| error::raise(py, e))?;
+        let pairs = devices.into_iter().zip(ranks);
+        pairs.map(|(device, rank)| Communicator::wrap(py, device, rank)).collect()
+    }
+
+    /// This rank's number.
+    #[getter]
+    fn rank(&self) -> u32 {
+        self.number
+    }
+
+    /// Number of ranks.
+    #[getter]
+    fn world_size(&self) -> u32 {
+        self.world
+    }
+
+    /// This rank's GPU.
+    #[getter]
+    fn device(&self) -> &str {
+        &self.gpu.name
+    }
+
+    /// Bytes of device memory that this rank's mailbox takes.
+    #[getter]
+    fn mailbox_bytes(&self) -> usize {
+        self.mailbox
+    }
+
+    /// Every rank ends with the reduction of all ranks' tensors, in place unless there is an out.
+    #[pyo3(
+        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, stream=None),
+        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, stream=None)"
+    )]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
+    fn all_reduce(
+        &self,
+        py: Python<'_>,
+        tensor: &Bound<'_, PyAny>,
+        out: Given<'_, '_>,
+        op: Given<'_, '_>,
+        wire: Given<'_, '_>,
+        contribution: Given<'_, '_>,
+        dtype: Given<'_, '_>,
+        stream: Given<'_, '_>,
+    ) -> PyResult<()> {
+        let how = Reduction { op, wire, contribution, dtype };
+        collectives::all_reduce(self, py, tensor, out, &how, stream)
+    }
+
+    /// Rank r ends with the reduction of all ranks' r-th parts.
+    #[pyo3(
+        signature = (tensor, out, *, op=None, wire=None, contribution=None, dtype=None, stream=None),
+        text_signature = "($self, tensor, out, *, op='sum', wire='native', contribution=True, dtype=None, stream=None)"
+    )]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
+    fn reduce_scatter(
+        &self,
+        py: Python<'_>,
+        tensor: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        op: Given<'_, '_>,
+        wire: Given<'_, '_>,
+        contribution: Given<'_, '_>,
+        dtype: Given<'_, '_>,
+        stream: Given<'_, '_>,
+    ) -> PyResult<()> {
+        let how = Reduction { op, wire, contribution, dtype };
+        collectives::reduce_scatter(self, py, tensor, out, &how, stream)
+    }
+
+    /// Every rank ends with all ranks' tensors, one after the other in rank order.
+    #[pyo3(signature = (tensor, out, *, stream=None))]
+    fn all_gather(
+        &self,
+        py: Python<'_>,
+        tensor: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        stream: Given<'_, '_>,
+    ) -> PyResult<()> {
+        collectives::all_gather(self, py, tensor, out, stream)
+    }
+
+    /// Every rank ends with the root's tensor, in place.
+    #[pyo3(signature = (tensor, root, *, stream=None))]
+    fn broadcast(
+        &self,
+        py: Python<'_>,
+        tensor: &Bound<'_, PyAny>,
+        root: &Bound<'_, PyAny>,
+        stream: Given<'_, '_>,
+    ) -> PyResult<()> {
+        collectives::broadcast(self, py, tensor, root, stream)
+    }
+
+    /// The root ends with the tensors of all ranks that have one, joined along their last dimension.
+    #[pyo3(signature = (tensor, out, root, widths, *, stream=None))]
+    fn gather(
+        &self,
+        py: Python<'_>,
+        tensor: Given<'_, '_>,
+        out: Given<'_, '_>,
+        root: &Bound<'_, PyAny>,
+        widths: &Bound<'_, PyAny>,
+        stream: Given<'_, '_>,
+    ) -> PyResult<()> {
+        collectives::gather(self, py, (tensor, out), root, widths, stream)
+    }
+
+    /// Holds the stream until every rank has reached its barrier.
+    #[pyo3(signature = (*, stream=None))]
+    fn barrier(&self, py: Python<'_>, stream: Given<'_, '_>) -> PyResult<()> {
+        let stream = self.stream(py, "barrier", stream, None)?;
+        self.queue(py, "barrier", |rank| rank.barrier(stream))
+    }
+
+    /// Waits until everything queued on the stream is done, then raises what went wrong.
+    #[pyo3(signature = (stream=None))]
+    fn synchronize(&self, py: Python<'_>, stream: Given<'_, '_>) -> PyResult<()> {
+        let stream = self.stream(py, "synchronize", stream, None)?;
+        self.queue(py, "synchronize", |_| Ok(()))?;
+        let waited = py.detach(|| self.gpu.gpu.stream_synchronize(stream));
+        waited.map_err(|e| error::raise(py, e))?;
+        if let Some(machine) = &self.gpu.machine {
+            machine.sweep(self.ordinal);
+        }
+        self.queue(py, "synchronize", |rank| rank.health())
+    }
+
+    /// Raises what went wrong so far; never waits.
+    fn health(&self, py: Python<'_>) -> PyResult<()> {
+        self.queue(py, "health", |rank| rank.health())
+    }
+
+    /// How long this rank's waits may last from its next call on.
+    fn set_deadline(&self, py: Python<'_>, seconds: &Bound<'_, PyAny>) -> PyResult<()> {
+        let deadline = options::seconds("set_deadline", "seconds", seconds)?;
+        self.queue(py, "set_deadline", |rank| {
+            rank.set_deadline(deadline);
+            Ok(())
+        })
+    }
+
+    /// Ends every wait of every rank; their calls raise from then on.
+    fn abort(&self, py: Python<'_>) {
+        if let Some(rank) = &*self.lock(py) {
+            rank.abort();
+        }
+    }
+
+    /// Waits for everything queued on this rank's GPU and leaves the group.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(mut rank) = self.lock(py).take() else { return Ok(()) };
+        let closed = py.detach(move || rank.close());
+        closed.map_err(|e| error::raise(py, e))
+    }
+
+    /// An array in this rank's memory, which must be simulated.
+    fn empty<'py>(
+        &self,
+        shape: &Bound<'py, PyAny>,
+        dtype: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        memory::empty(&self.gpu, shape, dtype)
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    /// Closes. An exception that is already on its way is not replaced by one from closing, which
+    /// it usually explains.
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        kind: &Bound<'_, PyAny>,
+        _value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let closed = self.close(py);
+        if kind.is_none() { closed } else { Ok(()) }
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "<peerlane.Communicator rank {} of {} on {}>",
+            self.number, self.world, self.gpu.name
+        )
+    }
+}
+
+impl Communicator {
+    fn wrap(py: Python<'_>, gpu: Device, rank: peerlane::Communicator) -> PyResult<Communicator> {
+        let ordinal = gpu.gpu.properties().ordinal;
+        let stream_arguments =
+            if gpu.simulated() { None } else { Some(PyTuple::new(py, [ordinal])?.unbind()) };
+        Ok(Communicator {
+            number: rank.rank(),
+            world: rank.world_size(),
+            mailbox: rank.mailbox_bytes(),
+            ordinal,
+            gpu,
+            stream_arguments,
+            inner: Mutex::new(Some(rank)),
+        })
+    }
+
+    /// The lock. Another thread holds it for the length of a launch at most.
+    #[inline]
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Option<peerlane::Communicator>> {
+        match self.inner.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+            }
+        }
+    }
+
+    /// Does something with the library's communicator, unless it is closed.
+    #[inline]
+    pub(crate) fn queue<T>(
+        &self,
+        py: Python<'_>,
+        call: &'static str,
+        work: impl FnOnce(&mut peerlane::Communicator) -> peerlane::Result<T>,
+    ) -> PyResult<T> {
+        let mut guard = self.lock(py);
+        let done = match guard.as_mut() {
+            Some(rank) => work(rank),
+            None => Err(Error::Closed { op: call, rank: self.number }),
+        };
+        drop(guard);
+        done.map_err(|e| error::raise(py, e))
+    }
+
+    /// The stream of a call.
+    #[inline]
+    pub(crate) fn stream(
+        &self,
+        py: Python<'_>,
+        call: &str,
+        given: Given<'_, '_>,
+        tensors: Option<u64>,
+    ) -> PyResult<Stream> {
+        let device = self.stream_arguments.as_ref().map(|device| device.bind(py));
+        options::stream(call, given, tensors, device)
+    }
+}
+
+impl Drop for Communicator {
+    /// Closing waits for the GPU; other threads may run meanwhile, unless the interpreter itself is
+    /// on its way out.
+    fn drop(&mut self) {
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(rank) = inner.take() {
+            let mut rank = Some(rank);
+            Python::try_attach(|py| py.detach(|| drop(rank.take())));
+        }
+    }
+}
+
+/// What the ranks must agree on.
+fn config(
+    call: &str,
+    deadline: Given<'_, '_>,
+    mailbox_bytes: Given<'_, '_>,
+    max_blocks: Given<'_, '_>,
+    algorithm: Given<'_, '_>,
+) -> PyResult<Config> {
+    let mut config = Config::default();
+    if let Some(seconds) = deadline {
+        config.deadline = options::seconds(call, "deadline", seconds)?;
+    }
+    if let Some(bytes) = mailbox_bytes {
+        config.mailbox_bytes = options::whole(call, "mailbox_bytes", bytes)?;
+    }
+    if let Some(blocks) = max_blocks {
+        config.max_blocks = Some(options::whole32(call, "max_blocks", blocks)?);
+    }
+    if let Some(name) = algorithm {
+        const PACKET: Algorithm = Algorithm::OneShot(Format::Packet);
+        const FULL: Algorithm = Algorithm::OneShot(Format::Full);
+        let choices = [
+            (Format::Packet.name(), Some(PACKET)),
+            (Format::Full.name(), Some(FULL)),
+            ("two-shot", Some(Algorithm::TwoShot)),
+            ("auto", None),
+        ];
+        config.algorithm = options::choose(call, "algorithm", name, &choices)?;
+    }
+    Ok(config)
+}

@@ -1,0 +1,53 @@
+//! The extension module `peerlane._peerlane`: Peerlane's communicator for Python.
+//!
+//! Invariant: importing it touches no driver, no torch and no numpy; each is looked for when a call
+//! first needs it. Nothing here decides anything about a collective: it reads what the Python
+//! objects say about their memory, checks it, and hands it to the library.
+
+mod arrays;
+mod collectives;
+mod communicator;
+mod device;
+mod error;
+mod memory;
+mod options;
+mod tensor;
+mod torch;
+
+use pyo3::prelude::*;
+
+/// The collectives' extension module; `peerlane/__init__.py` is its public face.
+#[pymodule]
+mod _peerlane {
+    #[pymodule_export]
+    use crate::communicator::Communicator;
+
+    use crate::device::Device;
+    use crate::error;
+    use peerlane::topology::Topology;
+    use pyo3::prelude::*;
+
+    /// The version of the library.
+    #[pyfunction]
+    fn version() -> &'static str {
+        env!("CARGO_PKG_VERSION")
+    }
+
+    /// The GPUs, or all real ones, and how they reach each other.
+    #[pyfunction]
+    #[pyo3(signature = (devices=None))]
+    fn topology<'py>(
+        py: Python<'py>,
+        devices: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let found = match devices {
+            None => py.detach(peerlane::gpu::cuda::devices).map_err(|e| error::raise(py, e))?,
+            Some(list) => {
+                Device::open_all("topology", list)?.into_iter().map(|device| device.gpu).collect()
+            }
+        };
+        let facts = py.detach(|| Topology::discover(&found)).map_err(|e| error::raise(py, e))?;
+        let text = serde_json::to_string(&facts).map_err(|e| error::other(py, e))?;
+        py.import("json")?.call_method1("loads", (text,))
+    }
+}

@@ -1,0 +1,61 @@
+"""One process for each rank, on simulated GPUs: what a real program does."""
+
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+import peerlane
+from peerlane import Communicator
+
+WORLD = 2
+
+
+def work(rank: int, name: str, answers: "multiprocessing.SimpleQueue") -> None:
+    try:
+        with Communicator(rank, WORLD, name, f"sim:{rank}/{WORLD}", patience=60) as communicator:
+            array = communicator.empty(1000, "float32")
+            array[:] = rank + 1
+            communicator.all_reduce(array)
+            communicator.synchronize()
+            answers.put((rank, bool((array == 3).all())))
+            communicator.barrier()
+    except peerlane.Error as error:
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def test_all_reduce_between_processes() -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    name = f"peerlane-test-{os.getpid()}"
+    processes = [context.Process(target=work, args=(rank, name, answers)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * WORLD
+    said = dict(answers.get() for _ in range(WORLD))
+    if "not yet" in str(said[0]):
+        pytest.skip("the library cannot join processes yet")
+    assert said == {rank: True for rank in range(WORLD)}
+
+
+def test_a_rank_alone_gives_up() -> None:
+    name = f"peerlane-test-alone-{os.getpid()}"
+    with pytest.raises(peerlane.RendezvousError, match="^rendezvous of 2 ranks: "):
+        Communicator(0, 2, name, "sim:0/2", patience=0.2)
+
+
+def test_a_group_of_one_process() -> None:
+    try:
+        communicator = Communicator(0, 1, f"peerlane-test-one-{os.getpid()}", "sim:0/1")
+    except peerlane.RendezvousError as error:
+        assert "not yet" in str(error)
+        pytest.skip("the library cannot join processes yet")
+    with communicator:
+        array = communicator.empty(3, "float32")
+        array[:] = 4
+        communicator.all_reduce(array)
+        communicator.synchronize()
+        np.testing.assert_array_equal(array, np.full(3, 4, np.float32))
