@@ -113,7 +113,7 @@ fn all_agree(ranks: &mut [Process], command: &str) {
 
 /// Ends all ranks, which must go well.
 fn end(ranks: Vec<Process>) {
-    assert!(ranks.into_iter().map(Process::end).all(|good| good));
+    assert!(ranks.into_iter().all(Process::end));
 }
 
 fn worlds(gpus: &Gpus) -> Vec<u32> {
