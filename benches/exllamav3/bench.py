@@ -25,7 +25,7 @@ from typing import Any
 import make_model
 import report
 import subrun
-from plan import BACKENDS, Budget, Job, jobs, parse_model
+from plan import BACKENDS, TURNS, Budget, Job, jobs, parse_model, turn_takers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
@@ -113,6 +113,28 @@ def logits_difference(mine: Path, reference: Path) -> float | None:
     return float(np.abs(first.astype(np.float32) - other.astype(np.float32)).max())
 
 
+def entries(
+    job: Job, status: str, process: dict[str, Any], result: dict[str, Any], hashes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A sub-run's part of the results: one entry, or one for every backend and round that took turns
+    in it after one for the process that they shared."""
+    sets = result.pop("sets", [])
+    whole = {**job.head(), "in_turns": False, "status": status, **process, "result": result}
+    whole["stream_hash"] = hashes.get(job.backend) or hashes.get(None)
+    found = [whole]
+    for part in sets:
+        measured = part["result"]
+        own = "failed" if "error" in measured else "ok" if report.measures(measured) else status
+        found.append({
+            **job.head(),
+            **part,
+            "in_turns": True,
+            "status": own,
+            "stream_hash": hashes.get(part["backend"]) if "greedy" in measured else None,
+        })
+    return found
+
+
 class Bench:
     """The results so far, and how another sub-run is added to them."""
 
@@ -152,16 +174,25 @@ class Bench:
     def logs(self, job: Job) -> Path:
         return self.work / f"{job.version}-{job.model}-{job.backend}-{job.round}".replace(":", "_").replace(".", "_")
 
+    def timed_in_turns(self, job: Job) -> bool:
+        """Whether this backend's speed on this model is known already."""
+        return any(
+            run["in_turns"] and run["status"] == "ok" and all(run[key] == value for key, value in job.head().items())
+            for run in self.data["runs"]
+        )
+
     def command(self, job: Job, model: Path, limit: float) -> list[str]:
-        if self.args.command:
-            return [*shlex.split(self.args.command), job.version, job.model, job.backend]
         args = self.args
+        if args.command:
+            return [*shlex.split(args.command), job.version, job.model, job.backend]
+        first, *others = turn_takers(args.backends) if job.backend == TURNS else [job.backend]
+        timed = job.timed or not self.timed_in_turns(job)
         return [
             sys.executable, str(HERE / "run_one.py"),
-            "--model", str(model), "--backend", job.backend, "--gpus", str(args.gpus),
+            "--model", str(model), "--backend", first, "--also", ",".join(others), "--gpus", str(args.gpus),
             "--out", str(self.logs(job).with_suffix(".json")),
-            "--decode", args.decode, "--prefill", args.prefill,
-            "--steps", str(args.steps), "--repeats", str(args.repeats),
+            "--decode", args.decode if timed else "", "--prefill", args.prefill if timed else "",
+            "--steps", str(args.steps), "--repeats", str(args.repeats), "--rounds", str(args.rounds),
             "--limit", str(max(limit - LAST_WORDS_S, 1.0)),
         ]  # fmt: skip
 
@@ -170,7 +201,7 @@ class Bench:
             model = model_directory(self.args.models_dir, job.model)
         except OSError as error:
             return self.skip(job, f"the model could not be written: {error}")
-        limit = self.budget.limit(self.spent())
+        limit = self.budget.limit(job, self.spent())
         logs = self.logs(job)
         outcome = subrun.run(self.command(job, model, limit), environment(self.args, job.version), limit, logs)
         try:
@@ -180,30 +211,37 @@ class Bench:
         status = "timeout" if outcome.timed_out else "ok" if outcome.returncode == 0 else "failed"
         if status != "ok" and result.get("complete"):
             status = f"measured, then {status} while closing"
-        native = self.logs(Job(job.version, job.model, "native", job.round)).with_suffix(".npy")
-        if result.get("greedy") and job.backend != "native":
-            result["greedy"]["largest_difference_to_native"] = logits_difference(logs.with_suffix(".npy"), native)
         self.budget.ended(job, status, outcome.seconds)
-        self.data["runs"].append({
-            **job.head(),
-            "status": status,
+        process = {
             "returncode": outcome.returncode,
             "seconds": round(outcome.seconds, 1),
-            "result": result,
-            "stream_hash": report.stream_hash(outcome.stdout),
             "shm_removed": outcome.shm_removed,
             "stdout_tail": subrun.tail(outcome.stdout, 1500) if status != "ok" else "",
             "stderr_tail": outcome.stderr_tail,
-        })
-        self.save()
+        }
         print(f"{self.spent():6.0f} s  {job.version} {job.model} {job.backend}: {status}, {outcome.seconds:.0f} s", flush=True)
-        for name, (value, _) in report.measures(result).items():
-            print(f"          {name}: {report.number(value)}", flush=True)
+        self.data["runs"] += entries(job, status, process, result, report.stream_hash(outcome.stdout))
+        self.compare_logits(job)
+        self.save()
+
+    def compare_logits(self, job: Job) -> None:
+        """How far this sub-run's logits are from native's, wherever both are on disk by now."""
+        for run in self.data["runs"]:
+            greedy = run["result"].get("greedy")
+            if greedy and (run["version"], run["model"]) == (job.version, job.model):
+                mine, native = self.logits(run, run["backend"]), self.logits(run, "native")
+                greedy["largest_difference_to_native"] = logits_difference(mine, native)
+
+    def logits(self, run: dict[str, Any], backend: str) -> Path:
+        in_turns = self.logs(Job(run["version"], run["model"], TURNS))
+        shared = in_turns.with_name(f"{in_turns.name}-{backend}.npy")
+        alone = self.logs(Job(run["version"], run["model"], backend, run["round"])).with_suffix(".npy")
+        return shared if run["in_turns"] or not alone.exists() else alone
 
     def run(self) -> bool:
         args = self.args
         self.save()
-        for job in jobs(args.versions, args.models, args.backends, args.rounds):
+        for job in jobs(args.versions, args.models, args.backends, args.rounds, args.turns):
             reason = None if args.command else missing(args.site, job.version)
             reason = reason or self.budget.refusal(job, self.spent())
             if reason:
@@ -229,11 +267,12 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--models", type=names, default=["8b"], help="1b, 8b, 70b; 70b:16 keeps 16 layers")
     run.add_argument("--backends", type=names, default=BACKENDS[:5])
     run.add_argument("--rounds", type=int, default=2)
+    run.add_argument("--turns", action="store_true", help="load once, let the backends take turns, then each alone for memory")
     run.add_argument("--gpus", type=int, default=2)
     run.add_argument("--decode", default="1,4,16", help="batch sizes")
     run.add_argument("--prefill", default="512,2048", help="prompt lengths")
     run.add_argument("--steps", type=int, default=32)
-    run.add_argument("--repeats", type=int, default=8)
+    run.add_argument("--repeats", type=int, default=6)
     run.add_argument("--budget", type=float, default=1200.0, help="seconds for everything")
     run.add_argument("--timeout", type=float, default=200.0, help="seconds for one sub-run")
     run.add_argument("--stream-hash", action="store_true", help="also compare the ranks' residual streams bit for bit")
@@ -266,7 +305,7 @@ def main() -> int:
         return 0 if bench.run() else 1
     finally:
         bench.save()
-        print(f"{bench.out}\n{report.markdown(bench.data)}", flush=True)
+        print(f"{bench.out}\n\n{report.markdown(bench.data)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,36 @@
 """Which sub-runs there are, in which order, and which of them the time still allows.
 
-Pure. Invariant: order is priority. All of round 1 comes before round 2, and every other round runs
-its backends backwards, so that a host that grows slower or faster favours none of them.
+Pure. Invariant: order is priority, and what is compared is measured in turns: either the backends
+share one process and take turns there ("turns"), or each has processes of its own and every other
+round goes backwards, so that a host that grows slower or faster favours none.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 BACKENDS = ["native", "p2p", "nccl", "single", "ceiling", "auto"]
-# Before the first sub-run of a model has ended, this is what one is thought to take.
+TURNS = "turns"
+# Before the first sub-run of a model has ended, this is what one is thought to take, and how many
+# times that one with several backends takes.
 FIRST_GUESS_S = {"1b": 45.0, "8b": 70.0, "70b": 150.0}
+TURNS_FACTOR = 2.5
 MARGIN = 1.1
 MIN_RUN_S = 15.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sub-run."""
+    """One sub-run. Untimed, it tells what a backend computes and how much memory it takes."""
 
     version: str
     model: str
     backend: str
-    round: int
+    round: int = 1
+    timed: bool = True
 
-    def head(self) -> dict[str, Any]:
-        return asdict(self)
+    def head(self) -> dict[str, object]:
+        return {"version": self.version, "model": self.model, "backend": self.backend, "round": self.round}
 
 
 def parse_model(text: str) -> tuple[str, int | None]:
@@ -35,14 +39,26 @@ def parse_model(text: str) -> tuple[str, int | None]:
     return name, int(layers) if layers else None
 
 
-def jobs(versions: list[str], models: list[str], backends: list[str], rounds: int) -> list[Job]:
-    found = []
-    for turn in range(1, rounds + 1):
-        order = backends if turn % 2 else backends[::-1]
-        for version in versions:
-            for model in models:
-                found += [Job(version, model, backend, turn) for backend in order]
-    return found
+def turn_takers(backends: list[str]) -> list[str]:
+    """The backends that can share a process, the one that loads the model first. p2p has to be that
+    one, because it comes with a hook of its own; one GPU alone is another way to load."""
+    able = [backend for backend in backends if backend not in ("single", "auto")]
+    return sorted(able, key=lambda backend: backend != "p2p")
+
+
+def jobs(versions: list[str], models: list[str], backends: list[str], rounds: int, turns: bool) -> list[Job]:
+    pairs = [(version, model) for version in versions for model in models]
+    if not turns:
+        return [
+            Job(version, model, backend, turn)
+            for turn in range(1, rounds + 1)
+            for version, model in pairs
+            for backend in (backends if turn % 2 else backends[::-1])
+        ]
+    alone = [backend for backend in backends if backend in ("single", "auto")]
+    timed = [Job(version, model, backend) for version, model in pairs for backend in [TURNS, *alone]]
+    rest = [backend for backend in backends if backend not in alone]
+    return timed + [Job(version, model, backend, timed=False) for version, model in pairs for backend in rest]
 
 
 class Budget:
@@ -50,12 +66,16 @@ class Budget:
 
     def __init__(self, total_s: float, limit_s: float):
         self.total_s, self.limit_s = total_s, limit_s
-        self.taken: dict[str, float] = {}
+        self.taken: dict[tuple[str, bool], float] = {}
         self.failed: dict[tuple[str, ...], str] = {}
+
+    def longest(self, job: Job) -> float:
+        return self.limit_s * (TURNS_FACTOR if job.backend == TURNS else 1.0)
 
     def estimate(self, job: Job) -> float:
         guess = FIRST_GUESS_S.get(parse_model(job.model)[0], max(FIRST_GUESS_S.values()))
-        return min(self.taken.get(job.model, guess), self.limit_s)
+        guess *= TURNS_FACTOR if job.backend == TURNS else 1.0
+        return min(self.taken.get((job.model, job.backend == TURNS), guess), self.longest(job))
 
     def refusal(self, job: Job, spent_s: float) -> str | None:
         """Why this sub-run is not worth starting, or None."""
@@ -68,9 +88,9 @@ class Budget:
             return f"needs about {needed:.0f} s, {max(left, 0):.0f} s left"
         return None
 
-    def limit(self, spent_s: float) -> float:
+    def limit(self, job: Job, spent_s: float) -> float:
         """The time limit of a sub-run that starts now."""
-        return min(self.limit_s, self.total_s - spent_s)
+        return min(self.longest(job), self.total_s - spent_s)
 
     def ended(self, job: Job, status: str, seconds: float) -> None:
         """A backend that hung is not given a second chance to; one that failed is, on another model."""
@@ -79,4 +99,5 @@ class Budget:
         elif status == "failed":
             self.failed[(job.version, job.backend, job.model)] = f"failed in round {job.round}"
         else:
-            self.taken[job.model] = max(seconds, self.taken.get(job.model, 0.0))
+            key = (job.model, job.backend == TURNS)
+            self.taken[key] = max(seconds, self.taken.get(key, 0.0))

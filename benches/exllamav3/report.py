@@ -14,15 +14,25 @@ BACKENDS = ["single", "native", "nccl", "p2p", "auto", "ceiling"]
 TITLES = {"single": "one GPU", "ceiling": "ceiling"}
 RATIOS = ["native", "nccl", "ceiling"]
 STREAM_HASH = re.compile(r"stream-hash dev=(\d+) pass=(\d+)\s+(\d+) (\S+)\s+([0-9a-f]{12}) ")
+IN_USE = re.compile(r"^backend-in-use (\S+)$", re.MULTILINE)
 # Each rank holds its own part of the vocabulary there, so these must differ.
 SHARDED = ("lm_head", "output_gather")
 
 Json = dict[str, Any]
 
 
-def stream_hash(stdout: str) -> Json | None:
+def stream_hash(stdout: str) -> dict[str | None, Json]:
     """Whether the ranks' residual streams were the same bits after every module of every pass that
-    EXL3_TP_STREAM_HASH printed. None when it printed nothing (1.4.1 has no such switch)."""
+    EXL3_TP_STREAM_HASH printed, by the backend in use (None before the first is named). Empty when
+    nothing was printed: 1.4.1 has no such switch."""
+    parts = IN_USE.split(stdout)
+    found = {None: agree(parts[0])}
+    for backend, text in zip(parts[1::2], parts[2::2]):
+        found[backend] = found.get(backend) or agree(text)
+    return {backend: verdict for backend, verdict in found.items() if verdict}
+
+
+def agree(stdout: str) -> Json | None:
     seen: dict[tuple[int, int, str], dict[int, str]] = {}
     for device, turn, index, key, digest in STREAM_HASH.findall(stdout):
         if not key.endswith(SHARDED):
@@ -147,6 +157,7 @@ def agreement(runs: list[Json]) -> list[Json]:
             "repeatable": greedy["repeatable"],
             "finite": greedy["finite"],
             "tokens_as_native": f"{same} of {len(greedy['tokens'])}" if reference else None,
+            "largest_difference": greedy.get("largest_difference_to_native"),
             "logits_as_native": greedy["logits_sha1"] == reference["logits_sha1"] if reference else None,
             "ranks_agree": hashes["agree"] if hashes else None,
         })
@@ -154,12 +165,14 @@ def agreement(runs: list[Json]) -> list[Json]:
 
 
 def mark(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return {True: "yes", False: "NO", None: ""}.get(value, str(value))
 
 
 def agreement_table(runs: list[Json]) -> list[str]:
     titles = ["ExLlamaV3", "model", "backend", "round", "same when repeated", "finite", "tokens as native",
-              "logits as native, bit for bit", "residual stream same on all ranks"]
+              "largest difference of a logit", "logits as native, bit for bit", "residual stream same on all ranks"]
     lines = [row(titles), row(["---"] * len(titles))]
     return lines + [row([mark(value) for value in line.values()]) for line in agreement(runs)]
 
