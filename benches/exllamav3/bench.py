@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,10 +23,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import backends
 import make_model
 import report
 import subrun
-from plan import BACKENDS, TURNS, Budget, Job, jobs, parse_model, turn_takers
+from plan import TURNS, Budget, Job, jobs, parse_model, turn_takers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
@@ -125,13 +127,15 @@ def entries(
     for part in sets:
         measured = part["result"]
         own = "failed" if "error" in measured else "ok" if report.measures(measured) else status
-        found.append({
-            **job.head(),
-            **part,
-            "in_turns": True,
-            "status": own,
-            "stream_hash": hashes.get(part["backend"]) if "greedy" in measured else None,
-        })
+        found.append(
+            {
+                **job.head(),
+                **part,
+                "in_turns": True,
+                "status": own,
+                "stream_hash": hashes.get(part["backend"]) if "greedy" in measured else None,
+            }
+        )
     return found
 
 
@@ -219,7 +223,10 @@ class Bench:
             "stdout_tail": subrun.tail(outcome.stdout, 1500) if status != "ok" else "",
             "stderr_tail": outcome.stderr_tail,
         }
-        print(f"{self.spent():6.0f} s  {job.version} {job.model} {job.backend}: {status}, {outcome.seconds:.0f} s", flush=True)
+        print(
+            f"{self.spent():6.0f} s  {job.version} {job.model} {job.backend}: {status}, {outcome.seconds:.0f} s",
+            flush=True,
+        )
         self.data["runs"] += entries(job, status, process, result, report.stream_hash(outcome.stdout))
         self.compare_logits(job)
         self.save()
@@ -261,13 +268,17 @@ def arguments() -> argparse.ArgumentParser:
     for verb in ("run", "setup"):
         sub = verbs.add_parser(verb)
         sub.add_argument("--versions", type=names, default=["1.6.5"])
-        sub.add_argument("--carry", type=Path, help="folder with wheels and exllamav3_ext-VERSION.so.xz, unpacked first")
+        sub.add_argument(
+            "--carry", type=Path, help="folder with wheels and exllamav3_ext-VERSION.so.xz, unpacked first"
+        )
         sub.add_argument("--site", type=Path, default=Path("/tmp/peerlane-exl"), help="one folder per version in it")
     run = verbs.choices["run"]
     run.add_argument("--models", type=names, default=["8b"], help="1b, 8b, 70b; 70b:16 keeps 16 layers")
-    run.add_argument("--backends", type=names, default=BACKENDS[:5])
+    run.add_argument("--backends", type=names, default=backends.NAMES[:5])
     run.add_argument("--rounds", type=int, default=2)
-    run.add_argument("--turns", action="store_true", help="load once, let the backends take turns, then each alone for memory")
+    run.add_argument(
+        "--turns", action="store_true", help="load once, let the backends take turns, then each alone for memory"
+    )
     run.add_argument("--gpus", type=int, default=2)
     run.add_argument("--decode", default="1,4,16", help="batch sizes")
     run.add_argument("--prefill", default="512,2048", help="prompt lengths")
@@ -297,9 +308,11 @@ def main() -> int:
             print(f"{version}: {missing(args.site, version) or 'ready'}")
         return 0
     unknown = [m for m in args.models if parse_model(m)[0] not in make_model.SHAPES]
-    unknown += [b for b in args.backends if b not in BACKENDS]
+    unknown += [b for b in args.backends if b not in backends.NAMES]
     if unknown:
         raise SystemExit(f"bench.py: unknown model or backend: {', '.join(unknown)}")
+    # As an exception, so that the sub-run in progress is ended and the results are written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench = Bench(args)
     try:
         return 0 if bench.run() else 1

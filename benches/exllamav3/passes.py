@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import backends
 import probe
 
 PROMPT_TOKENS, GREEDY_STEPS = 16, 64
@@ -70,14 +71,7 @@ class Loaded:
         from exllamav3 import Cache, Config, Model
         from exllamav3.model import model_tp, model_tp_fn
 
-        if args.backend in ("p2p", "auto"):
-            import peerlane.exllamav3
-
-            peerlane.exllamav3.install()
-        elif args.backend == "ceiling":
-            import null_backend
-
-            null_backend.install()
+        known_as = backends.prepare(args.backend)
         model_tp.DISPATCH_TIMEOUT = FIRST_PASS_TIMEOUT_S
         self.torch = torch
         self.has_warmup_passes = hasattr(model_tp_fn, "TPBackendNull")
@@ -92,13 +86,13 @@ class Loaded:
         else:
             self.model.load(
                 tensor_p=True,
-                tp_backend="native" if args.backend == "ceiling" else args.backend,
+                tp_backend=known_as,
                 tp_output_device="cuda:0",
                 use_per_device=[GPU_GIB] * args.gpus,
                 max_chunk_size=2048,
             )
             local = self.model.mp_parent_conn[self.model.tp_output_device].local_context
-            note("backend_class", type(local["backend"]).__name__)
+            note("backend_class", backends.describe(local["backend"]))
         torch.cuda.synchronize()
         self.marks["loaded"] = self.nvml.used()
         note("loaded", True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKENDS = ["native", "p2p", "nccl", "single", "ceiling", "auto"]
 TURNS = "turns"
 # Before the first sub-run of a model has ended, this is what one is thought to take, and how many
 # times that one with several backends takes.
@@ -40,10 +39,11 @@ def parse_model(text: str) -> tuple[str, int | None]:
 
 
 def turn_takers(backends: list[str]) -> list[str]:
-    """The backends that can share a process, the one that loads the model first. p2p has to be that
-    one, because it comes with a hook of its own; one GPU alone is another way to load."""
+    """The backends that can share a process, the one that loads the model first: native if it is
+    among them, because the others can join it but a dead one cannot be loaded with. One GPU alone is
+    another way to load, and auto is one of the others."""
     able = [backend for backend in backends if backend not in ("single", "auto")]
-    return sorted(able, key=lambda backend: backend != "p2p")
+    return sorted(able, key=lambda backend: backend != "native")
 
 
 def jobs(versions: list[str], models: list[str], backends: list[str], rounds: int, turns: bool) -> list[Job]:

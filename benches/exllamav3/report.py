@@ -10,7 +10,7 @@ import re
 from statistics import median
 from typing import Any
 
-BACKENDS = ["single", "native", "nccl", "p2p", "auto", "ceiling"]
+BACKENDS = ["single", "native", "nccl", "p2p", "p2p-late", "p2p-exact", "auto", "ceiling"]
 TITLES = {"single": "one GPU", "ceiling": "ceiling"}
 RATIOS = ["native", "nccl", "ceiling"]
 STREAM_HASH = re.compile(r"stream-hash dev=(\d+) pass=(\d+)\s+(\d+) (\S+)\s+([0-9a-f]{12}) ")
@@ -149,30 +149,42 @@ def agreement(runs: list[Json]) -> list[Json]:
             pairs = list(zip(greedy["tokens"], reference["tokens"]))
             same = next((i for i, (mine, other) in enumerate(pairs) if mine != other), len(pairs))
         hashes = run.get("stream_hash")
-        found.append({
-            "version": run["version"],
-            "model": run["model"],
-            "backend": run["backend"],
-            "round": run["round"],
-            "repeatable": greedy["repeatable"],
-            "finite": greedy["finite"],
-            "tokens_as_native": f"{same} of {len(greedy['tokens'])}" if reference else None,
-            "largest_difference": greedy.get("largest_difference_to_native"),
-            "logits_as_native": greedy["logits_sha1"] == reference["logits_sha1"] if reference else None,
-            "ranks_agree": hashes["agree"] if hashes else None,
-        })
+        found.append(
+            {
+                "version": run["version"],
+                "model": run["model"],
+                "backend": run["backend"],
+                "round": run["round"],
+                "repeatable": greedy["repeatable"],
+                "finite": greedy["finite"],
+                "tokens_as_native": f"{same} of {len(greedy['tokens'])}" if reference else None,
+                "largest_difference": greedy.get("largest_difference_to_native"),
+                "logits_as_native": greedy["logits_sha1"] == reference["logits_sha1"] if reference else None,
+                "ranks_agree": hashes["agree"] if hashes else None,
+            }
+        )
     return found
 
 
 def mark(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return {True: "yes", False: "NO", None: ""}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def agreement_table(runs: list[Json]) -> list[str]:
-    titles = ["ExLlamaV3", "model", "backend", "round", "same when repeated", "finite", "tokens as native",
-              "largest difference of a logit", "logits as native, bit for bit", "residual stream same on all ranks"]
+    titles = [
+        "ExLlamaV3",
+        "model",
+        "backend",
+        "round",
+        "same when repeated",
+        "finite",
+        "tokens as native",
+        "largest difference of a logit",
+        "logits as native, bit for bit",
+        "residual stream same on all ranks",
+    ]
     lines = [row(titles), row(["---"] * len(titles))]
     return lines + [row([mark(value) for value in line.values()]) for line in agreement(runs)]
 
@@ -181,9 +193,13 @@ def problems(data: Json) -> list[str]:
     lines = []
     for run in data["runs"]:
         if run["status"] != "ok":
-            lines.append(f"- {run['version']} {run['model']} {run['backend']}, round {run['round']}: {run['status']}")
+            how = "taking turns" if run.get("in_turns") else "a process of its own"
+            place = f"{run['version']} {run['model']} {run['backend']}, round {run['round']}"
+            lines.append(f"- {place}, {how}: {run['status']}")
     for run in data["skipped"]:
-        lines.append(f"- {run['version']} {run['model']} {run['backend']}, round {run['round']}: skipped, {run['reason']}")
+        lines.append(
+            f"- {run['version']} {run['model']} {run['backend']}, round {run['round']}: skipped, {run['reason']}"
+        )
     return lines
 
 
@@ -195,7 +211,7 @@ def markdown(data: Json) -> str:
         f"# ExLlamaV3 on {gpus}",
         "",
         f"{data['date']}, driver {machine.get('driver')}, `{data['command']}`.",
-        "Medians; in brackets the range over rounds. Ratios are taken within a round and above 1 mean that p2p is better.",
+        "Medians; in brackets the range over rounds. Ratios are taken within a round; above 1 p2p is better.",
         "",
         *speed_table(data["runs"]),
         "",

@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import backends
 import probe
 from passes import Loaded
 from switch import Switch
@@ -59,12 +60,15 @@ def alone(loaded: Loaded, result: Result) -> None:
 
 def in_turns(loaded: Loaded, result: Result) -> None:
     """What each backend says first, then the timing, round by round, every other round backwards.
-    A backend that raises is left out from then on; whether the ranks can go on is then tried, and
-    the time limit ends it if they cannot."""
+    A backend that raises is left out from then on, and the rest go on if the ranks still answer."""
     args = loaded.args
     switch = Switch(loaded.model, args.backend)
     living = [args.backend, *args.also]
-    sets = {(kind, turn): {"backend": kind, "round": turn, "result": {}} for turn in range(1, args.rounds + 1) for kind in living}
+    sets = {
+        (kind, turn): {"backend": kind, "round": turn, "result": {}}
+        for turn in range(1, args.rounds + 1)
+        for kind in living
+    }
     result.data["sets"] = list(sets.values())
 
     def attempt(kind: str, turn: int, check: bool) -> None:
@@ -84,6 +88,7 @@ def in_turns(loaded: Loaded, result: Result) -> None:
             found["error"] = repr(error)
             living.remove(kind)
             result.save()
+            switch.settle()
 
     for kind in list(living):
         attempt(kind, 1, check=True)
@@ -101,7 +106,7 @@ def sizes(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--backend", choices=["p2p", "auto", "native", "nccl", "single", "ceiling"], required=True)
+    parser.add_argument("--backend", choices=backends.NAMES, required=True)
     parser.add_argument("--also", type=lambda text: [part for part in text.split(",") if part], default=[])
     parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
     parser.add_argument("--gpus", type=int, default=2)
@@ -110,7 +115,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps in a block")
     parser.add_argument("--repeats", type=int, default=6, help="blocks, and prefills")
     parser.add_argument("--rounds", type=int, default=2, help="with --also")
-    parser.add_argument("--limit", type=float, help="seconds until the stack is printed: the caller is about to kill us")
+    parser.add_argument(
+        "--limit", type=float, help="seconds until the stack is printed: the caller is about to kill us"
+    )
     args = parser.parse_args()
     if args.limit:
         faulthandler.dump_traceback_later(args.limit, file=sys.stderr)

@@ -1,7 +1,8 @@
 """Runs a command in a process group of its own, under a time limit, and keeps what it printed.
 
-Invariant: when `run` returns, no process of the group is left, whatever the command did: a rank
-that waits for a dead peer would otherwise hold its GPU against every later measurement.
+Invariant: when `run` returns or raises, no process of the group is left, whatever the command did: a
+rank that waits for a dead peer would otherwise hold its GPU against every later measurement. The
+group stays in the caller's session, so that whoever ends a session ends it too.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def run(command: list[str], env: dict[str, str], limit_s: float, logs: Path) -> 
     err.write_bytes(b"")
     with out.open("ab") as stdout, err.open("ab") as stderr:
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0
         )
         try:
             process.wait(timeout=limit_s)

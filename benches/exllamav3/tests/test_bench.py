@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
-import bench
 import pytest
+
+import bench
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parent / "bench.py"
@@ -31,10 +33,15 @@ def site(tmp_path):
     return target
 
 
-def run(site, tmp_path, *args, trouble="", timeout="60"):
+def words(site, tmp_path, *args, timeout="60"):
     command = [sys.executable, PROGRAM, "run", "--site", site, "--models", "tiny", "--timeout", timeout]
     command += ["--models-dir", tmp_path / "models", "--work", tmp_path / "work", "--out", tmp_path / "out.json"]
     command += ["--decode", "1,2", "--prefill", "32", "--steps", "4", "--repeats", "2", "--stream-hash", *args]
+    return list(map(str, command))
+
+
+def run(site, tmp_path, *args, trouble="", timeout="60"):
+    command = words(site, tmp_path, *args, timeout=timeout)
     env = {**os.environ, "FAKE_TROUBLE": trouble}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     data = json.loads((tmp_path / "out.json").read_text())
@@ -59,7 +66,10 @@ def test_every_backend_by_itself(site, tmp_path):
     assert native["backend_class"] == "TPBackendNative" and len(native["greedy"]["tokens"]) == 65
     assert len(native["decode_2"]["steps_per_s"]) == 2 and len(native["prefill_32"]["ttft_ms"]) == 2
     assert native["memory"]["pss_total"] > 0
-    assert data["runs"][1]["stream_hash"]["agree"] and data["runs"][1]["result"]["greedy"]["largest_difference_to_native"] == 0
+    assert (
+        data["runs"][1]["stream_hash"]["agree"]
+        and data["runs"][1]["result"]["greedy"]["largest_difference_to_native"] == 0
+    )
     assert "greedy" not in data["runs"][4]["result"] and data["runs"][4]["result"]["backend_class"] == "NullBackend"
     assert "decode, batch 1, steps/s" in text and "Not complete" not in text
 
@@ -74,7 +84,9 @@ def test_backends_in_turns(site, tmp_path):
     alone = [entry for entry in data["runs"] if entry["backend"] == "p2p" and not entry["in_turns"]]
     assert len(alone) == 1 and "memory" in alone[0]["result"] and "decode_1" not in alone[0]["result"]
     assert alone[0]["result"]["greedy"]["largest_difference_to_native"] == 0
-    assert [entry["stream_hash"]["agree"] for entry in data["runs"] if entry["backend"] == "nccl" and entry["stream_hash"]]
+    assert [
+        entry["stream_hash"]["agree"] for entry in data["runs"] if entry["backend"] == "nccl" and entry["stream_hash"]
+    ]
 
 
 def test_one_backend_that_fails_does_not_stop_the_others(site, tmp_path):
@@ -83,15 +95,32 @@ def test_one_backend_that_fails_does_not_stop_the_others(site, tmp_path):
     assert set(status(data, backend="nccl")) == {"failed"} and set(status(data, backend="p2p")) == {"ok"}
     failed = next(entry for entry in data["runs"] if entry["backend"] == "nccl" and not entry["in_turns"])
     assert "no more" in failed["stderr_tail"]
-    assert "tiny nccl, round 1: failed" in text
+    assert "tiny nccl, round 1, taking turns: failed" in text
 
 
 def test_a_hang_keeps_what_was_measured_before_it(site, tmp_path):
-    done, data, _ = run(site, tmp_path, "--backends", "ceiling,nccl", "--rounds", "2", trouble="TPBackendNCCL hangs", timeout="4")
+    done, data, _ = run(
+        site, tmp_path, "--backends", "ceiling,nccl", "--rounds", "2", trouble="TPBackendNCCL hangs", timeout="4"
+    )
     assert status(data, backend="ceiling") == ["ok", "ok"] and status(data, backend="nccl") == ["timeout"]
     hung = next(entry for entry in data["runs"] if entry["backend"] == "nccl")
     assert hung["result"]["backend_class"] == "TPBackendNCCL" and "Timeout" in hung["stderr_tail"]
     assert [entry["reason"] for entry in data["skipped"]] == ["hung on tiny in round 1"]
+
+
+def test_ending_the_program_ends_its_sub_run(site, tmp_path):
+    env = {**os.environ, "FAKE_TROUBLE": "TPBackendNative hangs"}
+    process = subprocess.Popen(words(site, tmp_path), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    logs = []
+    deadline = time.monotonic() + 60
+    while not any(path.read_text().count("loaded") for path in logs) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        logs = list((tmp_path / "work").rglob("*.out"))
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and logs
+    ours = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert not [line for line in ours.splitlines() if "run_one.py" in line and str(tmp_path) in line]
 
 
 def test_what_the_time_does_not_allow_is_skipped(site, tmp_path):
@@ -107,6 +136,8 @@ def test_table_from_a_file(site, tmp_path):
 
 def test_unknown_names_are_refused(site, tmp_path):
     done = subprocess.run(
-        [sys.executable, PROGRAM, "run", "--site", site, "--models", "9b", "--backends", "mpi"], capture_output=True, text=True
+        [sys.executable, PROGRAM, "run", "--site", site, "--models", "9b", "--backends", "mpi"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0 and "9b, mpi" in done.stderr

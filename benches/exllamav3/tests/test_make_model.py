@@ -5,9 +5,10 @@ import math
 import struct
 from pathlib import Path
 
-import make_model
 import numpy as np
 import pytest
+
+import make_model
 
 TINY = make_model.SHAPES["tiny"]
 BYTES = {"I16": 2, "F16": 2, "I32": 4}
@@ -87,9 +88,7 @@ def test_config_floats_are_written_as_floats(tiny):
 
 def test_the_eight_billion_model_has_eight_billion_weights():
     shape = make_model.SHAPES["8b"]
-    weights = sum(
-        t.shape[0] * t.shape[1] * 256 for t in make_model.tensors(shape, 4, 6) if t.name.endswith(".trellis")
-    )
+    weights = sum(t.shape[0] * t.shape[1] * 256 for t in make_model.tensors(shape, 4, 6) if t.name.endswith(".trellis"))
     assert 7.4e9 < weights < 7.6e9, "all but the embedding table's 0.5e9"
 
 

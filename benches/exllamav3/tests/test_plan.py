@@ -27,8 +27,8 @@ def test_in_turns_speed_comes_before_memory():
     ]
 
 
-def test_p2p_loads_the_model_that_others_share():
-    assert turn_takers(["native", "nccl", "p2p", "single", "ceiling"]) == ["p2p", "native", "nccl", "ceiling"]
+def test_native_loads_the_model_that_others_share():
+    assert turn_takers(["p2p", "nccl", "native", "single", "ceiling"]) == ["native", "p2p", "nccl", "ceiling"]
 
 
 def test_models_may_name_their_layers():

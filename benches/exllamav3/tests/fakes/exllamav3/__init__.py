@@ -35,6 +35,17 @@ class Cache:
 class Connection:
     def __init__(self, local: dict[str, Any]):
         self.local_context = local
+        self.answers: list[Any] = []
+
+    def send(self, command: tuple[Any, tuple[Any, ...]]) -> None:
+        function, args = command
+        self.answers.append(function(self.local_context, *args))
+
+    def poll(self, timeout: float) -> bool:
+        return bool(self.answers)
+
+    def recv(self) -> Any:
+        return self.answers.pop(0)
 
 
 class Child:
@@ -68,7 +79,9 @@ class Model(model_tp.Model_TPMixin):
         for rank in (0, 1):
             turn = self.local[rank]["_hash_passes"] = self.local[rank].get("_hash_passes", 0) + 1
             if turn <= int(os.environ.get("EXL3_TP_STREAM_HASH", "0")):
-                print(f"stream-hash dev={rank} pass={turn}   1 model.layers.0       {turn:012x} (1, 4) float", flush=True)
+                print(
+                    f"stream-hash dev={rank} pass={turn}   1 model.layers.0       {turn:012x} (1, 4) float", flush=True
+                )
 
     def forward(self, ids: Any, params: dict[str, Any]) -> Any:
         self.step(params)
