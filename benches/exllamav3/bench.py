@@ -32,8 +32,8 @@ from plan import TURNS, Budget, Job, jobs, parse_model, turn_takers
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 STREAM_HASH_PASSES = "3"
-# A hung process prints its stack so long before it is killed.
-LAST_WORDS_S = 5.0
+# What a process prints that ends itself because a measurement takes too long.
+GAVE_UP = "Timeout (0:"
 
 
 def unpack(carry: Path, site: Path, versions: list[str]) -> None:
@@ -185,7 +185,7 @@ class Bench:
             for run in self.data["runs"]
         )
 
-    def command(self, job: Job, model: Path, limit: float) -> list[str]:
+    def command(self, job: Job, model: Path) -> list[str]:
         args = self.args
         if args.command:
             return [*shlex.split(args.command), job.version, job.model, job.backend]
@@ -197,7 +197,7 @@ class Bench:
             "--out", str(self.logs(job).with_suffix(".json")),
             "--decode", args.decode if timed else "", "--prefill", args.prefill if timed else "",
             "--steps", str(args.steps), "--repeats", str(args.repeats), "--rounds", str(args.rounds),
-            "--limit", str(max(limit - LAST_WORDS_S, 1.0)),
+            "--patience", str(args.patience),
         ]  # fmt: skip
 
     def one(self, job: Job) -> None:
@@ -207,12 +207,13 @@ class Bench:
             return self.skip(job, f"the model could not be written: {error}")
         limit = self.budget.limit(job, self.spent())
         logs = self.logs(job)
-        outcome = subrun.run(self.command(job, model, limit), environment(self.args, job.version), limit, logs)
+        outcome = subrun.run(self.command(job, model), environment(self.args, job.version), limit, logs)
         try:
             result = json.loads(logs.with_suffix(".json").read_text())
         except (OSError, ValueError):
             result = {}
-        status = "timeout" if outcome.timed_out else "ok" if outcome.returncode == 0 else "failed"
+        hung = outcome.timed_out or GAVE_UP in outcome.stderr_tail
+        status = "timeout" if hung else "ok" if outcome.returncode == 0 else "failed"
         if status != "ok" and result.get("complete"):
             status = f"measured, then {status} while closing"
         self.budget.ended(job, status, outcome.seconds)
@@ -220,7 +221,7 @@ class Bench:
             "returncode": outcome.returncode,
             "seconds": round(outcome.seconds, 1),
             "shm_removed": outcome.shm_removed,
-            "stdout_tail": subrun.tail(outcome.stdout, 1500) if status != "ok" else "",
+            "stdout_tail": subrun.tail(report.without_hashes(outcome.stdout)),
             "stderr_tail": outcome.stderr_tail,
         }
         print(
@@ -286,6 +287,9 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--repeats", type=int, default=6)
     run.add_argument("--budget", type=float, default=1200.0, help="seconds for everything")
     run.add_argument("--timeout", type=float, default=200.0, help="seconds for one sub-run")
+    run.add_argument(
+        "--patience", type=float, default=100.0, help="seconds for one measurement; a load has three times that"
+    )
     run.add_argument("--stream-hash", action="store_true", help="also compare the ranks' residual streams bit for bit")
     run.add_argument("--models-dir", type=Path, default=Path("/tmp/peerlane-models"))
     run.add_argument("--work", type=Path, default=Path("/tmp/peerlane-bench"), help="logs of the sub-runs")

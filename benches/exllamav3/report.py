@@ -32,6 +32,11 @@ def stream_hash(stdout: str) -> dict[str | None, Json]:
     return {backend: verdict for backend, verdict in found.items() if verdict}
 
 
+def without_hashes(stdout: str) -> str:
+    """What else was printed."""
+    return "".join(line for line in stdout.splitlines(keepends=True) if not line.startswith("stream-hash "))
+
+
 def agree(stdout: str) -> Json | None:
     seen: dict[tuple[int, int, str], dict[int, str]] = {}
     for device, turn, index, key, digest in STREAM_HASH.findall(stdout):

@@ -1,7 +1,7 @@
 """One process: one ExLlamaV3, one model, and one backend, or several in turns.
 
 bench.py starts this; it also runs by itself. Invariant: the result file is whole after every
-finished measurement, so a run that is killed keeps what it had. Keep the top of this file light:
+finished measurement, so a run that hangs, fails or is killed keeps what it had. Keep the top of this file light:
 every spawned rank imports it again.
 
 Alone (no --also), a backend's memory is measured too. With --also the model is loaded once, with
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import os
 import sys
 import time
 import traceback
@@ -26,11 +27,22 @@ from passes import Loaded
 from switch import Switch
 
 
+# Loading takes that many times as long as anything else.
+LOAD_FACTOR = 3.0
+CLOSE_S = 30.0
+
+
+def expect(seconds: float) -> None:
+    """Ends the process, its stack printed, unless this is called again in time: a hang should not cost
+    all the time that the whole run was given. The caller ends the other ranks."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
+
+
 class Result:
     """The measurements so far, on disk after each `put`."""
 
-    def __init__(self, path: Path, head: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, head: dict[str, Any], patience: float):
+        self.path, self.patience = path, patience
         self.data: dict[str, Any] = {**head, "complete": False, "seconds": {}}
         self.started = time.monotonic()
         self.save()
@@ -39,6 +51,7 @@ class Result:
         self.data[name] = value
         self.data["seconds"][name] = self.clock()
         self.save()
+        expect(self.patience * (LOAD_FACTOR if name == "backend_ready" else 1.0))
         print(f"[{self.clock():7.2f} s] {name}", flush=True)
 
     def clock(self) -> float:
@@ -115,13 +128,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps in a block")
     parser.add_argument("--repeats", type=int, default=6, help="blocks, and prefills")
     parser.add_argument("--rounds", type=int, default=2, help="with --also")
-    parser.add_argument(
-        "--limit", type=float, help="seconds until the stack is printed: the caller is about to kill us"
-    )
+    parser.add_argument("--patience", type=float, default=100.0, help="seconds that one measurement may take")
     args = parser.parse_args()
-    if args.limit:
-        faulthandler.dump_traceback_later(args.limit, file=sys.stderr)
-    result = Result(args.out, {"backend": args.backend, "gpus": 1 if args.backend == "single" else args.gpus})
+    head = {"backend": args.backend, "gpus": 1 if args.backend == "single" else args.gpus}
+    result = Result(args.out, head, args.patience)
+    try:
+        measure(args, result)
+    except BaseException:
+        # Not by way of ExLlamaV3's exit handler, which waits for GPUs that may never be done.
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def measure(args: argparse.Namespace, result: Result) -> None:
+    expect(args.patience * LOAD_FACTOR)
     loaded = Loaded(args, result.put)
     loaded.warm_up()
     if args.also:
@@ -131,6 +153,7 @@ def main() -> None:
     result.data["complete"] = True
     result.save()
     before = time.monotonic()
+    expect(CLOSE_S)
     loaded.model.unload()
     result.put("closed", {"seconds": time.monotonic() - before, "shm_left": probe.new_segments(loaded.shm_before)})
 

@@ -33,15 +33,15 @@ def site(tmp_path):
     return target
 
 
-def words(site, tmp_path, *args, timeout="60"):
-    command = [sys.executable, PROGRAM, "run", "--site", site, "--models", "tiny", "--timeout", timeout]
+def words(site, tmp_path, *args):
+    command = [sys.executable, PROGRAM, "run", "--site", site, "--models", "tiny", "--timeout", "60"]
     command += ["--models-dir", tmp_path / "models", "--work", tmp_path / "work", "--out", tmp_path / "out.json"]
     command += ["--decode", "1,2", "--prefill", "32", "--steps", "4", "--repeats", "2", "--stream-hash", *args]
     return list(map(str, command))
 
 
-def run(site, tmp_path, *args, trouble="", timeout="60"):
-    command = words(site, tmp_path, *args, timeout=timeout)
+def run(site, tmp_path, *args, trouble=""):
+    command = words(site, tmp_path, *args)
     env = {**os.environ, "FAKE_TROUBLE": trouble}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     data = json.loads((tmp_path / "out.json").read_text())
@@ -98,14 +98,23 @@ def test_one_backend_that_fails_does_not_stop_the_others(site, tmp_path):
     assert "tiny nccl, round 1, taking turns: failed" in text
 
 
-def test_a_hang_keeps_what_was_measured_before_it(site, tmp_path):
-    done, data, _ = run(
-        site, tmp_path, "--backends", "ceiling,nccl", "--rounds", "2", trouble="TPBackendNCCL hangs", timeout="4"
-    )
+@pytest.mark.parametrize("limits", [("--timeout", "4"), ("--patience", "3")])
+def test_a_hang_keeps_what_was_measured_before_it(site, tmp_path, limits):
+    args = ["--backends", "ceiling,nccl", "--rounds", "2", *limits]
+    done, data, _ = run(site, tmp_path, *args, trouble="TPBackendNCCL hangs")
     assert status(data, backend="ceiling") == ["ok", "ok"] and status(data, backend="nccl") == ["timeout"]
     hung = next(entry for entry in data["runs"] if entry["backend"] == "nccl")
-    assert hung["result"]["backend_class"] == "TPBackendNCCL" and "Timeout" in hung["stderr_tail"]
+    assert hung["result"]["backend_class"] == "TPBackendNCCL" and "loaded" in hung["stdout_tail"]
+    assert "in step" in hung["stderr_tail"] or limits[0] == "--timeout"
     assert [entry["reason"] for entry in data["skipped"]] == ["hung on tiny in round 1"]
+
+
+def test_a_hang_among_turns_leaves_the_others_a_run_of_their_own(site, tmp_path):
+    args = ["--turns", "--backends", "native,nccl", "--rounds", "1", "--patience", "3"]
+    _, data, _ = run(site, tmp_path, *args, trouble="TPBackendNCCL hangs")
+    alone = {entry["backend"]: entry for entry in data["runs"] if not entry["in_turns"]}
+    assert alone["turns"]["status"] == "timeout" and alone["nccl"]["status"] == "timeout"
+    assert alone["native"]["status"] == "ok" and "decode_1" in alone["native"]["result"]
 
 
 def test_ending_the_program_ends_its_sub_run(site, tmp_path):
