@@ -104,7 +104,9 @@ impl Member {
         ordinal: u32,
         (offer, file): (Offer, Option<OwnedFd>),
     ) -> Result<Member> {
-        let (mailbox, holds) = if offer.process == this_process() {
+        // The driver opens no IPC handle in the process that made it.
+        let is_neighbour = offer.process == this_process();
+        let (mailbox, holds) = if is_neighbour && offer.handle != MemoryHandle::File {
             if ordinal != gpu.properties().ordinal {
                 gpu.enable_peer(ordinal)?;
             }

@@ -1,6 +1,6 @@
 """Peer-to-peer collectives for the GPUs of one machine."""
 
-from ._peerlane import Communicator, topology, version
+from ._peerlane import Communicator, PreparedAllReduce, topology, version
 from .errors import (
     AbortedError,
     ClosedError,
@@ -27,6 +27,7 @@ __all__ = [
     "MismatchError",
     "NoDriverError",
     "PeerLostError",
+    "PreparedAllReduce",
     "RendezvousError",
     "UnreachableError",
     "UnsupportedError",

@@ -9,7 +9,7 @@ use crate::error;
 use crate::options::{self, Given};
 use crate::tensor::{Need, Tensor};
 use peerlane::gpu::DevicePtr;
-use peerlane::{AllGather, AllReduce, Broadcast, DType, Gather, ReduceScatter};
+use peerlane::{AllGather, AllReduce, Broadcast, DType, Gather, ReduceOp, ReduceScatter, Wire};
 use pyo3::prelude::*;
 use pyo3::types::PySequence;
 
@@ -75,6 +75,29 @@ pub(crate) fn all_reduce(
     let stream = rank.stream(py, CALL, stream, src.stream)?;
     // SAFETY: both tensors lie on this rank's GPU and have `count` elements; that they stay alive
     // until the stream has passed is the caller's part, as with torch's own asynchronous calls.
+    rank.queue(py, CALL, |rank| unsafe { rank.all_reduce(&request, stream) })
+}
+
+/// The call of a prepared all-reduce.
+#[inline]
+pub(crate) fn all_reduce_in_place(
+    rank: &Communicator,
+    py: Python<'_>,
+    tensor: &Bound<'_, PyAny>,
+    (op, wire): (ReduceOp, Wire),
+    contribution: Given<'_, '_>,
+) -> PyResult<()> {
+    const CALL: &str = "all_reduce";
+    let place = rank.place(CALL, "tensor");
+    let tensor = Tensor::read_writable(&place, tensor, Need::Elements(None))?;
+    let request = AllReduce {
+        op,
+        wire,
+        contribution: options::contribution(CALL, contribution)?,
+        ..AllReduce::in_place(tensor.at(), tensor.count, element(&tensor))
+    };
+    let stream = rank.stream(py, CALL, None, tensor.stream)?;
+    // SAFETY: as in `all_reduce`.
     rank.queue(py, CALL, |rank| unsafe { rank.all_reduce(&request, stream) })
 }
 

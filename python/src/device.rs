@@ -174,6 +174,12 @@ impl<'a> Place<'a> {
         self.simulated
     }
 
+    /// The index of a real GPU.
+    #[inline]
+    pub(crate) fn real_ordinal(&self) -> Option<u32> {
+        (!self.simulated).then_some(self.ordinal)
+    }
+
     #[inline]
     pub(crate) fn ordinal(&self) -> u32 {
         self.ordinal

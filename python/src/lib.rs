@@ -9,6 +9,7 @@ mod collectives;
 mod communicator;
 mod device;
 mod error;
+mod exchange;
 mod memory;
 mod options;
 mod tensor;
@@ -20,7 +21,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _peerlane {
     #[pymodule_export]
-    use crate::communicator::Communicator;
+    use crate::communicator::{Communicator, PreparedAllReduce};
 
     use crate::device::Device;
     use crate::error;

@@ -117,13 +117,13 @@ pub(crate) fn stream(
     call: &str,
     given: Given<'_, '_>,
     tensors: Option<u64>,
-    device: Option<&Bound<'_, PyTuple>>,
+    device: Option<(u32, &Bound<'_, PyTuple>)>,
 ) -> PyResult<Stream> {
     match (given, tensors, device) {
         (Some(given), ..) => explicit_stream(call, given),
         (None, Some(stream), _) => Ok(Stream(stream)),
-        (None, None, Some(device)) => match Torch::loaded(device.py())? {
-            Some(torch) => torch.current_stream(device),
+        (None, None, Some((ordinal, device))) => match Torch::loaded(device.py())? {
+            Some(torch) => torch.current_stream(ordinal, device),
             None => Ok(Stream::default()),
         },
         (None, None, None) => Ok(Stream::default()),

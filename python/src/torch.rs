@@ -5,6 +5,7 @@
 
 use crate::device::Place;
 use crate::error;
+use crate::exchange::{Described, Exchange};
 use crate::tensor::{Need, Tensor};
 use peerlane::DType;
 use peerlane::gpu::Stream;
@@ -20,6 +21,8 @@ pub(crate) struct Torch {
     dtypes: [(Py<PyAny>, DType); 3],
     /// Absent in a build without CUDA, which has no GPU tensors either.
     current_stream: Option<Py<PyAny>>,
+    /// Absent before torch 2.10.
+    exchange: Option<Exchange>,
 }
 
 static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
@@ -61,6 +64,7 @@ impl Torch {
                 .getattr("_C")?
                 .getattr_opt("_cuda_getCurrentRawStream")?
                 .map(Bound::unbind),
+            exchange: Exchange::of(&torch.getattr("Tensor")?)?,
         })
     }
 
@@ -78,7 +82,14 @@ impl Torch {
 
     /// The raw stream that torch would queue work on; `device` holds the GPU's index.
     #[inline]
-    pub(crate) fn current_stream(&self, device: &Bound<'_, PyTuple>) -> PyResult<Stream> {
+    pub(crate) fn current_stream(
+        &self,
+        ordinal: u32,
+        device: &Bound<'_, PyTuple>,
+    ) -> PyResult<Stream> {
+        if let Some(stream) = self.exchange.as_ref().and_then(|exchange| exchange.stream(ordinal)) {
+            return Ok(stream);
+        }
         let Some(current) = &self.current_stream else { return Ok(Stream::default()) };
         current.bind(device.py()).call1(device)?.extract().map(Stream)
     }
@@ -96,6 +107,12 @@ impl Torch {
         object: &Bound<'_, PyAny>,
         need: Need,
     ) -> PyResult<Tensor> {
+        if let Some(exchange) = &self.exchange
+            && let Some(found) = exchange.describe(object, place.real_ordinal())
+            && let Some(tensor) = Torch::accept(place, object, need, &found)?
+        {
+            return Ok(tensor);
+        }
         let py = object.py();
         let (dtype, item) = match need {
             Need::Elements(declared) => {
@@ -122,6 +139,27 @@ impl Torch {
             place.check_owner(object, &tensor)?;
         }
         Ok(tensor)
+    }
+
+    /// A tensor that torch has described, if its element type needs no second look.
+    #[inline]
+    fn accept(
+        place: &Place<'_>,
+        object: &Bound<'_, PyAny>,
+        need: Need,
+        found: &Described,
+    ) -> PyResult<Option<Tensor>> {
+        let dtype = match (need, found.dtype) {
+            (Need::Elements(None), Some(dtype)) => Some(dtype),
+            (Need::Elements(_), _) => return Ok(None),
+            (Need::Bytes | Need::Rows, _) => None,
+        };
+        let &Described { address, count, item, last, .. } = found;
+        let tensor = Tensor { address, count, item, dtype, last, stream: None, writable: true };
+        if place.simulated() {
+            place.check_owner(object, &tensor)?;
+        }
+        Ok(Some(tensor))
     }
 
     /// On a real GPU, that the tensor is there. On a simulated one, that it is in host memory, of
