@@ -72,7 +72,8 @@ class TPBackendP2P:
         self.master = master
         self.uuid = uuid
         self.options = options or Options.from_env()
-        self.communicator: peerlane.Communicator | None = None
+        # None in the helper, and where native does the work.
+        self.communicator: Any = None
         self.native: Any = None
         self._ranks = {device: rank for rank, device in enumerate(sorted(active_devices))}
         # The extension recognises interned strings by their address.
@@ -110,8 +111,9 @@ class TPBackendP2P:
             self._fall_back(native, reason)
             return
         if master:
+            travel = "fp32" if self._wire == "native" else self._wire
             announce(
-                f"TP backend: p2p, {len(self._ranks)} GPUs, fp32 sums travel as {self._travel()}"
+                f"TP backend: p2p, world size {len(self._ranks)}, fp32 sums travel as {travel}"
             )
 
     def all_reduce(self, tensor: torch.Tensor, contribution: bool = True) -> None:
@@ -214,9 +216,6 @@ class TPBackendP2P:
             raise _invalid(argument, f"one of the active devices {sorted(self._ranks)}", device)
         return rank
 
-    def _travel(self) -> str:
-        return "bf16" if self._wire == "bf16" else "fp32"
-
     def _fall_back(self, arguments: dict[str, Any], reason: Exception) -> None:
         if self.master:
             announce(f"TP backend: native, because p2p cannot work here: {reason}")
@@ -230,7 +229,7 @@ class TPBackendP2P:
         for method in _METHODS:
             setattr(self, method, getattr(self.native, method))
         if self.master:
-            self.close = self._close_native
+            setattr(self, "close", self._close_native)
 
     def _close_native(self) -> None:
         os.environ.pop(_verdict_key(self.uuid), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, fields
+from typing import Any
 
 log = logging.getLogger("peerlane")
 
@@ -52,13 +53,11 @@ class Options:
     @classmethod
     def from_env(cls) -> Options:
         """The options that the environment asks for, defaults for the rest."""
-        given = {name: os.environ[key] for name, key in ENVIRONMENT.items() if os.environ.get(key)}
-        return cls(
-            **{
-                name: value if name in CHOICES else _seconds(name, value)
-                for name, value in given.items()
-            }
-        )
+        given: dict[str, Any] = {}
+        for name, key in ENVIRONMENT.items():
+            if text := os.environ.get(key):
+                given[name] = text if name in CHOICES else _seconds(name, text)
+        return cls(**given)
 
 
 def _seconds(name: str, text: str) -> float:

@@ -1,8 +1,8 @@
-"""Stand-ins for the extension: one that records calls, one whose ranks meet through files.
+"""Stand-ins for `peerlane.Communicator`: one that records calls, one whose ranks meet through files.
 
-They let the Python side be tested where the extension is not built. `FileCommunicator` follows the
-documented behaviour of `peerlane.Communicator` between real processes: rank-ordered sums, calls that
-never wait on the host for their errors to show, sticky errors, and names for ranks that are gone.
+`FileCommunicator` follows the documented behaviour between real processes: rank-ordered sums, errors
+that show at a later call and stay, and names for ranks that are gone. It checks the tests themselves,
+works on plain host memory, and can be told to refuse.
 """
 
 from __future__ import annotations
@@ -14,29 +14,6 @@ from typing import Any
 
 import numpy as np
 import peerlane
-
-ERRORS = (
-    "DeadlineError",
-    "AbortedError",
-    "PeerLostError",
-    "MismatchError",
-    "RendezvousError",
-    "UnreachableError",
-    "NoDriverError",
-    "UnsupportedError",
-    "ClosedError",
-)
-
-
-def stand_in() -> None:
-    """Gives `peerlane` the names that the extension would bring, where it is not built."""
-    if hasattr(peerlane, "Communicator"):
-        return
-    peerlane.Error = type("Error", (Exception,), {"__module__": "peerlane"})
-    for name in ERRORS:
-        setattr(peerlane, name, type(name, (peerlane.Error,), {"__module__": "peerlane"}))
-    peerlane.Communicator = Recorder
-    peerlane.topology = lambda: topology(0)
 
 
 def topology(

@@ -18,18 +18,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import p2p_fakes
-
-p2p_fakes.stand_in()
-
-import peerlane  # noqa: E402
-from peerlane.exllamav3 import Options, TPBackendP2P  # noqa: E402
+import peerlane
+from peerlane.exllamav3 import Options, TPBackendP2P
 
 # Joining takes a spawned interpreter's start, on a machine that may be busy with others.
 REPLY_TIMEOUT = 120.0
-
-
-def extension_is_built() -> bool:
-    return not issubclass(peerlane.Communicator, p2p_fakes.Recorder)
 
 
 @dataclass

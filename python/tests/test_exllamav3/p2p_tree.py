@@ -13,15 +13,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from peerlane.exllamav3.options import ENVIRONMENT
 
-# A spawned process whose test works without the extension needs its stand-in before anything else.
+# A spawned process of a test on files needs the stand-in before anything else.
 # Only a test that has imported the package sets the variable, so the main process skips this.
 STAND_IN = """
 import os
 if os.environ.get("PEERLANE_TEST_FOLDER"):
     import p2p_fakes
     import peerlane
-    p2p_fakes.stand_in()
     peerlane.Communicator = p2p_fakes.FileCommunicator
 """
 
@@ -189,3 +189,10 @@ def load(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: tuple[str, st
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
     return importlib.import_module("exllamav3.model.model_tp")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option from outside changes what a test sees."""
+    for key in ENVIRONMENT.values():
+        monkeypatch.delenv(key, raising=False)

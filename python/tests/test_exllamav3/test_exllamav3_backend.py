@@ -11,7 +11,16 @@ import p2p_tree
 import peerlane
 import pytest
 from p2p_fakes import Recorder
+from p2p_tree import plain_environment  # noqa: F401
 from peerlane.exllamav3 import Options, TPBackendP2P
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    """Communicators that only keep what they were called with."""
+    fresh = type("Recorder", (Recorder,), {})
+    monkeypatch.setattr(peerlane, "Communicator", fresh)
+    return fresh
 
 
 def make(device: int = 0, active: tuple[int, ...] = (1, 0), **more: Any) -> TPBackendP2P:

@@ -1,7 +1,7 @@
 """ExLlamaV3's contract, by call site, with every rank in a spawned process.
 
-Each team runs twice: on the extension's simulated GPUs, and on the file-based stand-in, which needs
-no extension and checks the cases themselves. PEERLANE_TEST_STRESS sets the number of mixed calls.
+Each team runs twice: on simulated GPUs, and on the file-based stand-in, which checks the cases
+themselves. PEERLANE_TEST_STRESS sets the number of mixed calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import p2p_cases as cases
 import pytest
-from p2p_ranks import Failed, Team, extension_is_built
+from p2p_ranks import Failed, Team
 
 STRESS = int(os.environ.get("PEERLANE_TEST_STRESS", "60"))
 
@@ -27,8 +27,6 @@ def team(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Team]:
     transport, _, name = request.param.partition("-")
-    if transport == "sim" and not extension_is_built():
-        pytest.skip("the peerlane extension is not built")
     with Team(*TEAMS[name], transport, tmp_path_factory.mktemp("ranks")) as team:
         yield team.ready()
 

@@ -1,6 +1,6 @@
 """Ranks that die, that stay away, that come late, and that leave in any order.
 
-On the extension's simulated GPUs and on the file-based stand-in, as in test_exllamav3_contract.
+On simulated GPUs and on the file-based stand-in, as in test_exllamav3_contract.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import p2p_cases as cases
 import pytest
-from p2p_ranks import Failed, Team, extension_is_built
+from p2p_ranks import Failed, Team
 from peerlane.exllamav3 import Options
 
 GONE = {"PeerLostError", "AbortedError"}
@@ -19,8 +19,6 @@ GONE = {"PeerLostError", "AbortedError"}
 
 @pytest.fixture(params=["files", "sim"])
 def transport(request: pytest.FixtureRequest) -> str:
-    if request.param == "sim" and not extension_is_built():
-        pytest.skip("the peerlane extension is not built")
     return request.param
 
 
@@ -68,6 +66,21 @@ def test_a_rank_that_makes_no_call(transport: str, tmp_path: Path) -> None:
         (again,) = failures_of(team, [0])
         assert again.kind == "DeadlineError"
         team.run(cases.leave)
+
+
+def test_a_pass_that_does_not_wait_for_the_gpu(transport: str, tmp_path: Path) -> None:
+    """The failure shows at the next call after it is known."""
+    options = Options(deadline=1.0, first_deadline=1.0, check="late")
+    with Team([1, 0], 0, transport, tmp_path, options=options) as team:
+        team.ready().send(0, cases.barrier)
+        try:
+            team.reply(0)
+        except Failed as failed:
+            assert failed.kind == "DeadlineError"
+        time.sleep(3)
+        team.send(0, cases.idle)
+        (failed,) = failures_of(team, [0])
+        assert failed.kind == "DeadlineError" and "rank 1" in failed.message
 
 
 def test_a_rank_that_never_starts(transport: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import p2p_fakes
 import p2p_tree
 import peerlane
 import pytest
-from p2p_ranks import extension_is_built
+from p2p_tree import plain_environment  # noqa: F401
 from peerlane.exllamav3 import Options, hooks, install, uninstall
 
 
@@ -35,10 +35,8 @@ def options(
     tmp_path: Path,
     tree: ModuleType,
 ) -> Options:
-    """Options under which real processes can join: on files, or on the extension's simulated GPUs."""
+    """Options under which real processes can join: on files, or on simulated GPUs."""
     if request.param == "sim":
-        if not extension_is_built():
-            pytest.skip("the peerlane extension is not built")
         return Options(device_format="sim:{device}/8")
     monkeypatch.setenv("PEERLANE_TEST_FOLDER", str(tmp_path))
     monkeypatch.setattr(peerlane, "Communicator", p2p_fakes.FileCommunicator)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import p2p_real
+import peerlane
 import pytest
 
 HERE = Path(__file__).parent
@@ -37,7 +38,7 @@ def tree(request: pytest.FixtureRequest) -> Path:
 def outcome(tree: Path, folder: Path, backend: str, **environment: str) -> dict[str, Any]:
     """What `p2p_real` saw with this tree and backend."""
     (folder / "sitecustomize.py").write_text(p2p_real.SITECUSTOMIZE)
-    path = [folder, HERE, tree, HERE.parents[1]]
+    path = [folder, HERE, tree, Path(peerlane.__file__).parents[1]]
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "PEERLANE_TEST_FOLDER": str(folder),
