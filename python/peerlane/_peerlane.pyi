@@ -167,7 +167,6 @@ def topology(devices: Iterable[_Device] | None = None) -> dict[str, Any]:
 def version() -> str:
     """The version of the library."""
 
-@final
 class PreparedAllReduce:
     """An all-reduce in place whose options are fixed."""
 

@@ -1,0 +1,221 @@
+"""`install`: teaches an unmodified ExLlamaV3 the backends "p2p" and "auto".
+
+Two functions of ExLlamaV3 are replaced in the main process:
+
+- `Model_TPMixin.create_tp_context`, which knows only "native" and "nccl", gets a string that equals
+  "native" but is of the type `P2P`. ExLlamaV3 passes it on in `backend_args` to every process.
+- `model_tp_fn.init_pg`, which makes the backend of a process, runs for such a string with
+  `TPBackendP2P` in place of `TPBackendNative`.
+
+Spawned processes are fresh interpreters without these replacements. Each of them unpickles its
+`backend_args` first, and unpickling a `P2P` replaces its `init_pg`.
+
+Invariant: a model loaded with "native" or "nccl" runs ExLlamaV3's own code in all its processes, and
+its children never import Peerlane.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from dataclasses import replace
+from typing import Any
+from collections.abc import Callable
+
+from .backend import TPBackendP2P
+from .options import Options, announce
+from .selection import choose
+
+VERSIONS = "1.4.1 to 1.6.5"
+
+# What stands in ExLlamaV3 now: (owner, attribute, original, replacement).
+_patches: list[tuple[Any, str, Any, Any]] = []
+_options = Options()
+
+
+def install(*, exact: bool | None = None, options: Options | None = None) -> None:
+    """Makes `tp_backend="p2p"` and `tp_backend="auto"` work in models loaded from now on.
+
+    `exact=True` sends fp32 sums as they are rather than rounded to bf16. `options` replaces what the
+    environment says. A second call only changes options. Raises ImportError if ExLlamaV3 cannot be
+    imported, RuntimeError if it lacks what is replaced.
+    """
+    global _options
+    wanted = options or Options.from_env()
+    if exact is not None:
+        wanted = replace(wanted, wire="native" if exact else "bf16")
+    if not _patches:
+        model_tp, model_tp_fn = _module("model_tp"), _module("model_tp_fn")
+        _need(_module("model_tp_backend"), "TPBackendNative")
+        mixin = _need(model_tp, "Model_TPMixin")
+        # Both are looked at before either is replaced.
+        found = [
+            (
+                mixin,
+                "create_tp_context",
+                _create_tp_context,
+                _need(mixin, "create_tp_context", ("tp_backend",)),
+            ),
+            (model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn)),
+        ]
+        for owner, attribute, make, original in found:
+            _put(owner, attribute, make, original)
+    _options = wanted
+
+
+def uninstall() -> None:
+    """Puts ExLlamaV3's own functions back. Models that are loaded keep their backend."""
+    for owner, attribute, _, replacement in _patches:
+        if getattr(owner, attribute) is not replacement:
+            raise RuntimeError(
+                f"peerlane.exllamav3.uninstall: {_path(owner, attribute)}: expected Peerlane's function, got "
+                f"{getattr(owner, attribute)!r}, which was put over it and has to go first"
+            )
+    while _patches:
+        owner, attribute, original, _ = _patches.pop()
+        setattr(owner, attribute, original)
+
+
+class P2P(str):
+    """The backend type that ExLlamaV3 takes for "native" and Peerlane for its own."""
+
+    options: Options
+    met: bool
+    """Whether a backend has been made from it in this process."""
+
+    def __new__(cls, options: Options) -> P2P:
+        self = super().__new__(cls, "native")
+        self.options = options
+        self.met = False
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[Options], P2P], tuple[Options]]:
+        return _arrive, (self.options,)
+
+
+def _arrive(options: Options) -> P2P:
+    """Runs in a spawned process, before ExLlamaV3's worker does."""
+    if not _patches:
+        model_tp_fn = _module("model_tp_fn")
+        _put(model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn))
+    return P2P(options)
+
+
+def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_tp_context(self: Any, tp_backend: str) -> Any:
+        if tp_backend == "auto":
+            choice = choose(self.active_devices)
+            announce(f"TP backend: auto chose {choice.backend} ({choice.reason})")
+            tp_backend = choice.backend
+        if tp_backend != "p2p":
+            return original(self, tp_backend)
+        p2p = P2P(_options)
+        result = original(self, p2p)
+        self.tp_backend = "p2p"
+        if not p2p.met:
+            raise RuntimeError(
+                f"ExLlamaV3 {_version()}: create_tp_context: expected it to pass its tp_backend on as "
+                f"backend_args['type'], got a native backend; Peerlane knows {VERSIONS}"
+            )
+        return result
+
+    return create_tp_context
+
+
+def _init_pg(original: types.FunctionType) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init_pg(
+        device: int,
+        active_devices: list[int],
+        output_device: int,
+        backend_args: dict[str, Any],
+        master: bool = False,
+    ) -> Any:
+        p2p = backend_args["type"]
+        if not isinstance(p2p, P2P):
+            return original(device, active_devices, output_device, backend_args, master)
+        p2p.met = True
+        # A namespace of its own rather than a swap in the module: another thread may be loading a
+        # model with the real TPBackendNative.
+        backend = functools.partial(TPBackendP2P, options=p2p.options)
+        namespace = {**original.__globals__, "TPBackendNative": backend}
+        with_p2p = types.FunctionType(original.__code__, namespace, original.__name__)
+        return with_p2p(device, active_devices, output_device, backend_args, master)
+
+    return init_pg
+
+
+def _init_pg_of(model_tp_fn: types.ModuleType) -> types.FunctionType:
+    """ExLlamaV3's `init_pg`, if it and its callers look names up where the replacement expects it."""
+    original = _need(
+        model_tp_fn,
+        "init_pg",
+        ("device", "active_devices", "output_device", "backend_args", "master"),
+    )
+    users = {
+        "init_pg": (original, "TPBackendNative"),
+        "mp_model_worker": (_need(model_tp_fn, "mp_model_worker"), "init_pg"),
+        "PseudoParentConn.__init__": (_need(model_tp_fn, "PseudoParentConn").__init__, "init_pg"),
+    }
+    for user, (function, name) in users.items():
+        code = getattr(function, "__code__", None)
+        if code is None or name not in code.co_names or function.__closure__:
+            raise _lacking(
+                f"{_path(model_tp_fn, user)} as a plain function that uses the global {name}",
+                function,
+            )
+    return original
+
+
+def _put(owner: Any, attribute: str, make: Callable[..., Any], original: Any) -> None:
+    replacement = make(original)
+    setattr(owner, attribute, replacement)
+    _patches.append((owner, attribute, original, replacement))
+
+
+def _module(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(f"exllamav3.model.{name}")
+    except ModuleNotFoundError as error:
+        if error.name == "exllamav3":
+            raise ImportError(
+                f"peerlane.exllamav3.install: expected ExLlamaV3 ({VERSIONS}) to be installed, got: {error}"
+            ) from error
+        if error.name in ("exllamav3.model", f"exllamav3.model.{name}"):
+            raise _lacking(f"the module exllamav3.model.{name}", None) from error
+        raise
+
+
+def _need(owner: Any, attribute: str, parameters: tuple[str, ...] = ()) -> Any:
+    found = getattr(owner, attribute, None)
+    if found is None:
+        raise _lacking(_path(owner, attribute), None)
+    code = getattr(found, "__code__", None)
+    taken = () if code is None else code.co_varnames[: code.co_argcount]
+    if missing := [parameter for parameter in parameters if parameter not in taken]:
+        raise _lacking(f"{_path(owner, attribute)} with the parameter {missing[0]}", taken)
+    return found
+
+
+def _lacking(expected: str, got: object) -> RuntimeError:
+    return RuntimeError(
+        f"ExLlamaV3 {_version()}: expected {expected}, got {got!r}; Peerlane knows {VERSIONS}"
+    )
+
+
+def _path(owner: Any, attribute: str) -> str:
+    module = (
+        owner.__name__
+        if isinstance(owner, types.ModuleType)
+        else f"{owner.__module__}.{owner.__name__}"
+    )
+    return f"{module}.{attribute}"
+
+
+def _version() -> str:
+    try:
+        return importlib.import_module("exllamav3.version").__version__
+    except (ImportError, AttributeError):
+        return "of an unknown version"

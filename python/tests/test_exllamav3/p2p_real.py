@@ -1,0 +1,90 @@
+"""Loads the processes of a model with a real ExLlamaV3, on a machine without GPUs.
+
+Run as a program in an interpreter of its own, with `sitecustomize` from the same test on the path.
+ExLlamaV3's own code makes the context, spawns the workers and drives them; only its compiled
+extension and torch's CUDA calls do nothing, and Peerlane's ranks meet through files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+# Put first on the path of the program and of every process that it spawns.
+SITECUSTOMIZE = """
+import sys
+import types
+from unittest import mock
+
+import torch
+
+stub = types.ModuleType("exllamav3.ext")
+stub.exllamav3_ext = mock.MagicMock(name="exllamav3_ext")
+stub.exllamav3_ext.cuda_host_get_device_pointer = lambda pointer: pointer
+sys.modules["exllamav3.ext"] = stub
+torch.cuda.set_device = lambda device: None
+torch.cuda.synchronize = lambda device=None: None
+zeros = torch.zeros
+torch.zeros = lambda *size, device=None, **more: zeros(*size, **more)
+
+import p2p_fakes
+import peerlane
+
+peerlane.Communicator = p2p_fakes.FileCommunicator
+"""
+
+
+def describe(local_context: dict[str, Any]) -> dict[str, Any]:
+    backend = local_context["backend"]
+    native = getattr(backend, "native", None)
+    return {"backend": type(backend).__name__, "native": type(native).__name__}
+
+
+def one_pass(local_context: dict[str, Any]) -> list[float]:
+    """What a forward pass asks of the backend, on host memory."""
+    import numpy as np
+
+    backend, device = local_context["backend"], local_context["device"]
+    output = local_context["output_device"]
+    tensor = np.full(8, device + 1, np.float32)
+    backend.all_reduce(tensor, True)
+    backend.broadcast(tensor, output)
+    joined = np.zeros((1, 256), np.float16) if device == output else None
+    part = np.full((1, 128), device, np.float16)
+    backend.gather(part, joined, sorted(local_context["active_devices"]), output, [128, 128])
+    backend.end_cpu_reduce_jobs()
+    return [float(tensor[0]), *([] if joined is None else joined[0, ::128].tolist())]
+
+
+def main(backend: str) -> dict[str, Any]:
+    from exllamav3.model import model_tp, model_tp_fn
+
+    import peerlane.exllamav3
+
+    before = model_tp.Model_TPMixin.create_tp_context, model_tp_fn.init_pg
+    peerlane.exllamav3.install()
+    model = model_tp.Model_TPMixin()
+    model.active_devices, model.tp_output_device = [1, 0], 0
+    model.create_tp_context(backend)
+    everyone = [*model.active_devices, -1]
+    seen = model.tp_worker_dispatch_wait_multi([1, -1, 0], describe, ())
+    outcome = {"seen": dict(zip(["1", "-1", "0"], seen)), "tp_backend": model.tp_backend}
+    if backend == "p2p" and seen[2]["native"] == "NoneType":
+        model.tp_worker_dispatch(-1, model_tp_fn.mp_cpu_reduce, ())
+        outcome["pass"] = model.tp_worker_dispatch_wait_multi(model.active_devices, one_pass, ())
+        assert model.tp_worker_result(-1) is None
+    children = [model.mp_children[device] for device in everyone if device != 0]
+    model.destroy_tp_context()
+    # ExLlamaV3 terminates a child that has not ended after 2 s, which a busy machine may need.
+    outcome["left over"] = sum(child.exitcode is None for child in children)
+    peerlane.exllamav3.uninstall()
+    after = model_tp.Model_TPMixin.create_tp_context, model_tp_fn.init_pg
+    outcome["restored"] = before == after
+    return outcome
+
+
+if __name__ == "__main__":
+    import p2p_real
+
+    print(json.dumps(p2p_real.main(sys.argv[1])))

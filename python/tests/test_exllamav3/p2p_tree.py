@@ -1,0 +1,198 @@
+"""A small package named `exllamav3` that starts and drives its processes as ExLlamaV3 does.
+
+It has what `peerlane.exllamav3.install` relies on, under the same names: a context that knows two
+backends, workers that are spawned with `backend_args`, the output device run in the main process,
+and a helper process started last. Its backends record who they are and move nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from peerlane.exllamav3.options import ENVIRONMENT
+
+# A spawned process of a test on files needs the stand-in before anything else.
+# Only a test that has imported the package sets the variable, so the main process skips this.
+STAND_IN = """
+import os
+if os.environ.get("PEERLANE_TEST_FOLDER"):
+    import p2p_fakes
+    import peerlane
+    peerlane.Communicator = p2p_fakes.FileCommunicator
+"""
+
+FILES = {
+    "__init__.py": STAND_IN,
+    "version.py": '__version__ = "1.6.5"\n',
+    "model/__init__.py": "",
+    "model/model_tp_backend.py": """
+class Recording:
+    def __init__(self, device, active_devices, output_device, init_method, master, uuid, shbuf_size=1, cpu=False):
+        self.device, self.master, self.uuid, self.cpu = device, master, uuid, cpu
+
+    def all_reduce(self, tensor, contribution=True):
+        tensor += 1000
+
+    def broadcast(self, tensor, src_device): pass
+    def gather(self, tensor, out_tensor, gather_devices, out_device, ldims): pass
+    def gather_small(self, tensor, out_tensor, gather_devices, out_device, ldims): pass
+    def fwd_barrier(self): pass
+    def run_cpu_reduce_jobs(self): pass
+    def end_cpu_reduce_jobs(self): pass
+    def close(self): pass
+
+
+class TPBackendNative(Recording): pass
+class TPBackendNCCL(Recording): pass
+""",
+    "model/model_tp_fn.py": """
+import os
+import sys
+from .model_tp_backend import TPBackendNCCL, TPBackendNative
+
+
+def init_pg(device, active_devices, output_device, backend_args, master=False):
+    shared = dict(device=device, active_devices=active_devices, output_device=output_device,
+                  init_method=backend_args["init_method"], master=master, uuid=backend_args["uuid"])
+    match backend_args["type"]:
+        case "nccl":
+            backend = TPBackendNCCL(**shared)
+        case "native":
+            backend = TPBackendNative(**shared, cpu=device < 0)
+        case _:
+            raise ValueError("Unknown backend type")
+    return {"device": device, "backend": backend}
+
+
+def mp_model_worker(conn, device, active_devices, output_device, backend_args):
+    try:
+        local_context = init_pg(device, active_devices, output_device, backend_args)
+    except Exception as error:
+        conn.send(error)
+        return
+    while (message := conn.recv()) != "quit":
+        function, args = message
+        try:
+            conn.send(function(local_context, *args))
+        except Exception as error:
+            conn.send(error)
+    local_context["backend"].close()
+
+
+def mp_describe(local_context):
+    backend = local_context["backend"]
+    return {
+        "backend": type(backend).__name__,
+        "native": getattr(backend, "native", None) is not None,
+        "joined": getattr(backend, "communicator", None) is not None,
+        "wire": backend.options.wire if hasattr(backend, "options") else None,
+        "peerlane": any(name.partition(".")[0] == "peerlane" for name in sys.modules),
+        "pid": os.getpid(),
+    }
+
+
+def mp_sum(local_context):
+    import numpy
+    backend = local_context["backend"]
+    joined = getattr(backend, "communicator", None)
+    tensor = (joined or numpy).empty(8, numpy.float32)
+    tensor[...] = local_context["device"] + 1
+    backend.all_reduce(tensor, True)
+    backend.end_cpu_reduce_jobs()
+    return tensor.tolist()
+
+
+class PseudoParentConn:
+    def __init__(self, device, active_devices, output_device, backend_args):
+        self.local_context = init_pg(device, active_devices, output_device, backend_args, master=True)
+
+    def send(self, message):
+        function, args = message
+        self.result = function(self.local_context, *args)
+
+    def recv(self):
+        return self.result
+
+    def quit(self):
+        self.local_context["backend"].close()
+""",
+    "model/model_tp.py": """
+import multiprocessing
+import uuid
+from multiprocessing import Pipe, Process
+from .model_tp_fn import *
+
+
+class Model_TPMixin:
+    def create_tp_context(self, tp_backend: str):
+        multiprocessing.set_start_method("spawn", force=True)
+        self.tp_backend = tp_backend
+        match tp_backend:
+            case "nccl" | "native":
+                backend_args = {"type": tp_backend, "init_method": "tcp://127.0.0.1:1", "uuid": uuid.uuid4().hex}
+            case _:
+                raise ValueError(f"Unkwown backend type: {tp_backend}")
+        self.conns, self.children = {}, {}
+        for device in self.active_devices + [-1]:
+            if device == self.tp_output_device:
+                self.conns[device] = PseudoParentConn(
+                    device, self.active_devices, self.tp_output_device, backend_args)
+                continue
+            self.conns[device], end = Pipe()
+            self.children[device] = Process(
+                target=mp_model_worker,
+                args=(end, device, self.active_devices, self.tp_output_device, backend_args))
+            self.children[device].start()
+
+
+class Model(Model_TPMixin):
+    def load(self, active_devices, output_device, tp_backend):
+        self.active_devices, self.tp_output_device = active_devices, output_device
+        self.create_tp_context(tp_backend)
+        return self
+
+    def run(self, function, devices=None):
+        devices = self.active_devices if devices is None else devices
+        for device in devices:
+            self.conns[device].send((function, ()))
+        return {device: self.conns[device].recv() for device in devices}
+
+    def unload(self):
+        for device in self.children:
+            self.conns[device].send("quit")
+        self.conns[self.tp_output_device].quit()
+        for child in self.children.values():
+            child.join(20)
+""",
+}
+
+
+def write(folder: Path, **changes: tuple[str, str]) -> None:
+    """Writes the package; `changes` replace text in a module of `model` to make another version."""
+    for name, text in FILES.items():
+        old, new = changes.get(Path(name).stem, ("", ""))
+        assert old in text
+        path = folder / "exllamav3" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace(old, new) if old else text)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: tuple[str, str]) -> ModuleType:
+    """Writes the package, imports it afresh and returns its `model_tp`."""
+    write(folder, **changes)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "exllamav3"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+    return importlib.import_module("exllamav3.model.model_tp")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option from outside changes what a test sees."""
+    for key in ENVIRONMENT.values():
+        monkeypatch.delenv(key, raising=False)
