@@ -143,3 +143,18 @@ def test_strings_made_at_run_time_are_choices_too(group: Group) -> None:
     rank.all_reduce(array, dtype="".join(["float", "32"]))
     rank.synchronize()
     np.testing.assert_array_equal(array, integers(0, (5,)))
+
+
+@pytest.mark.parametrize("op", ["sum", "max"])
+def test_a_prepared_call_is_the_call(group: Group, op: str) -> None:
+    ranks = group(3)
+    values = [np.linspace(0.1, 1, 1001, dtype=np.float32) * (rank + 1) for rank in range(3)]
+    plain = [store(rank, mine, "float32") for rank, mine in zip(ranks, values)]
+    prepared = [store(rank, mine, "float32") for rank, mine in zip(ranks, values)]
+    runs = [rank.prepare_all_reduce(op=op, wire="bf16").run for rank in ranks]
+    for number, (rank, run) in enumerate(zip(ranks, runs)):
+        rank.all_reduce(plain[number], op=op, wire="bf16", contribution=number != 1)
+        run(prepared[number], number != 1)
+    synchronize(ranks)
+    for one, other in zip(plain, prepared):
+        np.testing.assert_array_equal(load(one, "float32"), load(other, "float32"))

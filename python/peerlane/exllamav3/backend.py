@@ -79,6 +79,7 @@ class TPBackendP2P:
         # The extension recognises interned strings by their address.
         self._wire = sys.intern(self.options.wire)
         self._first_pass = True
+        self._last_gather: tuple[Any, int, list[int], int] | None = None
 
         native = {
             "device": device,
@@ -137,6 +138,35 @@ class TPBackendP2P:
     ) -> None:
         """Joins the tensors of `gather_devices` along the last dimension in `out_tensor` of
         `out_device`, in the order of device indices. `ldims` are their widths; 0 for none."""
+        # A model gathers the same way in every pass; comparing two short lists is cheaper than
+        # checking them again.
+        if self._last_gather is None or self._last_gather[0] != (gather_devices, ldims, out_device):
+            self._last_gather = self._plan_gather(gather_devices, out_device, ldims)
+        _, root, widths, total = self._last_gather
+        if self.device not in gather_devices:
+            return
+
+        width = widths[self._ranks[self.device]]
+        shape = tensor.shape
+        if shape[-1] != width:
+            raise _invalid(
+                "tensor", f"a last dimension of {width}, as ldims says", tuple(shape)
+            )
+        if self.device == out_device:
+            joined = (*shape[:-1], total)
+            got = None if out_tensor is None else tuple(out_tensor.shape)
+            if got != joined:
+                raise _invalid("out_tensor", f"shape {joined} on the output device", got)
+        elif width == 0:
+            return
+        else:
+            out_tensor = None
+        self.communicator.gather(tensor if width else None, out_tensor, root, widths)
+
+    def _plan_gather(
+        self, gather_devices: Sequence[int], out_device: int, ldims: Sequence[int]
+    ) -> tuple[Any, int, list[int], int]:
+        """What was asked for, the root, every rank's width, and their sum."""
         if len(ldims) != len(gather_devices):
             raise _invalid(
                 "ldims", f"{len(gather_devices)} widths, one per gather device", list(ldims)
@@ -153,24 +183,9 @@ class TPBackendP2P:
             raise _invalid(
                 "out_device", f"one of gather_devices {list(gather_devices)}", out_device
             )
-        if self.device not in gather_devices:
-            return
-
-        width = widths[self._ranks[self.device]]
-        if tensor.shape[-1] != width:
-            raise _invalid(
-                "tensor", f"a last dimension of {width}, as ldims says", tuple(tensor.shape)
-            )
-        if self.device == out_device:
-            joined = (*tensor.shape[:-1], sum(ldims))
-            got = None if out_tensor is None else tuple(out_tensor.shape)
-            if got != joined:
-                raise _invalid("out_tensor", f"shape {joined} on the output device", got)
-        elif width == 0:
-            return
-        else:
-            out_tensor = None
-        self.communicator.gather(tensor if width else None, out_tensor, root, widths)
+        # Copies: the caller may change its lists.
+        asked = (list(gather_devices), list(ldims), out_device)
+        return asked, root, widths, sum(ldims)
 
     def gather_small(
         self,

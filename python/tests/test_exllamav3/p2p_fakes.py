@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,17 @@ def topology(
     return {"backend": "cuda", "nodes": nodes, "links": links, "notes": []}
 
 
-class Recorder:
+class Prepares:
+    """A prepared all-reduce is an all-reduce."""
+
+    def prepare_all_reduce(self, *, wire: str = "native") -> Any:
+        def run(tensor: Any, contribution: bool = True) -> None:
+            self.all_reduce(tensor, wire=wire, contribution=contribution)  # type: ignore[attr-defined]
+
+        return SimpleNamespace(run=run)
+
+
+class Recorder(Prepares):
     """Keeps what it was called with. `failure`, if set, is raised by the calls that can notice one;
     `refusal` by the constructor."""
 
@@ -64,7 +75,7 @@ class Recorder:
         return call
 
 
-class FileCommunicator:
+class FileCommunicator(Prepares):
     """Ranks in any processes that share the folder named by PEERLANE_TEST_FOLDER."""
 
     def __init__(
