@@ -84,9 +84,7 @@ class Communicator:
         array cannot name.
         """
 
-    def prepare_all_reduce(
-        self, *, op: _Op = "sum", wire: _Wire = "native"
-    ) -> PreparedAllReduce:
+    def prepare_all_reduce(self, *, op: _Op = "sum", wire: _Wire = "native") -> PreparedAllReduce:
         """An all-reduce in place whose options are fixed, for callers to whom every microsecond
         counts."""
 

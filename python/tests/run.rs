@@ -72,7 +72,7 @@ fn run<'a>(
     Ok(matches!(command.status()?.code(), Some(0 | 5)))
 }
 
-/// Puts the package together: links to the Python files, and to the library that cargo built.
+/// Puts the package together: links to the Python files and packages, and to the library that cargo built.
 fn assemble(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
     if to.exists() {
         fs::remove_dir_all(to)?;
@@ -80,7 +80,8 @@ fn assemble(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
         let path = entry?.path();
-        let wanted = path.extension().is_some_and(|e| e == "py" || e == "pyi" || e == "typed");
+        let wanted = path.join("__init__.py").exists()
+            || path.extension().is_some_and(|e| e == "py" || e == "pyi" || e == "typed");
         if let Some(name) = path.file_name().filter(|_| wanted) {
             symlink(&path, to.join(name))?;
         }

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import peerlane
 
@@ -149,9 +149,7 @@ class TPBackendP2P:
         width = widths[self._ranks[self.device]]
         shape = tensor.shape
         if shape[-1] != width:
-            raise _invalid(
-                "tensor", f"a last dimension of {width}, as ldims says", tuple(shape)
-            )
+            raise _invalid("tensor", f"a last dimension of {width}, as ldims says", tuple(shape))
         if self.device == out_device:
             joined = (*shape[:-1], total)
             got = None if out_tensor is None else tuple(out_tensor.shape)
@@ -246,7 +244,7 @@ class TPBackendP2P:
         for method in _METHODS:
             setattr(self, method, getattr(self.native, method))
         if self.master:
-            setattr(self, "close", self._close_native)
+            self.close = self._close_native
 
     def _close_native(self) -> None:
         os.environ.pop(_verdict_key(self.uuid), None)

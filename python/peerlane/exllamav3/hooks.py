@@ -23,9 +23,9 @@ import functools
 import importlib
 import os
 import types
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
-from collections.abc import Callable, Iterator
 
 from .backend import TPBackendP2P
 from .options import Options, announce

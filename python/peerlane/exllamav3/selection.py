@@ -6,10 +6,10 @@ the load of the machine. It is made once, in the main process, before any proces
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
-from collections.abc import Mapping, Sequence
 
 import peerlane
 

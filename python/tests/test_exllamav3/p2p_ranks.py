@@ -11,13 +11,14 @@ import os
 import time
 import traceback
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import p2p_fakes
+
 import peerlane
 from peerlane.exllamav3 import Options, TPBackendP2P
 
@@ -111,9 +112,10 @@ class Team:
         transport: str,
         folder: Any,
         *,
-        options: Options = Options(),
+        options: Options | None = None,
         absent: Sequence[int] = (),
     ) -> None:
+        options = options or Options()
         if transport == "sim":
             options = replace(options, device_format="sim:{device}/8")
         self.setup = Setup(

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from peerlane.exllamav3.options import ENVIRONMENT
 
 # A spawned process of a test on files needs the stand-in before anything else.

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import p2p_tree
-import peerlane
 import pytest
 from p2p_fakes import Recorder
 from p2p_tree import plain_environment  # noqa: F401
+
+import peerlane
 from peerlane.exllamav3 import Options, TPBackendP2P
 
 

@@ -7,8 +7,8 @@ themselves. PEERLANE_TEST_STRESS sets the number of mixed calls.
 from __future__ import annotations
 
 import os
-from typing import Any
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import p2p_cases as cases

@@ -12,6 +12,7 @@ from pathlib import Path
 import p2p_cases as cases
 import pytest
 from p2p_ranks import Failed, Team
+
 from peerlane.exllamav3 import Options
 
 GONE = {"PeerLostError", "AbortedError"}

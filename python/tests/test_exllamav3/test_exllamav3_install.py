@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from collections.abc import Iterator
 
 import p2p_fakes
 import p2p_tree
-import peerlane
 import pytest
 from p2p_tree import plain_environment  # noqa: F401
+
+import peerlane
 from peerlane.exllamav3 import Options, hooks, install, uninstall
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import p2p_real
-import peerlane
 import pytest
+
+import peerlane
 
 HERE = Path(__file__).parent
 PATCH = HERE.parents[2] / "docs" / "exllamav3-upstream.patch"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from types import ModuleType, SimpleNamespace
 
-import peerlane
 import pytest
 from p2p_fakes import topology
+
+import peerlane
 from peerlane.exllamav3 import choose
 from peerlane.exllamav3.__main__ import main
 
