@@ -10,7 +10,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from p2p_ranks import Rank
+from p2p_ranks import Rank, address, host
 
 Shape = tuple[int, ...]
 
@@ -20,9 +20,10 @@ def values(device: int, shape: Shape, dtype: Any, salt: int = 0) -> np.ndarray:
     return np.random.default_rng([device, salt]).integers(0, 16, shape).astype(dtype)
 
 
-def same(got: np.ndarray, expected: np.ndarray, what: str) -> None:
+def same(tensor: Any, expected: np.ndarray, what: str) -> None:
+    got = host(tensor)
     assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
-    np.testing.assert_array_equal(np.asarray(got), expected, err_msg=what)
+    np.testing.assert_array_equal(got, expected, err_msg=what)
 
 
 def all_reduce(rank: Rank, shape: Shape, dtype: str, silent: tuple[int, ...] = ()) -> None:
@@ -30,10 +31,10 @@ def all_reduce(rank: Rank, shape: Shape, dtype: str, silent: tuple[int, ...] = (
     zeros and say so."""
     mine = rank.device not in silent
     tensor = rank.tensor(values(rank.device, shape, dtype) if mine else np.zeros(shape, dtype))
-    address = tensor.__array_interface__["data"]
+    before = address(tensor)
     rank.backend.all_reduce(tensor, mine)
     rank.backend.end_cpu_reduce_jobs()
-    assert tensor.__array_interface__["data"] == address
+    assert address(tensor) == before
     parts = [values(device, shape, dtype) for device in rank.devices if device not in silent]
     same(tensor, np.sum(parts, axis=0).astype(dtype), f"sum of {shape} {dtype}")
 
@@ -58,8 +59,9 @@ def all_reduce_of_reals(rank: Rank, shape: Shape, dtype: str) -> tuple[str, floa
     rank.backend.all_reduce(tensor)
     rank.backend.end_cpu_reduce_jobs()
     exact = np.sum([part.astype(np.float64) for part in parts], axis=0)
-    error = np.abs(np.asarray(tensor, np.float64) - exact).max() / np.abs(exact).max()
-    return hashlib.sha256(tensor.tobytes()).hexdigest(), float(error)
+    got = host(tensor)
+    error = np.abs(got.astype(np.float64) - exact).max() / np.abs(exact).max()
+    return hashlib.sha256(got.tobytes()).hexdigest(), float(error)
 
 
 def broadcast(rank: Rank, shape: Shape, dtype: str, source: int, skip: int = 0) -> None:
@@ -76,7 +78,7 @@ def broadcast(rank: Rank, shape: Shape, dtype: str, source: int, skip: int = 0) 
 
 def queue_gather(
     rank: Rank, rows: Shape, dtype: str, widths: dict[int, int], small: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, np.ndarray]:
     """Logits (or the best of them, `small`) to the output device; only devices in `widths` take part.
 
     Returns what arrives and what should, on the output device; two empty arrays elsewhere.
@@ -123,7 +125,7 @@ def forward(rank: Rank, layers: int, hidden: int, vocab: dict[int, int]) -> None
 def stress(rank: Rank, count: int, seed: int) -> None:
     """Calls of random kinds and sizes, back to back, in passes of up to 50."""
     random = np.random.default_rng(seed)
-    pending: list[tuple[np.ndarray, np.ndarray, str]] = []
+    pending: list[tuple[Any, np.ndarray, str]] = []
     for number in range(count):
         kind = random.integers(4)
         size = int(random.choice([8, 24, 4096, 8192, 40960, 65544]))

@@ -39,12 +39,38 @@ class Rank:
     def devices(self) -> list[int]:
         return sorted(self.active_devices)
 
-    def tensor(self, values: Any, dtype: Any = None) -> np.ndarray:
-        """A tensor on this rank's device with these values."""
+    def tensor(self, values: Any, dtype: Any = None) -> Any:
+        """A tensor on this rank's device with these values: torch's, or simulated memory."""
         values = np.asarray(values, dtype)
+        if self.backend.options.device_format.startswith("cuda"):
+            import torch
+
+            return torch.from_numpy(values).to(f"cuda:{self.device}")
         tensor = self.backend.communicator.empty(values.shape, values.dtype)
         tensor[...] = values
         return tensor
+
+
+def host(tensor: Any) -> np.ndarray:
+    """A tensor's values, once what is queued on it is done."""
+    return tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()
+
+
+def address(tensor: Any) -> int:
+    """Where a tensor lies."""
+    return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr()
+
+
+def missing(transport: str) -> str | None:
+    """What a transport lacks on this machine, if anything."""
+    if transport != "cuda":
+        return None
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    count = torch.cuda.device_count()
+    return None if count >= 2 else f"2 GPUs are needed, torch sees {count}"
 
 
 @dataclass(frozen=True)
