@@ -3,7 +3,7 @@
   single     no tensor parallelism: the whole model on cuda:0
   native     ExLlamaV3's own, through host memory
   nccl       ExLlamaV3's own, through NCCL for sums and host memory for the rest
-  p2p        Peerlane; p2p-late and p2p-exact are it with another option (see VARIANTS)
+  p2p        Peerlane; p2p-late, p2p-exact and p2p-rounded are it with another option (see VARIANTS)
   auto       Peerlane's choice among p2p, nccl and native
   ceiling    collectives that do nothing
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = ["native", "p2p", "nccl", "single", "ceiling", "auto", "p2p-late", "p2p-exact"]
+NAMES = ["native", "p2p", "nccl", "single", "ceiling", "auto", "p2p-late", "p2p-exact", "p2p-rounded"]
 # p2p-late reports a failed wait at a later call, so a pass need not wait for the GPU; p2p-exact sends
-# fp32 sums without rounding them to bf16.
-VARIANTS = {"p2p-late": {"check": "late"}, "p2p-exact": {"wire": "native"}}
+# fp32 sums without rounding them to bf16; p2p-rounded rounds before and after such a sum as native does.
+VARIANTS = {"p2p-late": {"check": "late"}, "p2p-exact": {"wire": "native"}, "p2p-rounded": {"wire": "native"}}
 
 
 def peerlane_options(kind: str) -> Any:
@@ -26,6 +26,28 @@ def peerlane_options(kind: str) -> Any:
     from peerlane.exllamav3 import Options
 
     return replace(Options.from_env(), **VARIANTS.get(kind, {}))
+
+
+def round_as_native(tensor: Any) -> None:
+    """Rounds fp32 to bf16 in place, ties away from zero."""
+    import torch
+
+    if tensor.dtype == torch.float32:
+        tensor.view(torch.int32).add_(0x8000).bitwise_and_(-0x10000)
+
+
+def rounded(local: dict[str, Any]) -> None:
+    """Runs on every rank: from here on its backend sums as native does, so that the difference
+    between the two can be told from rounding. For two ranks only: native rounds after each addition."""
+    backend = local["backend"]
+    exact = backend.all_reduce
+
+    def all_reduce(tensor: Any, contribution: bool = True) -> None:
+        round_as_native(tensor)
+        exact(tensor, contribution)
+        round_as_native(tensor)
+
+    backend.all_reduce = all_reduce
 
 
 def prepare(kind: str) -> str:

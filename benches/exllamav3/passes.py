@@ -93,6 +93,8 @@ class Loaded:
             )
             local = self.model.mp_parent_conn[self.model.tp_output_device].local_context
             note("backend_class", backends.describe(local["backend"]))
+            if args.backend == "p2p-rounded":
+                self.model.tp_worker_dispatch_wait_multi(self.model.active_devices, backends.rounded, ())
         torch.cuda.synchronize()
         self.marks["loaded"] = self.nvml.used()
         note("loaded", True)

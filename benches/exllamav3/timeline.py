@@ -4,7 +4,8 @@
 
 GPU events stand around every all_reduce of a pass on every rank. A call ends on all ranks together,
 so the shortest of its times is what the operation takes, and what a rank takes longer is how long it
-waited for the slowest. Invariant: the model runs as it is; only the backend's method is wrapped. The
+waited for the slowest: `waiting`, of which `first` in the first call. `longest` is the longest time
+between two calls. `rate` is measured before, without events. Invariant: the model runs as it is; only the backend's method is wrapped. The
 events cost some microseconds of CPU per call, which shows in decode.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from passes import Loaded, page_up, token_ids
 
-WARM, PASSES = 3, 8
+WARM, PASSES, RATE_PASSES = 3, 8, 30
 
 
 def watch(local: dict[str, Any]) -> None:
@@ -56,8 +58,12 @@ def split(ranks: list[list[tuple[float, float]]]) -> dict[str, Any]:
     calls = list(zip(*ranks))
     reducing = sum(min(end - begin for begin, end in call) for call in calls)
     waiting = [sum(end - begin for begin, end in rank) - reducing for rank in ranks]
-    computing = [sum(after[0] - before[1] for before, after in zip(rank, rank[1:])) for rank in ranks]
-    return {"calls": len(calls), "reducing": reducing, "waiting": waiting, "computing": computing}
+    first = [rank[0][1] - rank[0][0] - min(end - begin for begin, end in calls[0]) for rank in ranks]
+    gaps = [[after[0] - before[1] for before, after in zip(rank, rank[1:])] for rank in ranks]
+    computing, longest = [sum(rank) for rank in gaps], [max(rank) for rank in gaps]
+    return {
+        "calls": len(calls), "reducing": reducing, "waiting": waiting, "first": first, "computing": computing, "longest": longest,
+    }  # fmt: skip
 
 
 def summary(name: str, passes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -65,7 +71,8 @@ def summary(name: str, passes: list[dict[str, Any]]) -> dict[str, Any]:
         values = [one[key] for one in passes]
         return [round(median(rank)) for rank in zip(*values)] if isinstance(values[0], list) else round(median(values))
 
-    return {"pass": name, "calls": passes[0]["calls"], **{key: middle(key) for key in ("reducing", "waiting", "computing")}}
+    keys = [key for key in passes[0] if key != "calls"]
+    return {"pass": name, "calls": passes[0]["calls"], **{key: middle(key) for key in keys}}
 
 
 def main() -> None:
@@ -76,6 +83,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    import torch
+
     args.decode, args.prefill = [1], [args.tokens]
     loaded = Loaded(args, lambda name, value: None)
     loaded.warm_up()
@@ -86,9 +95,15 @@ def main() -> None:
         f"prefill {args.tokens}": lambda: loaded.prefill(ids, length),
         "decode 1": lambda: loaded.next_ids(loaded.forward(ids[:, :1], 32)),
     }
-    for action in kinds.values():
+    rates = {}
+    for name, action in kinds.items():
         for _ in range(WARM):
             action()
+        begin = time.perf_counter()
+        for _ in range(RATE_PASSES):
+            action()
+        torch.cuda.synchronize()
+        rates[name] = round(RATE_PASSES / (time.perf_counter() - begin), 1)
     ask(devices, watch, ())
     found = []
     for name, action in kinds.items():
@@ -96,7 +111,7 @@ def main() -> None:
         for _ in range(PASSES):
             action()
             passes.append(split(ask(devices, collect, ())))
-        found.append(summary(name, passes))
+        found.append({**summary(name, passes), "rate": rates[name]})
         print(f"{args.backend}, devices {devices}, us: {json.dumps(found[-1])}", flush=True)
     if args.out:
         args.out.write_text(json.dumps({"backend": args.backend, "devices": devices, "passes": found}, indent=1) + "\n")
