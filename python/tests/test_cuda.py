@@ -31,7 +31,7 @@ class Rank:
 
     def full(self, shape: tuple[int, ...], value: float, **keywords: object) -> "torch.Tensor":
         with torch.cuda.stream(self.stream):
-            return torch.full(shape, value, device=self.gpu, **keywords)
+            return torch.full(shape, float(value), device=self.gpu, **keywords)
 
 
 @pytest.fixture

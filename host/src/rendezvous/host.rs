@@ -180,6 +180,13 @@ impl Host {
         }
     }
 
+    /// All ranks, this process's own at the end: what it learns may make it exit, and this thread
+    /// with it, before the others have been told.
+    fn own_last(&self) -> impl Iterator<Item = usize> + use<> {
+        let (own, count) = (self.rank as usize, self.guests.len());
+        (0..count).filter(move |rank| *rank != own).chain([own])
+    }
+
     /// Gives everybody everybody's values.
     fn hand_out(&mut self) -> Result<(), String> {
         let taken: Vec<_> = self.guests.iter_mut().filter_map(|guest| guest.value.take()).collect();
@@ -187,9 +194,11 @@ impl Host {
         let has_file = files.iter().map(Option::is_some).collect();
         let reply = Reply::All { values, has_file };
         let files: Vec<_> = files.iter().flatten().map(AsFd::as_fd).collect();
-        for connection in self.guests.iter().filter_map(|guest| guest.connection.as_ref()) {
-            // One that has gone is noticed when its connection is read.
-            let _ = connection.send(&reply, &files);
+        for rank in self.own_last() {
+            if let Some(connection) = &self.guests[rank].connection {
+                // One that has gone is noticed when its connection is read.
+                let _ = connection.send(&reply, &files);
+            }
         }
         Ok(())
     }
@@ -198,8 +207,9 @@ impl Host {
     /// still come, those who come. A rank that comes again starts a new meeting.
     fn fail(&mut self, reason: &str) {
         let reply = Reply::Failed(reason.to_owned());
-        for guest in self.guests.iter_mut().filter(|guest| !guest.joined) {
-            if let Some(connection) = &guest.connection {
+        for rank in self.own_last() {
+            let guest = &mut self.guests[rank];
+            if let Some(connection) = guest.connection.as_ref().filter(|_| !guest.joined) {
                 let _ = connection.send(&reply, &[]);
                 guest.told = true;
             }

@@ -7,8 +7,6 @@ Two functions of ExLlamaV3 are replaced in the main process:
 - `model_tp_fn.init_pg`, which makes the backend of a process, runs for such a string with
   `TPBackendP2P` in place of `TPBackendNative`.
 
-The workers of such a model also poll for their next command for a while before they sleep.
-
 Spawned processes are fresh interpreters without these replacements. Each of them unpickles its
 `backend_args` first, and unpickling a `P2P` replaces its `init_pg`.
 
@@ -18,12 +16,10 @@ its children never import Peerlane.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +28,6 @@ from .options import Options, announce
 from .selection import choose
 
 VERSIONS = "1.4.1 to 1.6.5"
-SPIN = "EXL3_TP_SPIN_RECV"
 
 # What stands in ExLlamaV3 now: (owner, attribute, original, replacement).
 _patches: list[tuple[Any, str, Any, Any]] = []
@@ -117,8 +112,7 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
         if tp_backend != "p2p":
             return original(self, tp_backend)
         p2p = P2P(_options)
-        with _spinning(_options.spin):
-            result = original(self, p2p)
+        result = original(self, p2p)
         self.tp_backend = "p2p"
         if not p2p.met:
             raise RuntimeError(
@@ -128,20 +122,6 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return create_tp_context
-
-
-@contextlib.contextmanager
-def _spinning(milliseconds: float) -> Iterator[None]:
-    """Workers that are spawned meanwhile look for their next command so long before they sleep,
-    unless the user has said how long."""
-    if SPIN in os.environ:
-        yield
-        return
-    os.environ[SPIN] = f"{milliseconds:g}"
-    try:
-        yield
-    finally:
-        del os.environ[SPIN]
 
 
 def _init_pg(original: types.FunctionType) -> Callable[..., Any]:

@@ -38,10 +38,6 @@ class Options:
     """The same until the first pass is done: ExLlamaV3 1.4.1 compiles kernels in the middle of it."""
     patience: float = 120.0
     """Seconds to wait for the other processes at the start."""
-    spin: float = 4.0
-    """Milliseconds for which a worker that has ended a pass looks for the next command before it
-    sleeps: waking it takes longer than twenty collectives. A core is busy so long, once. Where
-    EXL3_TP_SPIN_RECV is set, that counts."""
     device_format: str = "cuda:{device}"
     """The device's name for Peerlane; `sim:{device}/8` runs ranks on simulated GPUs."""
 
@@ -51,10 +47,7 @@ class Options:
                 raise ValueError(f"{_said(name)}: expected {' or '.join(choices)}, got {value!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "spin":
-                if not 0 <= value < float("inf"):
-                    raise ValueError(f"spin: expected milliseconds from 0 on, got {value!r}")
-            elif isinstance(field.default, float) and not 0 < value < float("inf"):
+            if isinstance(field.default, float) and not 0 < value < float("inf"):
                 raise ValueError(f"{_said(field.name)}: expected seconds above 0, got {value!r}")
 
     @classmethod

@@ -93,7 +93,6 @@ def mp_describe(local_context):
         "wire": backend.options.wire if hasattr(backend, "options") else None,
         "peerlane": any(name.partition(".")[0] == "peerlane" for name in sys.modules),
         "pid": os.getpid(),
-        "spin": os.environ.get("EXL3_TP_SPIN_RECV"),
     }
 
 
@@ -196,5 +195,5 @@ def load(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: tuple[str, st
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No option from outside changes what a test sees."""
-    for key in [*ENVIRONMENT.values(), "EXL3_TP_SPIN_RECV"]:
+    for key in ENVIRONMENT.values():
         monkeypatch.delenv(key, raising=False)

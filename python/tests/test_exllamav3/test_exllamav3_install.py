@@ -87,17 +87,6 @@ def test_options_reach_every_process(options: Options, load: Any) -> None:
     assert {one["wire"] for one in describe(load([1, 0], 0, "p2p")).values()} == {"bf16"}
 
 
-def test_only_the_workers_of_p2p_spin(
-    options: Options, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(options=options)
-    seen = describe(load([1, 0], 0, "p2p"))
-    assert [seen[device]["spin"] for device in (1, 0, -1)] == ["4", None, "4"]
-    assert describe(load([1, 0], 0, "native"))[1]["spin"] is None
-    monkeypatch.setenv("EXL3_TP_SPIN_RECV", "0")
-    assert describe(load([1, 0], 0, "p2p"))[1]["spin"] == "0"
-
-
 def test_two_models_at_once(options: Options, load: Any) -> None:
     install(options=options)
     one, two = load([1, 0], 0, "p2p"), load([0, 2], 2, "p2p")
