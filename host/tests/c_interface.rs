@@ -80,6 +80,12 @@ fn the_cpp_program_is_right() -> Result<(), String> {
     Ok(())
 }
 
+fn ranks_that_are_processes_are_right() -> Result<(), String> {
+    let ran = Compiler::c()?.run(&host().join("../tests/c/processes.c"));
+    assert!(ran.status.success(), "{}", said(&ran));
+    Ok(())
+}
+
 fn the_program_in_the_documentation_is_right() -> Result<(), String> {
     let compiler = Compiler::c()?;
     let page = std::fs::read_to_string(host().join("../docs/c.md")).expect("the page is there");
@@ -95,9 +101,10 @@ fn the_program_in_the_documentation_is_right() -> Result<(), String> {
 /// A test, or why it could not run.
 type Test = (&'static str, fn() -> Result<(), String>);
 
-const TESTS: [Test; 3] = [
+const TESTS: [Test; 4] = [
     ("the_c_program_is_right", the_c_program_is_right),
     ("the_cpp_program_is_right", the_cpp_program_is_right),
+    ("ranks_that_are_processes_are_right", ranks_that_are_processes_are_right),
     ("the_program_in_the_documentation_is_right", the_program_in_the_documentation_is_right),
 ];
 
