@@ -6,7 +6,7 @@
 
 use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
-use crate::group::{Agreement, Card, Group};
+use crate::group::{Aborter, Agreement, Card, Group};
 use crate::join;
 use crate::plan::Shape;
 use crate::rendezvous::{Meeting, Processes, lost_rank};
@@ -195,14 +195,15 @@ impl Communicator {
         let page = group.members[self.rank as usize].status.host.cast::<Status>();
         // SAFETY: the page is alive as long as the group. The device writes the state last, after
         // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
-        let (status, lost) = unsafe {
-            let lost = lost_rank((&raw const (*page).abort).read_volatile());
-            if (&raw const (*page).state).read_volatile() == state::OK && lost.is_none() {
+        let (status, abort) = unsafe {
+            let abort = (&raw const (*page).abort).read_volatile();
+            if (&raw const (*page).state).read_volatile() == state::OK && abort == 0 {
                 return Ok(());
             }
             std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-            (page.read_volatile(), lost)
+            (page.read_volatile(), abort)
         };
+        let lost = lost_rank(abort);
         if let Some(peer) = lost {
             let (rank, pid) = (self.rank, group.pid(peer).unwrap_or_default());
             let operation = match status.state {
@@ -215,6 +216,7 @@ impl Communicator {
         let phase = error::phase_name(status.phase);
         let (rank, peer, epoch) = (self.rank, status.peer, status.epoch);
         Err(match status.state {
+            state::OK => Error::Stopped { rank },
             state::TIMED_OUT => {
                 Error::Timeout { operation, rank, peer, epoch, phase, waited: self.config.deadline }
             }
@@ -238,8 +240,13 @@ impl Communicator {
     /// Ends every wait of every rank of the group. Their calls return errors from then on.
     pub fn abort(&self) {
         if let Some(group) = &self.group {
-            group.abort();
+            group.aborter().abort();
         }
+    }
+
+    /// What aborts this communicator's group from another thread, while this one is inside a call.
+    pub fn aborter(&self) -> Aborter {
+        self.group.as_ref().map(Group::aborter).unwrap_or_default()
     }
 
     /// Ends the communicator: waits for everything queued on this rank's GPU and lets go of the group,

@@ -134,6 +134,13 @@ pub enum Error {
         pid: u32,
     },
 
+    /// The communicator was aborted while this rank was waiting for nobody.
+    #[error("the communicator of rank {rank} was aborted")]
+    Stopped {
+        /// The rank that noticed.
+        rank: u32,
+    },
+
     /// What a GPU read is not what its peer wrote.
     #[error("{operation}: rank {rank} read data from rank {peer} that rank {peer} did not write")]
     Corrupt {

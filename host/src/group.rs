@@ -13,7 +13,8 @@ use crate::rendezvous::{Membership, Segment};
 use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 
 /// What a rank shows the others first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -177,6 +178,9 @@ fn max_blocks(cards: &[Card], config: &Config) -> u32 {
     config.max_blocks.unwrap_or(u32::MAX).min(fitting).max(1)
 }
 
+/// What a host stores in a status page to stop that rank's waits. Above it: the peer that is lost.
+const ABORTED: u32 = 1;
+
 /// What every communicator of a group holds. Dropped in this order.
 #[derive(Clone)]
 pub(crate) struct Group {
@@ -210,18 +214,42 @@ impl Group {
         self.membership.as_ref().map(|membership| membership.segment.pid(rank))
     }
 
-    /// Stops every rank's waits.
-    pub(crate) fn abort(&self) {
-        for member in self.members.iter() {
-            let status = member.status.host.cast::<Status>();
-            // SAFETY: the page is alive as long as the member; only hosts write this word, all
-            // of them the same value, and kernels only read it.
-            unsafe { (&raw mut (*status).abort).write_volatile(1) };
-        }
+    /// What can stop every rank's waits for as long as the group lasts.
+    pub(crate) fn aborter(&self) -> Aborter {
+        Aborter { members: Arc::downgrade(&self.members) }
     }
 
     /// The ordinal of the GPU that holds `rank`.
     pub(crate) fn ordinal(&self, rank: u32) -> u32 {
         self.members[rank as usize].ordinal
+    }
+}
+
+/// Stops a group's waits, from any thread and while its communicators are in use or being closed.
+/// It does not keep the group alive.
+#[derive(Clone)]
+pub struct Aborter {
+    members: Weak<[Arc<Member>]>,
+}
+
+impl Default for Aborter {
+    /// One that stops nothing.
+    fn default() -> Aborter {
+        Aborter { members: Weak::<[Arc<Member>; 0]>::new() }
+    }
+}
+
+impl Aborter {
+    /// Ends every wait of every rank; their calls return errors from then on. Does nothing once
+    /// the communicator is closed.
+    pub fn abort(&self) {
+        for member in self.members.upgrade().iter().flat_map(|members| members.iter()) {
+            let status = member.status.host.cast::<Status>();
+            // SAFETY: the page is alive as long as the member, and hosts write this word as an
+            // atomic; kernels only read it.
+            let abort = unsafe { AtomicU32::from_ptr(&raw mut (*status).abort) };
+            // A rank that was lost before is the reason to report.
+            let _ = abort.compare_exchange(0, ABORTED, Ordering::AcqRel, Ordering::Relaxed);
+        }
     }
 }

@@ -7,10 +7,15 @@ use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::GpuRef;
 use crate::group::{Agreement, Card, Group};
+use crate::mailbox::{Member, Offer};
 use crate::probe;
 use crate::rendezvous::{Processes, Seat};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Most characters of a reason that travels. A compiler's log can be longer than a message.
+const LONGEST_REASON: usize = 1000;
 
 /// Joins as `rank`; returns this process's view of the group.
 pub(crate) fn join(meeting: &Processes, rank: u32, gpu: &GpuRef, config: &Config) -> Result<Group> {
@@ -23,20 +28,54 @@ pub(crate) fn join(meeting: &Processes, rank: u32, gpu: &GpuRef, config: &Config
         Ok((own, offer, file)) => (Some(own), Ok(offer), file),
         Err(error) => (None, Err(error), None),
     };
-    let offers = share(&seat, rank, offer, file)?;
-    // It is there, or sharing the failure would have returned.
-    let Some(own) = own else { return Err(Error::Closed { op: "join", rank }) };
-    let mapped = agreement.accept(gpu, &segment, (rank, &own), &cards, offers);
-    let (members, mapped) = match mapped {
-        Ok(members) => (members, Ok(())),
-        Err(error) => (Vec::new(), Err(error)),
-    };
-    share(&seat, rank, mapped, None)?;
-    let probe = probe::Probe { gpu, rank, shape: agreement.shape, members: &members };
-    for step in 0..probe::steps(agreement.shape.world) {
-        share(&seat, rank, probe.run(step), None)?;
+    let entered = Entered { seat: &seat, agreement: &agreement, cards: &cards, rank, gpu };
+    match (entered.map_and_probe(own.as_ref(), offer, file), own) {
+        (Ok(members), Some(own)) => {
+            Ok(Group::of_processes(agreement.shape, members, seat.join(own)?))
+        }
+        (Err(error), Some(own)) => {
+            seat.abandon(own);
+            Err(error)
+        }
+        (Err(error), None) => Err(error),
+        (Ok(_), None) => Err(Error::Closed { op: "join", rank }),
     }
-    Ok(Group::of_processes(agreement.shape, members, seat.join(own)?))
+}
+
+/// A rank that knows what all ranks agree on.
+struct Entered<'a> {
+    seat: &'a Seat,
+    agreement: &'a Agreement,
+    cards: &'a [Card],
+    rank: u32,
+    gpu: &'a GpuRef,
+}
+
+impl Entered<'_> {
+    /// Offers this rank's mailbox, maps the others' and probes them. Whatever has been mapped is
+    /// unmapped when this fails.
+    fn map_and_probe(
+        &self,
+        own: Option<&Arc<Member>>,
+        offer: Result<Offer>,
+        file: Option<OwnedFd>,
+    ) -> Result<Vec<Arc<Member>>> {
+        let Entered { seat, agreement, cards, rank, gpu } = *self;
+        let offers = share(seat, rank, offer, file)?;
+        // It is there, or sharing the failure would have returned.
+        let Some(own) = own else { return Err(Error::Closed { op: "join", rank }) };
+        let mapped = agreement.accept(gpu, &seat.segment, (rank, own), cards, offers);
+        let (members, mapped) = match mapped {
+            Ok(members) => (members, Ok(())),
+            Err(error) => (Vec::new(), Err(error)),
+        };
+        share(seat, rank, mapped, None)?;
+        let probe = probe::Probe { gpu, rank, shape: agreement.shape, members: &members };
+        for step in 0..probe::steps(agreement.shape.world) {
+            share(seat, rank, probe.run(step), None)?;
+        }
+        Ok(members)
+    }
 }
 
 /// Brings `outcome` to the next round. If any rank brings a failure, all return the first one.
@@ -62,7 +101,10 @@ impl Failure {
     fn of(rank: u32, error: Error) -> Failure {
         match error {
             Error::Unreachable { from, to, reason } => Failure::Unreachable { from, to, reason },
-            other => Failure::Unsupported { reason: format!("rank {rank}: {other}") },
+            other => {
+                let text = format!("rank {rank}: {other}");
+                Failure::Unsupported { reason: text.chars().take(LONGEST_REASON).collect() }
+            }
         }
     }
 }

@@ -20,6 +20,7 @@ pub mod topology;
 
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};
+pub use group::Aborter;
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
 pub use rendezvous::{Meeting, Processes};
 pub use request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};

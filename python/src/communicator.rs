@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::options::{self, Given};
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Algorithm, Config, Error, Format, Processes, ReduceOp, Wire};
+use peerlane::{Aborter, Algorithm, Config, Error, Format, Processes, ReduceOp, Wire};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyString, PyTuple};
@@ -24,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Communicator {
     /// Empty once closed.
     inner: Mutex<Option<peerlane::Communicator>>,
+    /// Works while the rest is being closed.
+    aborter: Aborter,
     pub(crate) gpu: Device,
     pub(crate) ordinal: u32,
     pub(crate) number: u32,
@@ -249,10 +251,8 @@ impl Communicator {
     }
 
     /// Ends every wait of every rank; their calls raise from then on.
-    fn abort(&self, py: Python<'_>) {
-        if let Some(rank) = &*self.lock(py) {
-            rank.abort();
-        }
+    fn abort(&self) {
+        self.aborter.abort();
     }
 
     /// Waits for everything queued on this rank's GPU and leaves the group.
@@ -336,6 +336,7 @@ impl Communicator {
             ordinal,
             gpu,
             stream_arguments,
+            aborter: rank.aborter(),
             inner: Mutex::new(Some(rank)),
         })
     }

@@ -22,7 +22,7 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
         Error::Driver { .. } => "DriverError",
         Error::Unreachable { .. } => "UnreachableError",
         Error::Timeout { .. } => "DeadlineError",
-        Error::Aborted { .. } => "AbortedError",
+        Error::Aborted { .. } | Error::Stopped { .. } => "AbortedError",
         Error::PeerLost { .. } => "PeerLostError",
         Error::Rendezvous { .. } => "RendezvousError",
         Error::Closed { .. } => "ClosedError",

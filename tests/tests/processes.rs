@@ -289,9 +289,9 @@ fn gpus_without_access_are_named(_: &Gpus) {
 }
 
 fn a_link_that_loses_stores_is_found(_: &Gpus) {
-    let gpus = Gpus::Sim { devices: 3, unreachable: None, lossy: Some((2, 1)) };
-    let answers: Vec<String> = launch(&start(&gpus, 3)).iter().map(Process::answer).collect();
-    assert!(answers[0].starts_with("error: GPU 2 cannot reach GPU 1"), "{answers:?}");
+    let gpus = Gpus::Sim { devices: 4, unreachable: None, lossy: Some((3, 2)) };
+    let answers: Vec<String> = launch(&start(&gpus, 4)).iter().map(Process::answer).collect();
+    assert!(answers[0].starts_with("error: GPU 3 cannot reach GPU 2"), "{answers:?}");
     assert!(answers[0].contains("what it stores does not arrive"), "{answers:?}");
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
 }

@@ -1,8 +1,8 @@
 //! Communicators for C: how they come about, what they say, how they end.
 //!
 //! Invariant: a handle's lock makes every mistake in threading a wait instead of a race. Calls and
-//! `close` hold it alone; what only asks, waits or aborts shares it, so that a second thread can
-//! abort while the first waits.
+//! `close` hold it alone; what only asks or waits shares it. Aborting needs no lock: whoever waits
+//! under one can be freed.
 
 use super::arguments::{items, place, present, stream, text};
 use super::gpu::peerlane_gpu;
@@ -12,6 +12,7 @@ use crate::collectives::invalid;
 use crate::communicator::Communicator;
 use crate::error::Result;
 use crate::gpu::GpuRef;
+use crate::group::Aborter;
 use crate::rendezvous::Processes;
 use peerlane_device::abi::MAX_RANKS;
 use std::ffi::{c_char, c_void};
@@ -22,14 +23,16 @@ use std::time::Duration;
 /// One rank's end of a group of GPUs.
 pub struct peerlane_comm {
     communicator: RwLock<Communicator>,
+    aborter: Aborter,
     /// Keeps a simulated machine the one that later calls of `peerlane_gpu_open` find.
     _gpu: peerlane_gpu,
 }
 
 impl peerlane_comm {
     fn handle(communicator: Communicator, gpu: &peerlane_gpu) -> *mut peerlane_comm {
+        let aborter = communicator.aborter();
         let communicator = RwLock::new(communicator);
-        Box::into_raw(Box::new(peerlane_comm { communicator, _gpu: gpu.clone() }))
+        Box::into_raw(Box::new(peerlane_comm { communicator, aborter, _gpu: gpu.clone() }))
     }
 
     // A panic under the lock was reported as PEERLANE_INTERNAL. It leaves a communicator that can
@@ -193,7 +196,7 @@ pub unsafe extern "C" fn peerlane_comm_synchronize(
 pub unsafe extern "C" fn peerlane_comm_abort(comm: *const peerlane_comm) -> peerlane_status {
     guard("comm_abort", |op| {
         // SAFETY: the header asks for a handle.
-        unsafe { present(op, "comm", comm)? }.shared().abort();
+        unsafe { present(op, "comm", comm)? }.aborter.abort();
         Ok(())
     })
 }

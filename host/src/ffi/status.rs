@@ -140,7 +140,7 @@ fn code(error: &Error) -> peerlane_status {
         Error::Driver { .. } => PEERLANE_DRIVER,
         Error::Unreachable { .. } => PEERLANE_UNREACHABLE,
         Error::Timeout { .. } => PEERLANE_TIMEOUT,
-        Error::Aborted { .. } => PEERLANE_ABORTED,
+        Error::Aborted { .. } | Error::Stopped { .. } => PEERLANE_ABORTED,
         Error::PeerLost { .. } => PEERLANE_PEER_LOST,
         Error::Corrupt { .. } => PEERLANE_CORRUPT,
         Error::Rendezvous { .. } => PEERLANE_RENDEZVOUS,

@@ -9,6 +9,7 @@ use super::segment::{Presence, Segment};
 use super::socket::{Connection, Listener, wait};
 use super::{PROTOCOL, ranks};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,8 @@ impl Host {
             self.fail(&reason);
         }
         // The name is free for the next group; what is left is to notice who ends.
-        let Host { segment, guests, .. } = self;
+        let Host { listener, strangers, segment, guests, .. } = self;
+        drop((listener, strangers));
         let connections = guests.into_iter().map(|guest| guest.connection).collect();
         watch(&segment, connections);
     }
@@ -120,11 +122,12 @@ impl Host {
         if !connection.is_same_user() {
             return Ok(());
         }
-        let Ok(Some((Request::Hello { protocol, version, world, rank, pid }, _))) =
+        let Ok(Some((Request::Hello { protocol, version, world, rank, process }, _))) =
             connection.receive::<Request>()
         else {
             return Ok(());
         };
+        let (pid, namespace) = process;
         let own = (PROTOCOL, env!("CARGO_PKG_VERSION"), self.guests.len() as u32);
         if (protocol, version.as_str(), world) != own {
             let reason = format!(
@@ -145,7 +148,7 @@ impl Host {
             let _ = connection.send(&Reply::Failed(refusal), &[]);
             return Ok(());
         }
-        self.segment.set_pid(rank, pid);
+        self.segment.set_process(rank, pid, namespace);
         self.segment.set_presence(rank, Presence::Joined);
         // One that has gone again is noticed when its connection is read.
         let _ = connection.send(&Reply::Welcome { host: self.rank }, &[self.segment.as_fd()]);
@@ -195,9 +198,10 @@ impl Host {
         let reply = Reply::All { values, has_file };
         let files: Vec<_> = files.iter().flatten().map(AsFd::as_fd).collect();
         for rank in self.own_last() {
-            if let Some(connection) = &self.guests[rank].connection {
-                // One that has gone is noticed when its connection is read.
-                let _ = connection.send(&reply, &files);
+            let connection = self.guests[rank].connection.as_ref();
+            // One that has gone is noticed when its connection is read.
+            if connection.map(|c| c.send(&reply, &files)) == Some(Err(Errno::MSGSIZE)) {
+                return Err("the ranks bring more than a message holds".into());
             }
         }
         Ok(())

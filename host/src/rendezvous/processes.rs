@@ -12,7 +12,6 @@ use super::socket::{Claim, Connection, Listener, wait};
 use crate::error::{Error, Result};
 use peerlane_device::abi::MAX_RANKS;
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::process::Pid;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::any::Any;
 use std::sync::Arc;
@@ -24,6 +23,8 @@ use std::time::{Duration, Instant};
 const LONGEST_NAME: usize = 90;
 /// How long a guest waits beyond its patience for the host to say who is missing.
 const GRACE: Duration = Duration::from_secs(5);
+/// How often a rank whose host has left looks whether the others' processes are there.
+const WATCH: Duration = Duration::from_millis(50);
 /// How often a rank that has left looks whether the others have.
 const LOOK: Duration = Duration::from_millis(5);
 /// How long it looks. After that its mailbox stays until the process ends.
@@ -43,7 +44,14 @@ pub struct Processes {
 /// What a guest says to the host.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Request {
-    Hello { protocol: u32, version: String, world: u32, rank: u32, pid: u32 },
+    /// `process` is its number and the namespace in which that is its number.
+    Hello {
+        protocol: u32,
+        version: String,
+        world: u32,
+        rank: u32,
+        process: (u32, u32),
+    },
     Bring(String),
     Joined,
 }
@@ -137,9 +145,10 @@ impl Processes {
         deadline: Instant,
     ) -> Result<Option<Seat>> {
         let fail = |reason: String| Err(Error::Rendezvous { world: self.world, reason });
-        let pid = std::process::id();
+        let process = (std::process::id(), pid_namespace());
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let hello = Request::Hello { protocol: PROTOCOL, version, world: self.world, rank, pid };
+        let world = self.world;
+        let hello = Request::Hello { protocol: PROTOCOL, version, world, rank, process };
         if connection.send(&hello, &[]).is_err() {
             return Ok(None);
         }
@@ -158,6 +167,11 @@ impl Processes {
         };
         Ok(Some(Seat { connection, segment, rank, world: self.world, host, deadline }))
     }
+}
+
+/// The namespace of this process's number: containers may share sockets and not that.
+fn pid_namespace() -> u32 {
+    rustix::fs::stat("/proc/self/ns/pid").map_or(0, |namespace| namespace.st_ino as u32)
 }
 
 /// The host's next message; `None` if it is gone.
@@ -210,19 +224,34 @@ impl Seat {
     /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
     /// write into it any more.
     pub(crate) fn join(self, mailbox: Arc<dyn Any + Send + Sync>) -> Result<Membership> {
+        // All ranks have passed the last round, so all have joined. If the host has ended since, it
+        // has left or is lost, which the thread finds out.
+        let _ = self.connection.send(&Request::Joined, &[]);
         let Seat { connection, segment, rank, world, host, .. } = self;
-        let fail = |reason: String| Error::Rendezvous { world, reason };
-        connection
-            .send(&Request::Joined, &[])
-            .map_err(|error| fail(format!("the host ended: {error}")))?;
         let connection = Arc::new(connection);
         let (leave, left) = channel();
         let watch = Watch { connection: connection.clone(), segment: segment.clone(), rank, host };
-        let thread = thread::Builder::new().name("peerlane-watch".into());
-        let thread = thread
-            .spawn(move || watch.run(&left, mailbox))
-            .map_err(|error| fail(format!("rank {rank} cannot start a thread: {error}")))?;
+        let thread = watch.spawn(left, mailbox).map_err(|error| Error::Rendezvous {
+            world,
+            reason: format!("rank {rank} cannot start a thread: {error}"),
+        })?;
         Ok(Membership { segment, rank, connection, leave: Some(leave), thread: Some(thread) })
+    }
+
+    /// Gives the seat up after a failure. `mailbox` is dropped once no other rank can write into it
+    /// any more: one may still be in the round in which this rank failed.
+    pub(crate) fn abandon(self, mailbox: Arc<dyn Any + Send + Sync>) {
+        let Seat { connection, segment, rank, host, .. } = self;
+        segment.set_presence(rank, Presence::Left);
+        connection.shut_down();
+        let watch = Watch { connection: Arc::new(connection), segment, rank, host };
+        let (_, left) = channel();
+        // Without a thread to wait for the others, keeping the memory is all that is safe.
+        let kept = mailbox.clone();
+        match watch.spawn(left, mailbox) {
+            Ok(_) => drop(kept),
+            Err(_) => std::mem::forget(kept),
+        }
     }
 }
 
@@ -261,14 +290,26 @@ struct Watch {
 }
 
 impl Watch {
+    fn spawn(
+        self,
+        left: Receiver<()>,
+        mailbox: Arc<dyn Any + Send + Sync>,
+    ) -> std::io::Result<JoinHandle<()>> {
+        let thread = thread::Builder::new().name("peerlane-watch".into());
+        thread.spawn(move || self.run(&left, mailbox))
+    }
+
     /// Notices the end of the host's process, then keeps `mailbox` until nobody can write to it.
     fn run(self, left: &Receiver<()>, mailbox: Arc<dyn Any + Send + Sync>) {
-        // Nothing more is said on the connection, so whatever happens to it is its end.
-        let _ = wait(&[self.connection.as_fd()], None);
+        // What the host may still say was meant for a rank that had not joined.
+        while let Ok(Some(_)) = self.connection.receive::<Reply>() {}
         if self.segment.presence(self.rank) != Presence::Left {
             self.segment.lose(self.host);
         }
-        while left.recv_timeout(Duration::from_secs(3600)) == Err(RecvTimeoutError::Timeout) {}
+        // The host may have left in order. Then nobody tells of the others any more.
+        while left.recv_timeout(WATCH) == Err(RecvTimeoutError::Timeout) {
+            self.look_for_lost();
+        }
         let until = Instant::now() + LINGER;
         while !self.segment.is_last(self.rank) {
             if Instant::now() >= until {
@@ -283,11 +324,9 @@ impl Watch {
 
     /// Finds processes that ended after the host had left.
     fn look_for_lost(&self) {
-        let count = self.segment.world();
+        let (count, namespace) = (self.segment.world(), pid_namespace());
         for rank in (0..count).filter(|rank| self.segment.presence(*rank) == Presence::Joined) {
-            let pid = Pid::from_raw(self.segment.pid(rank) as i32);
-            let gone = pid.map(rustix::process::test_kill_process);
-            if gone == Some(Err(rustix::io::Errno::SRCH)) {
+            if self.segment.is_gone(rank, namespace) {
                 self.segment.lose(rank);
             }
         }

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! page 0          magic, protocol, world size
-//! page 1 + rank   Status (kernel and hosts), then at HOST: presence, pid
+//! page 1 + rank   Status (kernel and hosts), then at HOST: presence, pid, pid namespace
 //! then            the call log
 //! ```
 
@@ -15,6 +15,7 @@ use peerlane_device::abi::Status;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
+use rustix::process::Pid;
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -151,9 +152,18 @@ impl Segment {
         self.word(Self::offset(rank) + HOST + 4).load(Ordering::Relaxed)
     }
 
-    /// Notes the process of `rank`.
-    pub(super) fn set_pid(&self, rank: u32, pid: u32) {
+    /// Whether the process of `rank` can be found by its number from a process in `namespace`, and
+    /// is gone.
+    pub(super) fn is_gone(&self, rank: u32, namespace: u32) -> bool {
+        let theirs = self.word(Self::offset(rank) + HOST + 8).load(Ordering::Relaxed);
+        let pid = Pid::from_raw(self.pid(rank) as i32).filter(|_| theirs == namespace);
+        pid.map(rustix::process::test_kill_process) == Some(Err(rustix::io::Errno::SRCH))
+    }
+
+    /// Notes the process of `rank`, and the namespace in which that is its number.
+    pub(super) fn set_process(&self, rank: u32, pid: u32, namespace: u32) {
         self.word(Self::offset(rank) + HOST + 4).store(pid, Ordering::Relaxed);
+        self.word(Self::offset(rank) + HOST + 8).store(namespace, Ordering::Relaxed);
     }
 
     /// Notes that the process of `lost` has ended, and stops everybody's waits, if it had joined

@@ -135,6 +135,40 @@ fn a_name_can_be_used_again() {
 }
 
 #[test]
+fn a_name_is_free_once_the_ranks_have_met() {
+    let meeting = meeting("free", 2, LONG);
+    let meet = || {
+        together(&meeting, |seat, _| {
+            seat.exchange(&0, None).and_then(|_| seat.join(Arc::new(()))).unwrap()
+        })
+    };
+    let first = meet();
+    // The host lets go of the name a moment after the last rank has joined.
+    thread::sleep(Duration::from_millis(100));
+    let second = meet();
+    assert!(first.iter().chain(&second).all(|member| !member.segment.is_last(0)));
+}
+
+#[test]
+fn a_rank_that_gives_its_seat_up_keeps_its_mailbox_for_the_others() {
+    let alive = Arc::new(());
+    let mut seats = together(&meeting("abandon", 2, LONG), |seat, rank| {
+        seat.exchange(&rank, None).unwrap();
+        seat
+    });
+    let other = seats.pop().unwrap();
+    seats.pop().unwrap().abandon(alive.clone());
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(Arc::strong_count(&alive), 2, "freed while rank 1 may still write to it");
+    other.abandon(Arc::new(()));
+    let until = Instant::now() + Duration::from_secs(5);
+    while Arc::strong_count(&alive) != 1 {
+        assert!(Instant::now() < until, "never freed");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
 fn bad_arguments_are_named() {
     let good = meeting("bad", 2, LONG);
     let bad = [

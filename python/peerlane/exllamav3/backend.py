@@ -10,8 +10,8 @@ Invariants:
 - All processes of a model use the same backend. Where the machine cannot do P2P, joining fails with
   the same error on every rank, and every rank then hands all calls to a `TPBackendNative`. The
   helper process starts later and finds the verdict in its environment.
-- A failed wait on any rank is an exception on every rank before the pass returns (`check="late"`:
-  at a later call). It repeats on every call until `close`.
+- A failed wait is an exception, before the pass returns, on the rank that waited (`check="late"`:
+  at a later call); on the others at their next pass at the latest. It repeats until `close`.
 - The extension checks tensors: a call that raises has launched nothing.
 """
 

@@ -123,3 +123,34 @@ fn an_abort_ends_every_wait() {
         }
     }
 }
+
+#[test]
+fn an_abort_is_heard_by_ranks_that_wait_for_nobody() {
+    let mut scene = Scene::new(2, 1, reductions(100).remove(0));
+    (0..2).for_each(|rank| scene.issue(rank).expect("the call is right"));
+    (0..2).for_each(|rank| scene.group.ranks[rank].finish().expect("both came"));
+    scene.group.ranks[0].communicator.abort();
+    for rank in 0..2 {
+        let stopped = Error::Stopped { rank: rank as u32 };
+        assert_eq!(scene.group.ranks[rank].communicator.health(), Err(stopped.clone()));
+        assert_eq!(scene.issue(rank), Err(stopped));
+    }
+}
+
+#[test]
+fn an_abort_from_another_thread_ends_a_close_that_waits() {
+    let mut scene = Scene::new(2, 3, reductions(100).remove(0));
+    // Far beyond what the test waits for.
+    scene.group.ranks[0].communicator.set_deadline(Duration::from_secs(3600));
+    scene.issue(0).expect("the call is right");
+    let aborter = scene.group.ranks[0].communicator.aborter();
+    let error = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(50));
+            aborter.abort();
+        });
+        scene.group.ranks[0].communicator.close().expect_err("rank 1 never came")
+    });
+    assert!(matches!(error, Error::Aborted { rank: 0, peer: 1, .. }), "{error:?}");
+    aborter.abort(); // Of a closed communicator: nothing happens.
+}
