@@ -7,9 +7,10 @@
 use crate::collectives::{self, Reduction};
 use crate::device::Device;
 use crate::options::{self, Given};
+use crate::prepared::PreparedAllReduce;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Aborter, Algorithm, Config, Error, Format, Processes, ReduceOp, Wire};
+use peerlane::{Aborter, Algorithm, Config, Error, Format, Processes};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyString, PyTuple};
@@ -154,7 +155,7 @@ impl Communicator {
     ) -> PyResult<PreparedAllReduce> {
         const CALL: &str = "prepare_all_reduce";
         let (op, wire) = (options::reduce_op(CALL, op)?, options::wire(CALL, wire)?);
-        Ok(PreparedAllReduce { rank: slf.clone().unbind(), op, wire })
+        Ok(PreparedAllReduce::new(slf.clone().unbind(), op, wire))
     }
 
     /// Rank r ends with the reduction of all ranks' r-th parts.
@@ -292,34 +293,6 @@ impl Communicator {
         format!(
             "<peerlane.Communicator rank {} of {} on {}>",
             self.number, self.world, self.gpu.name
-        )
-    }
-}
-
-/// An all-reduce in place whose options are fixed.
-#[pyclass(frozen, module = "peerlane")]
-pub(crate) struct PreparedAllReduce {
-    rank: Py<Communicator>,
-    op: ReduceOp,
-    wire: Wire,
-}
-
-#[pymethods]
-impl PreparedAllReduce {
-    /// `Communicator.all_reduce` of `tensor` on torch's current stream.
-    #[pyo3(signature = (tensor, contribution=None), text_signature = "($self, tensor, contribution=True)")]
-    fn run(
-        &self,
-        py: Python<'_>,
-        tensor: &Bound<'_, PyAny>,
-        contribution: Given<'_, '_>,
-    ) -> PyResult<()> {
-        collectives::all_reduce_in_place(
-            self.rank.get(),
-            py,
-            tensor,
-            (self.op, self.wire),
-            contribution,
         )
     }
 }

@@ -12,6 +12,7 @@ mod error;
 mod exchange;
 mod memory;
 mod options;
+mod prepared;
 mod tensor;
 mod torch;
 
@@ -21,7 +22,9 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _peerlane {
     #[pymodule_export]
-    use crate::communicator::{Communicator, PreparedAllReduce};
+    use crate::communicator::Communicator;
+    #[pymodule_export]
+    use crate::prepared::PreparedAllReduce;
 
     use crate::device::Device;
     use crate::error;
