@@ -134,6 +134,7 @@ fn an_abort_is_heard_by_ranks_that_wait_for_nobody() {
         let stopped = Error::Stopped { rank: rank as u32 };
         assert_eq!(scene.group.ranks[rank].communicator.health(), Err(stopped.clone()));
         assert_eq!(scene.issue(rank), Err(stopped));
+        assert_eq!(scene.group.ranks[rank].communicator.close(), Ok(()), "no wait was cut short");
     }
 }
 
