@@ -9,7 +9,7 @@ use crate::gpu::{Backend, GpuRef, cuda};
 use crate::layout;
 use crate::mailbox::{Member, Offer};
 use crate::plan::Shape;
-use crate::rendezvous::{Membership, Segment};
+use crate::rendezvous::{ABORTED, Membership, Segment};
 use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
@@ -177,9 +177,6 @@ fn max_blocks(cards: &[Card], config: &Config) -> u32 {
     let fitting = cards.iter().map(|card| card.resident_blocks / shared(card)).min().unwrap_or(1);
     config.max_blocks.unwrap_or(u32::MAX).min(fitting).max(1)
 }
-
-/// What a host stores in a status page to stop that rank's waits. Above it: the peer that is lost.
-const ABORTED: u32 = 1;
 
 /// What every communicator of a group holds. Dropped in this order.
 #[derive(Clone)]

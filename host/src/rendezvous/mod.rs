@@ -10,7 +10,7 @@ mod threads;
 
 pub use processes::Processes;
 pub(crate) use processes::{Membership, Seat};
-pub(crate) use segment::{PAGE, Segment, lost_rank};
+pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.

@@ -28,7 +28,9 @@ pub(crate) const PAGE: usize = 4096;
 const HOST: usize = 2048;
 const _: () = assert!(size_of::<Status>() <= HOST);
 
-/// What [`Segment::stop`] stores for a peer that is gone: this plus its rank.
+/// What a host stores in a status page's abort word to stop that rank's waits.
+pub(crate) const ABORTED: u32 = 1;
+/// What it stores because a peer is gone: this plus the peer's rank.
 const LOST: u32 = 0x100;
 
 /// Where a rank stands.

@@ -18,8 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import peerlane
@@ -47,6 +46,10 @@ _METHODS = (
 
 class TPBackendP2P:
     """Tensor-parallel backend that writes straight into the other GPUs' memory."""
+
+    all_reduce: Callable[..., None]
+    """`all_reduce(tensor, contribution=True)` sums `tensor` over all ranks, in place. With
+    `contribution=False` the tensor holds zeros, which are not sent; it still receives the sum."""
 
     def __init__(
         self,
@@ -76,8 +79,6 @@ class TPBackendP2P:
         self.communicator: Any = None
         self.native: Any = None
         self._ranks = {device: rank for rank, device in enumerate(sorted(active_devices))}
-        # The extension recognises interned strings by their address.
-        self._wire = sys.intern(self.options.wire)
         self._first_pass = True
         self._last_gather: tuple[Any, int, list[int], int] | None = None
 
@@ -112,17 +113,13 @@ class TPBackendP2P:
             self._fall_back(native, reason)
             return
         # One call from ExLlamaV3 into the extension, with no Python frame between.
-        self.all_reduce = self.communicator.prepare_all_reduce(wire=self._wire).run
+        self.all_reduce = self.communicator.prepare_all_reduce(wire=self.options.wire).run
         if master:
-            travel = "fp32" if self._wire == "native" else self._wire
+            wire = self.options.wire
+            travel = "fp32" if wire == "native" else wire
             announce(
                 f"TP backend: p2p, world size {len(self._ranks)}, fp32 sums travel as {travel}"
             )
-
-    def all_reduce(self, tensor: torch.Tensor, contribution: bool = True) -> None:
-        """Sums `tensor` over all ranks, in place. With `contribution=False` the tensor holds zeros,
-        which are not sent; it still receives the sum."""
-        self.communicator.all_reduce(tensor, wire=self._wire, contribution=contribution)
 
     def broadcast(self, tensor: torch.Tensor, src_device: int) -> None:
         """Overwrites `tensor` with that of `src_device`, byte by byte."""
