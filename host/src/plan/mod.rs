@@ -3,6 +3,8 @@
 //! Pure: no GPU, no I/O. The inputs are the same on every rank (sizes that ranks must bring alike,
 //! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
 
+pub mod forest;
+
 use crate::request::Algorithm;
 use peerlane_device::abi::{Format, Layout, MAX_THREADS};
 
