@@ -42,7 +42,7 @@ fn planning(criterion: &mut Criterion) {
         let Some(layout) = layout::choose(world as u32, Config::default().mailbox_bytes) else {
             continue;
         };
-        let shape = Shape { world: world as u32, layout, max_blocks: 132 };
+        let shape = Shape::new(world as u32, layout, 132);
         for (name, bytes) in [("16KiB", BYTES), ("16MiB", 16 << 20)] {
             let id = BenchmarkId::new(format!("grid/{name}"), world);
             group.bench_function(id, |b| {

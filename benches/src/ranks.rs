@@ -123,7 +123,7 @@ impl Rank {
                     communicator.all_gather(&AllGather { src, dst, bytes }, stream)
                 }
                 Collective::Broadcast => {
-                    communicator.broadcast(&Broadcast { data: dst, bytes, root: 0 }, stream)
+                    communicator.broadcast(&Broadcast::new(dst, bytes, 0), stream)
                 }
                 Collective::Gather => {
                     let call = Gather { src, dst, rows: 2, widths: &self.widths, root: 0 };

@@ -67,7 +67,7 @@ impl Solo {
         let grid = self.grid(rig, bytes);
         (args.block_units, args.chunk_units) = (grid.block_units, grid.chunk_units);
         if self.operation == Operation::Gather {
-            (args.rows, args.widths[0]) = (1, bytes as u64);
+            (args.rows, args.table[0]) = (1, bytes as u64);
         }
         args
     }

@@ -138,7 +138,7 @@ pub enum Operation {
     Gather = 5,
     /// No rank passes before all have come.
     Barrier = 6,
-    /// `dst += src` on one GPU.
+    /// A reduction of tensors on one GPU.
     LocalReduce = 7,
     /// Stores, loads and ordering between two GPUs.
     Probe = 8,
@@ -195,6 +195,18 @@ macro_rules! for_each_kernel {
             AllReduceTwoShotF16 "peerlane_all_reduce_two_shot_f16" two_shot::<F16> 2;
             AllReduceTwoShotBf16 "peerlane_all_reduce_two_shot_bf16" two_shot::<Bf16> 2;
             AllReduceTwoShotF32AsBf16 "peerlane_all_reduce_two_shot_f32_as_bf16" two_shot::<F32AsBf16> 2;
+            AllReduceStagedF32 "peerlane_all_reduce_staged_f32" staged::<F32> 2;
+            AllReduceStagedF16 "peerlane_all_reduce_staged_f16" staged::<F16> 2;
+            AllReduceStagedBf16 "peerlane_all_reduce_staged_bf16" staged::<Bf16> 2;
+            AllReduceStagedF32AsBf16 "peerlane_all_reduce_staged_f32_as_bf16" staged::<F32AsBf16> 2;
+            AllReduceRingF32 "peerlane_all_reduce_ring_f32" ring::<F32> 2;
+            AllReduceRingF16 "peerlane_all_reduce_ring_f16" ring::<F16> 2;
+            AllReduceRingBf16 "peerlane_all_reduce_ring_bf16" ring::<Bf16> 2;
+            AllReduceRingF32AsBf16 "peerlane_all_reduce_ring_f32_as_bf16" ring::<F32AsBf16> 2;
+            AllReduceTreeF32 "peerlane_all_reduce_tree_f32" tree::<F32> 2;
+            AllReduceTreeF16 "peerlane_all_reduce_tree_f16" tree::<F16> 2;
+            AllReduceTreeBf16 "peerlane_all_reduce_tree_bf16" tree::<Bf16> 2;
+            AllReduceTreeF32AsBf16 "peerlane_all_reduce_tree_f32_as_bf16" tree::<F32AsBf16> 2;
             ReduceScatterF32 "peerlane_reduce_scatter_f32" reduce_scatter::<F32> 2;
             ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 2;
             ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 2;
@@ -203,6 +215,7 @@ macro_rules! for_each_kernel {
             AllGatherFull "peerlane_all_gather_full" all_gather::<Full> 3;
             BroadcastPacket "peerlane_broadcast_packet" broadcast::<Packet> 2;
             BroadcastFull "peerlane_broadcast_full" broadcast::<Full> 3;
+            BroadcastTree "peerlane_broadcast_tree" tree_broadcast::<> 2;
             GatherPacket "peerlane_gather_packet" gather::<Packet> 3;
             GatherFull "peerlane_gather_full" gather::<Full> 4;
             LocalReduceF32 "peerlane_local_reduce_f32" local_reduce::<F32> 0;
@@ -261,12 +274,27 @@ impl Kernel {
         Kernel::ALL[Kernel::AllReduceTwoShotF32 as usize + Self::element(dtype, wire)]
     }
 
+    /// The staged all-reduce for `dtype` tensors travelling as `wire`.
+    pub const fn all_reduce_staged(dtype: DType, wire: Wire) -> Kernel {
+        Kernel::ALL[Kernel::AllReduceStagedF32 as usize + Self::element(dtype, wire)]
+    }
+
+    /// The ring all-reduce for `dtype` tensors travelling as `wire`.
+    pub const fn all_reduce_ring(dtype: DType, wire: Wire) -> Kernel {
+        Kernel::ALL[Kernel::AllReduceRingF32 as usize + Self::element(dtype, wire)]
+    }
+
+    /// The all-reduce over trees for `dtype` tensors travelling as `wire`.
+    pub const fn all_reduce_tree(dtype: DType, wire: Wire) -> Kernel {
+        Kernel::ALL[Kernel::AllReduceTreeF32 as usize + Self::element(dtype, wire)]
+    }
+
     /// The reduce-scatter for `dtype` tensors travelling as `wire`.
     pub const fn reduce_scatter(dtype: DType, wire: Wire) -> Kernel {
         Kernel::ALL[Kernel::ReduceScatterF32 as usize + Self::element(dtype, wire)]
     }
 
-    /// The local reduction `dst += src` for `dtype`.
+    /// The reduction of tensors on one GPU for `dtype`.
     pub const fn local_reduce(dtype: DType) -> Kernel {
         Kernel::ALL[Kernel::LocalReduceF32 as usize + dtype as usize]
     }
@@ -298,7 +326,7 @@ impl Kernel {
 /// The argument of every kernel, by value.
 ///
 /// What a small call touches comes first, in as few 64-byte lines of the constant bank as possible: a
-/// kernel waits for each line it touches first. The device indexes `peers` and `widths` at
+/// kernel waits for each line it touches first. The device indexes `peers` and `table` at
 /// run time through the parameter bank, by their offsets here.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -341,7 +369,7 @@ pub struct Args {
     pub shard_bytes: u64,
     /// Gather: rows in every tensor. Probe: number of the first round.
     pub rows: u64,
-    /// Two-shot all-reduce: units in every part but the last ones.
+    /// Operations that cut their tensor in parts: units in every part but the last ones.
     pub part_units: u32,
     /// [`Operation`] code, for records.
     pub operation: u32,
@@ -351,10 +379,11 @@ pub struct Args {
     pub peer: u32,
     /// Probe: what to do, a [`probe`] code.
     pub mode: u32,
-    /// Unused; keeps the struct free of padding.
-    pub reserved: u32,
-    /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing.
-    pub widths: [u64; MAX_RANKS],
+    /// Trees: number of parts, each of which has a tree.
+    pub parts: u32,
+    /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing. Trees: this
+    /// rank's [`Role`] in each part.
+    pub table: [u64; MAX_RANKS],
 }
 
 impl Args {
@@ -384,8 +413,54 @@ impl Args {
             rounds: 0,
             peer: 0,
             mode: 0,
-            reserved: 0,
-            widths: [0; MAX_RANKS],
+            parts: 0,
+            table: [0; MAX_RANKS],
+        }
+    }
+}
+
+/// A rank's place in one tree: whom it sends sums to, and who sends sums to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Role(u64);
+
+impl Role {
+    /// The place below `parent` (none: the root) and above `children`, a bit each.
+    pub const fn new(parent: Option<u32>, children: u32) -> Role {
+        match parent {
+            Some(rank) => Role(1 << 40 | (rank as u64) << 32 | children as u64),
+            None => Role(children as u64),
+        }
+    }
+
+    /// What [`Args::table`] holds for it.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The place that `bits` holds.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Role {
+        Role(bits)
+    }
+
+    /// The rank above; `None` for the root.
+    #[inline(always)]
+    pub const fn parent(self) -> Option<u32> {
+        if self.0 >> 40 != 0 { Some((self.0 >> 32) as u32 & 0xff) } else { None }
+    }
+
+    /// The ranks below, a bit each.
+    #[inline(always)]
+    pub const fn children(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The ranks above and below, a bit each.
+    #[inline(always)]
+    pub const fn neighbours(self) -> u32 {
+        match self.parent() {
+            Some(rank) => self.children() | 1 << rank,
+            None => self.children(),
         }
     }
 }

@@ -379,6 +379,21 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         units
     }
 
+    /// Waits for the `index`-th unit of slot number `number` from `peer` and leaves it where it is.
+    #[inline(always)]
+    pub unsafe fn wait_unit(&mut self, peer: u32, number: u32, index: u32, phase: u32) {
+        let at = self.slot(self.args.rank, peer, number) + index as u64 * UNIT as u64;
+        let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
+        // SAFETY: the unit lies in this rank's slots; nobody writes it between its arrival and
+        // the next credit.
+        unsafe {
+            while !F::arrived(self.lane.poll_unit(at), number)
+                && !(patience.turns.is_multiple_of(TURNS_PER_SEAL) && self.sealed(peer, number))
+                && self.keep_waiting(&mut patience, peer, phase)
+            {}
+        }
+    }
+
     /// Whether `peer` has sealed slot number `number`: what is there is all there, whatever it looks
     /// like.
     #[inline(always)]

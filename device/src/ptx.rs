@@ -92,8 +92,8 @@ impl<P: Parameters> Lane for PtxLane<P> {
     }
 
     #[inline(always)]
-    fn width(self, rank: u32) -> u64 {
-        P::load_u64((offset_of!(Args, widths) + 8 * rank as usize) as u64)
+    fn table(self, index: u32) -> u64 {
+        P::load_u64((offset_of!(Args, table) + 8 * index as usize) as u64)
     }
 
     #[inline(always)]

@@ -3,13 +3,17 @@
 //! Every method is `unsafe` for one reason: it takes addresses of tensors that a kernel will read
 //! and write after it has returned.
 
+use crate::algorithm::{Algorithm, Pattern, Route};
 use crate::call_log::Signature;
 use crate::communicator::{Communicator, call_flags};
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Stream};
+use crate::plan::roles::Roles;
 use crate::plan::{self, Grid};
-use crate::request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
-use peerlane_device::abi::{Args, DType, Format, Kernel, Operation, ReduceOp, UNIT, Wire, flags};
+use crate::request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+use peerlane_device::abi::{
+    Args, DType, Format, Kernel, MAX_RANKS, Operation, ReduceOp, UNIT, Wire, flags,
+};
 
 /// # Safety
 /// Every tensor named in a request has the size that the request says, lies in memory of this
@@ -33,35 +37,31 @@ impl Communicator {
         let expansion = expansion(call.dtype, call.wire);
         let wire_bytes = tensor_bytes / expansion;
         let algorithm = match call.algorithm.or(self.config().algorithm) {
-            Some(Algorithm::TwoShot) if shape.world == 1 => Algorithm::OneShot(Format::Full),
+            Some(Algorithm::OneShot(format)) => Algorithm::OneShot(format),
+            Some(_) if shape.world == 1 => Algorithm::OneShot(Format::Full),
             Some(algorithm) => algorithm,
             None => plan::all_reduce(shape.world, wire_bytes),
         };
-        let (kernel, format, variant) = match algorithm {
-            Algorithm::OneShot(format) => (
-                Kernel::all_reduce_one_shot(call.dtype, call.wire, format),
-                format,
-                1 + format as u8,
-            ),
-            Algorithm::TwoShot => {
-                (Kernel::all_reduce_two_shot(call.dtype, call.wire), Format::Full, 3)
-            }
-        };
+        let Fused { kernel, format, parts, roles } =
+            self.fused(algorithm, call.dtype, call.wire)?;
         let (units, tail) = units(tensor_bytes, format, expansion);
-        let part_units = plan::part_units(shape.world, units);
-        let message = if algorithm == Algorithm::TwoShot { part_units } else { units };
-        let grid = plan::grid(&shape, message);
+        let part_units = plan::part_units(parts, units);
+        let grid = plan::grid(&shape, part_units);
         let whole = tail as usize == format.payload() * expansion;
         let aligned = (call.src.0 | call.dst.0).is_multiple_of(UNIT as u64);
         let one_each = grid.chunk_units == grid.block_units && grid.block_units <= grid.threads;
         let single = if whole && aligned && one_each { flags::SINGLE } else { 0 };
+        let variant = 1 + algorithm.index() as u8;
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, tensor_bytes);
+        let (parts, table) = roles.map_or((0, [0; MAX_RANKS]), |roles| (roles.parts, roles.table));
         let args = Args {
             src: call.src.0,
             dst: call.dst.0,
             units: units as u32,
             tail,
             part_units: part_units as u32,
+            parts,
+            table,
             op: call.op as u32,
             scale: scale(call.op, shape.world),
             flags: self.args(operation).flags | call_flags(call.contribution) | single,
@@ -142,22 +142,35 @@ impl Communicator {
             return Ok(());
         }
         present(operation.name(), "data", call.data)?;
-        let format = plan::format(call.bytes);
+        let route = call.route.or(self.config().route).unwrap_or(Route::Direct);
+        let roles = *self.places().route(route, call.root);
+        let (kernel, format) = match route {
+            Route::Direct => {
+                let format = plan::format(call.bytes);
+                (Kernel::broadcast(format), format)
+            }
+            _ => (Kernel::BroadcastTree, Format::Full),
+        };
         let (units, tail) = units(call.bytes, format, 1);
-        let grid = plan::grid(&shape, units);
+        let part_units = plan::part_units(roles.parts, units);
+        let grid = plan::grid(&shape, part_units);
         let args = Args {
             src: call.data.0,
             dst: call.data.0,
             units: units as u32,
             tail,
+            part_units: part_units as u32,
+            parts: roles.parts,
+            table: roles.table,
             root: call.root,
             ..self.args(operation)
         };
-        let signature = movement(operation, call.root, call.bytes, 0);
+        let signature = Signature {
+            algorithm: 1 + route as u8,
+            ..movement(operation, call.root, call.bytes, 0)
+        };
         // SAFETY: passed on to the caller.
-        unsafe {
-            self.start(Kernel::broadcast(format), grid, args, self.everyone(), signature, stream)
-        }
+        unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
     }
 
     /// Joins the members' rows in the root's `dst`. Does nothing on a rank that is neither the root
@@ -199,7 +212,7 @@ impl Communicator {
         };
         let (mut members, mut hash) = (0u32, call.rows as u64);
         for (rank, &width) in call.widths.iter().enumerate() {
-            args.widths[rank] = width as u64;
+            args.table[rank] = width as u64;
             members |= ((width != 0) as u32) << rank;
             hash = (hash ^ width as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
         }
@@ -250,6 +263,33 @@ impl Communicator {
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
     }
 
+    /// The kernel that carries out `algorithm`, and how it divides its tensor.
+    fn fused(&self, algorithm: Algorithm, dtype: DType, wire: Wire) -> Result<Fused> {
+        let world = self.world_size();
+        let whole = |kernel, format| Fused { kernel, format, parts: 1, roles: None };
+        let parts = |kernel| Fused { parts: world, ..whole(kernel, Format::Full) };
+        let trees = |pattern| {
+            let roles = *self.places().pattern(pattern);
+            let kernel = Kernel::all_reduce_tree(dtype, wire);
+            Fused { parts: roles.parts, roles: Some(roles), ..whole(kernel, Format::Full) }
+        };
+        Ok(match algorithm {
+            Algorithm::OneShot(format) => {
+                whole(Kernel::all_reduce_one_shot(dtype, wire, format), format)
+            }
+            Algorithm::TwoShot => parts(Kernel::all_reduce_two_shot(dtype, wire)),
+            Algorithm::Staged => parts(Kernel::all_reduce_staged(dtype, wire)),
+            Algorithm::Ring => parts(Kernel::all_reduce_ring(dtype, wire)),
+            Algorithm::Tree => trees(Pattern::Tree),
+            Algorithm::DoubleTree => trees(Pattern::DoubleTree),
+            Algorithm::Hierarchical => trees(Pattern::Hierarchical),
+            Algorithm::Scheduled(_) => {
+                let expected = "an algorithm that is one kernel".to_owned();
+                return Err(invalid("all_reduce", "algorithm", expected, algorithm));
+            }
+        })
+    }
+
     /// A bit for every rank but this one.
     fn everyone(&self) -> u32 {
         ((1u32 << self.world_size()) - 1) & !(1 << self.rank())
@@ -261,6 +301,16 @@ impl Communicator {
         }
         Err(invalid(op, "root", format!("a rank from 0 to {}", self.world_size() - 1), root))
     }
+}
+
+/// An all-reduce that is one kernel.
+struct Fused {
+    kernel: Kernel,
+    format: Format,
+    /// Parts that it cuts its tensor in.
+    parts: u32,
+    /// This rank's places, if each part has a tree.
+    roles: Option<Roles>,
 }
 
 /// Tensor bytes per wire byte.

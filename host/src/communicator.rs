@@ -4,13 +4,14 @@
 //! kernel. After the first call it allocates nothing, locks nothing and enters no system call of
 //! its own; it never waits. Calls of one communicator run in the order in which they were made.
 
+use crate::algorithm::{Algorithm, Route};
 use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
 use crate::group::{Aborter, Agreement, Card, Group};
 use crate::join;
 use crate::plan::Shape;
+use crate::plan::roles::Places;
 use crate::rendezvous::{Meeting, Processes, lost_rank};
-use crate::request::Algorithm;
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::time::Duration;
 
@@ -26,6 +27,13 @@ pub struct Config {
     pub max_blocks: Option<u32>,
     /// Overrides the plan's choice of all-reduce for every call.
     pub algorithm: Option<Algorithm>,
+    /// Overrides the plan's choice of broadcast for every call.
+    pub route: Option<Route>,
+    /// Which island each rank belongs to, by rank: ranks with the same number are near each other.
+    /// `None`: two halves.
+    pub islands: Option<Vec<u8>>,
+    /// The rank that passes broadcasts on by [`Route::Hub`]. `None`: rank 0.
+    pub hub: Option<u32>,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.
     #[doc(hidden)]
@@ -42,6 +50,9 @@ impl Default for Config {
             mailbox_bytes: 32 << 20,
             max_blocks: None,
             algorithm: None,
+            route: None,
+            islands: None,
+            hub: None,
             broken: 0,
             first_slot: 0,
         }
@@ -61,6 +72,8 @@ pub struct Communicator {
     group: Option<Group>,
     /// What no call changes.
     template: Args,
+    /// This rank's places in all trees.
+    places: Places,
     /// Calls made together with each rank, for the call log.
     calls: [u64; MAX_RANKS],
     last_stream: Option<Stream>,
@@ -127,7 +140,8 @@ impl Communicator {
     }
 
     fn new(rank: u32, gpu: &GpuRef, config: &Config, group: Group) -> Result<Communicator> {
-        let Shape { world, layout, .. } = group.shape;
+        let shape = group.shape;
+        let Shape { world, layout, .. } = shape;
         let mut peers = [0; MAX_RANKS];
         for (peer, member) in peers.iter_mut().zip(group.members.iter()) {
             *peer = member.mailbox.0;
@@ -146,6 +160,7 @@ impl Communicator {
             config: config.clone(),
             group: Some(group),
             template,
+            places: Places::of(&shape, rank),
             calls: [0; MAX_RANKS],
             last_stream: None,
             order,
@@ -276,6 +291,11 @@ impl Communicator {
         let shape = self.group(operation.name())?.shape;
         self.health()?;
         Ok(shape)
+    }
+
+    /// This rank's places in all trees.
+    pub(crate) fn places(&self) -> &Places {
+        &self.places
     }
 
     /// A call's arguments before its own are filled in.

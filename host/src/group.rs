@@ -101,8 +101,10 @@ impl Agreement {
                 got: config.mailbox_bytes.to_string(),
             });
         };
+        let max_blocks = max_blocks(cards, config);
+        let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
-            shape: Shape { world, layout, max_blocks: max_blocks(cards, config) },
+            shape: Shape { world, layout, max_blocks, islands, hub },
             ordinals: cards.iter().map(|card| card.ordinal).collect(),
         })
     }
@@ -176,6 +178,44 @@ fn max_blocks(cards: &[Card], config: &Config) -> u32 {
     let shared = |card: &Card| cards.iter().filter(|other| other.uuid == card.uuid).count() as u32;
     let fitting = cards.iter().map(|card| card.resident_blocks / shared(card)).min().unwrap_or(1);
     config.max_blocks.unwrap_or(u32::MAX).min(fitting).max(1)
+}
+
+/// Which island each rank belongs to.
+fn islands(world: u32, config: &Config) -> Result<[u8; MAX_RANKS]> {
+    let mut islands = [0; MAX_RANKS];
+    match &config.islands {
+        None => {
+            for (rank, island) in (0..world).zip(&mut islands) {
+                *island = (rank >= world.div_ceil(2)) as u8;
+            }
+        }
+        Some(given) if given.len() == world as usize => {
+            islands[..given.len()].copy_from_slice(given);
+        }
+        Some(given) => {
+            return Err(Error::InvalidArgument {
+                op: "connect",
+                argument: "islands",
+                expected: format!("{world} numbers, one a rank"),
+                got: given.len().to_string(),
+            });
+        }
+    }
+    Ok(islands)
+}
+
+/// The rank that passes broadcasts on.
+fn hub(world: u32, config: &Config) -> Result<u32> {
+    match config.hub {
+        None => Ok(0),
+        Some(hub) if hub < world => Ok(hub),
+        Some(hub) => Err(Error::InvalidArgument {
+            op: "connect",
+            argument: "hub",
+            expected: format!("a rank from 0 to {}", world - 1),
+            got: hub.to_string(),
+        }),
+    }
 }
 
 /// What every communicator of a group holds. Dropped in this order.

@@ -1,5 +1,6 @@
 //! Peer-to-peer collectives for the GPUs of one machine.
 
+pub mod algorithm;
 mod call_log;
 pub mod cases;
 mod collectives;
@@ -18,9 +19,10 @@ pub mod rendezvous;
 pub mod request;
 pub mod topology;
 
+pub use algorithm::{Algorithm, Pattern, Route};
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};
 pub use group::Aborter;
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
 pub use rendezvous::{Meeting, Processes};
-pub use request::{Algorithm, AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+pub use request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};

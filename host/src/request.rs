@@ -3,18 +3,9 @@
 //! Sizes are in elements where the element type matters (reductions) and in bytes where it does
 //! not. Every rank that takes part must bring the same sizes, types, root and options.
 
+use crate::algorithm::{Algorithm, Route};
 use crate::gpu::DevicePtr;
-use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
-
-/// How an all-reduce is carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Algorithm {
-    /// Every rank sends its whole tensor to every other and reduces all of it: one step,
-    /// (n-1) x S bytes out of each GPU.
-    OneShot(Format),
-    /// Reduce-scatter and all-gather in one kernel: two steps, 2(n-1)/n x S bytes out of each GPU.
-    TwoShot,
-}
+use peerlane_device::abi::{DType, ReduceOp, Wire};
 
 /// Every rank ends with the reduction of all ranks' tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,6 +84,15 @@ pub struct Broadcast {
     pub bytes: usize,
     /// The rank that has the data.
     pub root: u32,
+    /// Overrides the plan's choice.
+    pub route: Option<Route>,
+}
+
+impl Broadcast {
+    /// Sends the root's `bytes` bytes to all ranks.
+    pub const fn new(data: DevicePtr, bytes: usize, root: u32) -> Broadcast {
+        Broadcast { data, bytes, root, route: None }
+    }
 }
 
 /// The root ends with the members' tensors joined along their last dimension.

@@ -169,7 +169,7 @@ pub(crate) fn broadcast(
     } else {
         Tensor::read_writable(&place, tensor, Need::Bytes)?
     };
-    let request = Broadcast { data: data.at(), bytes: data.bytes(), root };
+    let request = Broadcast::new(data.at(), data.bytes(), root);
     let stream = rank.stream(py, CALL, stream, data.stream)?;
     // SAFETY: as in `all_reduce`; the root's tensor is only read.
     rank.queue(py, CALL, |rank| unsafe { rank.broadcast(&request, stream) })

@@ -100,7 +100,7 @@ impl Rank {
                     communicator.all_gather(&AllGather { src, dst, bytes }, stream)
                 }
                 &Call::Broadcast { bytes, root } => {
-                    communicator.broadcast(&Broadcast { data: dst, bytes, root }, stream)
+                    communicator.broadcast(&Broadcast::new(dst, bytes, root), stream)
                 }
                 Call::Gather { rows, widths, root, .. } => {
                     let call = Gather { src, dst, rows: *rows, widths, root: *root };

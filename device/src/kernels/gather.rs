@@ -28,7 +28,7 @@ pub unsafe fn gather<L: Lane, F: Form>(lane: L, args: &Args) {
 /// This block's share of what `rank` brings, whose first byte is at `address`.
 #[inline(always)]
 fn rows_of<L: Lane, F: Form>(lane: L, args: &Args, rank: u32, address: u64) -> Share {
-    Message::of_bytes(address, args.rows * lane.width(rank), F::FORMAT).share(lane, args)
+    Message::of_bytes(address, args.rows * lane.table(rank), F::FORMAT).share(lane, args)
 }
 
 /// A member's side.
@@ -54,7 +54,7 @@ unsafe fn send<L: Lane, F: Form>(lane: L, args: &Args) {
 unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
     let mut peers = 0;
     for peer in successors(args) {
-        peers |= ((lane.width(peer) != 0) as u32) << peer;
+        peers |= ((lane.table(peer) != 0) as u32) << peer;
     }
     // SAFETY: passed on to the caller.
     unsafe {
@@ -128,9 +128,9 @@ impl Place {
             if rank == member {
                 before = pitch;
             }
-            pitch += lane.width(rank);
+            pitch += lane.table(rank);
         }
-        Place { address: args.dst + before, width: lane.width(member), pitch }
+        Place { address: args.dst + before, width: lane.table(member), pitch }
     }
 
     /// Stores `N` units of a chunk that begins `start` bytes into the member's rows.

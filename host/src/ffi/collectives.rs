@@ -110,7 +110,7 @@ pub unsafe extern "C" fn peerlane_broadcast(
     guard("broadcast", |op| {
         // SAFETY: the header asks for a handle.
         let comm = unsafe { present(op, "comm", comm)? };
-        let call = Broadcast { data: device(data), bytes, root };
+        let call = Broadcast::new(device(data), bytes, root);
         // SAFETY: the header asks of tensors and stream what the communicator asks.
         unsafe { comm.alone().broadcast(&call, self::stream(stream)) }
     })

@@ -5,10 +5,10 @@
 
 use super::arguments::{check_size, choose, sized};
 use super::status::{guard, peerlane_status};
+use crate::algorithm::Algorithm;
 use crate::collectives::invalid;
 use crate::communicator::Config;
 use crate::error::Result;
-use crate::request::Algorithm;
 use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
 use std::ffi::c_int;
 use std::mem::MaybeUninit;

@@ -70,6 +70,12 @@ impl Tree {
         })
     }
 
+    /// The same tree, except that `root` is its own parent.
+    fn rooted(mut self, root: u32) -> Tree {
+        self.parents[root as usize] = root as u8;
+        self
+    }
+
     /// Where `rank` sends; `None` for the root.
     pub fn parent(&self, rank: u32) -> Option<u32> {
         let parent = self.parents[rank as usize] as u32;
@@ -209,14 +215,6 @@ impl Forest {
     }
 }
 
-impl Tree {
-    /// The same tree, except that `root` is its own parent.
-    fn rooted(mut self, root: u32) -> Tree {
-        self.parents[root as usize] = root as u8;
-        self
-    }
-}
-
 /// A binary tree and its mirror image. Where the mirror would put leaves on leaves, for an odd
 /// number of ranks, the second is shifted by one place instead.
 fn two_trees(world: u32) -> [Tree; 2] {
@@ -312,9 +310,10 @@ mod tests {
             });
             // With an odd number of ranks one place is a leaf twice.
             assert!(idle.count() as u32 <= world % 2, "{world}");
-            let most = forest.trees().iter().flat_map(|tree| {
-                (0..world).map(move |rank| tree.children(rank).count())
-            });
+            let most = forest
+                .trees()
+                .iter()
+                .flat_map(|tree| (0..world).map(move |rank| tree.children(rank).count()));
             assert!(most.max() <= Some(2), "{world}");
         }
     }
@@ -337,7 +336,8 @@ mod tests {
                 }
                 for rank in 0..world {
                     for parent in 0..world {
-                        let edges = forest.trees().iter().filter(|t| t.parent(rank) == Some(parent));
+                        let edges =
+                            forest.trees().iter().filter(|t| t.parent(rank) == Some(parent));
                         assert!(edges.count() <= 1, "{name} over {world}: {rank} to {parent}");
                     }
                 }

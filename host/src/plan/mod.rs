@@ -4,9 +4,10 @@
 //! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
 
 pub mod forest;
+pub mod roles;
 
-use crate::request::Algorithm;
-use peerlane_device::abi::{Format, Layout, MAX_THREADS};
+use crate::algorithm::Algorithm;
+use peerlane_device::abi::{Format, Layout, MAX_RANKS, MAX_THREADS};
 
 /// What all ranks of a communicator have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,17 @@ pub struct Shape {
     pub layout: Layout,
     /// Most blocks that a call may use on any rank.
     pub max_blocks: u32,
+    /// Which island each rank belongs to, for hierarchical all-reduces.
+    pub islands: [u8; MAX_RANKS],
+    /// The rank that passes broadcasts on by [`Route::Hub`](crate::Route::Hub).
+    pub hub: u32,
+}
+
+impl Shape {
+    /// A shape whose ranks are all near each other.
+    pub const fn new(world: u32, layout: Layout, max_blocks: u32) -> Shape {
+        Shape { world, layout, max_blocks, islands: [0; MAX_RANKS], hub: 0 }
+    }
 }
 
 /// How a kernel is launched and how it cuts its message.
@@ -81,9 +93,9 @@ fn threads(units: usize, most_blocks: usize) -> u32 {
     (even as u32).clamp(128, MAX_THREADS)
 }
 
-/// Units of every part but the last of a two-shot all-reduce of `units` units.
-pub fn part_units(world: u32, units: usize) -> usize {
-    units.div_ceil(world as usize)
+/// Units of every part but the last ones of a tensor of `units` units in `parts` parts.
+pub fn part_units(parts: u32, units: usize) -> usize {
+    units.div_ceil(parts as usize)
 }
 
 #[cfg(test)]
@@ -93,7 +105,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn shape(world: u32, max_blocks: u32) -> Shape {
-        Shape { world, layout: layout::choose(world, 32 << 20).unwrap(), max_blocks }
+        Shape::new(world, layout::choose(world, 32 << 20).unwrap(), max_blocks)
     }
 
     proptest! {

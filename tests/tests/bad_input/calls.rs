@@ -86,7 +86,7 @@ fn null_tensors_are_refused() {
     let gather_all = |src, dst| AllGather { src, dst, bytes: 3 };
     scene.refuse(queue!(all_gather, |at| gather_all(NULL, at)), &says("all_gather", "src"));
     scene.refuse(queue!(all_gather, |at| gather_all(at, NULL)), &says("all_gather", "dst"));
-    let broadcast = |_| Broadcast { data: NULL, bytes: 3, root: 0 };
+    let broadcast = |_| Broadcast::new(NULL, 3, 0);
     scene.refuse(queue!(broadcast, broadcast), &says("broadcast", "data"));
     let gather = |src, dst| Gather { src, dst, rows: 1, widths: &[3, 3], root: 0 };
     scene.refuse(queue!(gather, |at| gather(NULL, at)), &says("gather", "src"));
@@ -116,7 +116,7 @@ fn wrong_widths_and_roots_are_refused() {
     scene.refuse(queue!(gather, gather(&[1; 4], 0)), &says);
     let says = ["gather", "root", "expected a rank from 0 to 2, got 3"];
     scene.refuse(queue!(gather, gather(&[1; 3], 3)), &says);
-    let broadcast = |at| Broadcast { data: at, bytes: 1, root: 9 };
+    let broadcast = |at| Broadcast::new(at, 1, 9);
     let says = ["broadcast", "root", "expected a rank from 0 to 2, got 9"];
     scene.refuse(queue!(broadcast, broadcast), &says);
     scene.works();
@@ -131,7 +131,7 @@ fn sizes_that_no_memory_has_are_refused() {
     scene.refuse(queue!(reduce_scatter, huge), &says("reduce_scatter"));
     let huge = |at| AllGather { src: at, dst: at, bytes: 1 << 40 };
     scene.refuse(queue!(all_gather, huge), &says("all_gather"));
-    let huge = |at| Broadcast { data: at, bytes: usize::MAX, root: 0 };
+    let huge = |at| Broadcast::new(at, usize::MAX, 0);
     scene.refuse(queue!(broadcast, huge), &says("broadcast"));
     let huge = |at| Gather { src: at, dst: at, rows: 2, widths: &[usize::MAX, 2], root: 0 };
     scene.refuse(queue!(gather, huge), &says("gather"));
@@ -202,7 +202,7 @@ fn a_closed_communicator_refuses_every_call() {
     scene.refuse(queue!(reduce_scatter, |at| scatter(at, at, 4)), &says("reduce_scatter"));
     let gather_all = |at| AllGather { src: at, dst: at, bytes: 3 };
     scene.refuse(queue!(all_gather, gather_all), &says("all_gather"));
-    let broadcast = |at| Broadcast { data: at, bytes: 3, root: 0 };
+    let broadcast = |at| Broadcast::new(at, 3, 0);
     scene.refuse(queue!(broadcast, broadcast), &says("broadcast"));
     let gather = |at| Gather { src: at, dst: at, rows: 1, widths: &[3, 3], root: 0 };
     scene.refuse(queue!(gather, gather), &says("gather"));

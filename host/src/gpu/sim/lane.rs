@@ -161,8 +161,8 @@ impl Lane for SimLane {
         self.args().peers[rank as usize]
     }
 
-    fn width(self, rank: u32) -> u64 {
-        self.args().widths[rank as usize]
+    fn table(self, index: u32) -> u64 {
+        self.args().table[index as usize]
     }
 
     fn sync_threads(self) {

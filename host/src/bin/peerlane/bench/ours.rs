@@ -36,7 +36,7 @@ impl Contender for Ours {
                     self.0.all_gather(&AllGather { src, dst, bytes }, stream)?;
                 }
                 Operation::Broadcast => {
-                    self.0.broadcast(&Broadcast { data: dst, bytes, root }, stream)?;
+                    self.0.broadcast(&Broadcast::new(dst, bytes, root), stream)?;
                 }
                 Operation::Gather => {
                     let widths = &vec![bytes; job.world as usize][..];

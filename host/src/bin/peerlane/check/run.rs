@@ -269,7 +269,7 @@ impl Rank {
                     communicator.all_gather(&AllGather { src, dst, bytes: count }, stream)
                 }
                 Call::Broadcast { root } => {
-                    communicator.broadcast(&Broadcast { data: src, bytes: count, root }, stream)
+                    communicator.broadcast(&Broadcast::new(src, count, root), stream)
                 }
                 Call::Gather { root, .. } => {
                     let widths = &widths(case)[..];
