@@ -1,8 +1,9 @@
 //! Who sends to whom: a tensor in parts, and for each part a tree over the ranks.
 //!
 //! Pure. Invariant: every tree reaches every rank once, and every rank that builds a forest from the
-//! same inputs gets the same one. An all-reduce sums each part towards its tree's root and sends the result
-//! back the same way; a broadcast sends each part from the root on.
+//! same inputs gets the same one. An all-reduce sums each part towards its tree's root and sends the
+//! result from there along the same tree (on a ring: on round it); a broadcast sends each part from
+//! the root on.
 //!
 //! | forest | parts | depth of the trees | sends out of a rank, tensors |
 //! |---|---|---|---|
@@ -36,7 +37,7 @@ impl Tree {
         Tree::new(world, |_| root)
     }
 
-    /// The ranks in a row: each sends to the one before it, the first after `root` last.
+    /// The ranks in a row: the root above its successor, that one above its own, and so on.
     pub fn chain(world: u32, root: u32) -> Tree {
         Tree::new(world, |rank| if rank == root { root } else { (rank + world - 1) % world })
     }
@@ -118,33 +119,46 @@ fn in_order_parent(world: u32, place: u32) -> u32 {
     place
 }
 
-/// A tree for each part of the tensor.
+/// Trees for each part of the tensor: one that sums take, one that results take. Both have one root.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Forest {
-    trees: Vec<Tree>,
+    sums: Vec<Tree>,
+    results: Vec<Tree>,
 }
 
 impl Forest {
+    /// Results go back the way that sums came.
+    fn both_ways(trees: impl Into<Vec<Tree>>) -> Forest {
+        let sums = trees.into();
+        Forest { results: sums.clone(), sums }
+    }
+
     /// Part r is reduced by rank r, to which all others send: what two-shot does.
     pub fn star(world: u32) -> Forest {
-        Forest { trees: (0..world).map(|rank| Tree::star(world, rank)).collect() }
+        Forest::both_ways((0..world).map(|rank| Tree::star(world, rank)).collect::<Vec<_>>())
     }
 
     /// One binomial tree.
     pub fn binomial(world: u32, root: u32) -> Forest {
-        Forest { trees: vec![Tree::binomial(world, root)] }
+        Forest::both_ways([Tree::binomial(world, root)])
     }
 
     /// Two binary trees, each on half the tensor, in which nearly every leaf of one is an inner
     /// rank of the other, so that together they use every link in both directions (Sanders, Speck,
     /// Träff: Two-tree algorithms for full bandwidth broadcast, reduction and scan, 2009).
     pub fn double_binary(world: u32) -> Forest {
-        Forest { trees: two_trees(world).into() }
+        Forest::both_ways(two_trees(world))
     }
 
-    /// Part r travels round the ring and ends at rank r: reduce-scatter and all-gather of a ring.
+    /// Part r goes round the ring from rank to next rank, its sum until it is complete at rank r, then
+    /// the result.
     pub fn ring(world: u32) -> Forest {
-        Forest { trees: (0..world).map(|rank| Tree::chain(world, rank)).collect() }
+        let towards =
+            |root| Tree::new(world, |rank| if rank == root { root } else { (rank + 1) % world });
+        Forest {
+            sums: (0..world).map(towards).collect(),
+            results: (0..world).map(|root| Tree::chain(world, root)).collect(),
+        }
     }
 
     /// Ranks with the same entry in `islands` are near each other. Part s is summed inside each island
@@ -169,25 +183,23 @@ impl Forest {
                 if rank == own { top } else { own }
             })
         };
-        Forest { trees: (0..parts).map(tree).collect() }
+        Forest::both_ways((0..parts).map(tree).collect::<Vec<_>>())
     }
 
     /// For broadcasts: every rank receives from `root` itself.
     pub fn flat(world: u32, root: u32) -> Forest {
-        Forest { trees: vec![Tree::star(world, root)] }
+        Forest::both_ways([Tree::star(world, root)])
     }
 
     /// For broadcasts: the ranks in a row, `root` first.
     pub fn chain(world: u32, root: u32) -> Forest {
-        // The chain's links lead upwards: rank r receives from r-1.
-        Forest { trees: vec![Tree::chain(world, root)] }
+        Forest::both_ways([Tree::chain(world, root)])
     }
 
     /// For broadcasts: `root` sends to `hub` alone, which sends to all others.
     pub fn hub(world: u32, root: u32, hub: u32) -> Forest {
-        Forest {
-            trees: vec![Tree::new(world, |rank| if rank == hub { root } else { hub }).rooted(root)],
-        }
+        let below = Tree::new(world, |rank| if rank == hub { root } else { hub });
+        Forest::both_ways([below.rooted(root)])
     }
 
     /// For broadcasts: `root` sends half of the tensor to the top of each of two binary trees over the
@@ -196,22 +208,27 @@ impl Forest {
         if world < 3 {
             return Forest::flat(world, root);
         }
-        Forest { trees: two_trees(world - 1).map(|tree| Tree::below(world, root, tree)).into() }
+        Forest::both_ways(two_trees(world - 1).map(|tree| Tree::below(world, root, tree)))
     }
 
     /// Number of parts.
     pub fn parts(&self) -> u32 {
-        self.trees.len() as u32
+        self.sums.len() as u32
     }
 
-    /// The trees, part by part.
-    pub fn trees(&self) -> &[Tree] {
-        &self.trees
+    /// The trees that sums take to their root, part by part.
+    pub fn sums(&self) -> &[Tree] {
+        &self.sums
+    }
+
+    /// The trees that results take from their root, part by part.
+    pub fn results(&self) -> &[Tree] {
+        &self.results
     }
 
     /// Most steps from any rank to a root.
     pub fn height(&self) -> u32 {
-        self.trees.iter().map(Tree::height).max().unwrap_or(0)
+        self.sums.iter().map(Tree::height).max().unwrap_or(0)
     }
 }
 
@@ -259,7 +276,10 @@ mod tests {
     fn every_tree_leads_every_rank_to_one_root() {
         for world in 1..=MAX_RANKS as u32 {
             for (name, forest) in all(world) {
-                for tree in forest.trees() {
+                for (sums, results) in forest.sums().iter().zip(forest.results()) {
+                    assert_eq!(sums.root(), results.root(), "{name} over {world}");
+                }
+                for tree in forest.sums().iter().chain(forest.results()) {
                     let roots = (0..world).filter(|rank| tree.parent(*rank).is_none()).count();
                     assert_eq!(roots, 1, "{name} over {world}: {tree:?}");
                     // Would not return if a rank's way led in a circle.
@@ -295,7 +315,7 @@ mod tests {
                     Forest::double_binary_from(world, root),
                 ];
                 for forest in forests {
-                    assert!(forest.trees().iter().all(|tree| tree.root() == root), "{forest:?}");
+                    assert!(forest.sums().iter().all(|tree| tree.root() == root), "{forest:?}");
                 }
             }
         }
@@ -306,7 +326,7 @@ mod tests {
         for world in 2..=MAX_RANKS as u32 {
             let forest = Forest::double_binary(world);
             let idle = (0..world).filter(|rank| {
-                forest.trees().iter().all(|tree| tree.children(*rank).next().is_none())
+                forest.sums().iter().all(|tree| tree.children(*rank).next().is_none())
             });
             // With an odd number of ranks one place is a leaf twice.
             assert!(idle.count() as u32 <= world % 2, "{world}");
@@ -321,7 +341,7 @@ mod tests {
     #[test]
     fn two_ranks_make_every_forest_of_two_parts_the_same() {
         assert_eq!(Forest::star(2), Forest::ring(2));
-        let roots = |forest: &Forest| forest.trees().iter().map(Tree::root).collect::<Vec<_>>();
+        let roots = |forest: &Forest| forest.sums().iter().map(Tree::root).collect::<Vec<_>>();
         assert_eq!(roots(&Forest::double_binary(2)), [1, 0]);
         assert_eq!(roots(&Forest::star(2)), [0, 1]);
     }
@@ -336,8 +356,7 @@ mod tests {
                 }
                 for rank in 0..world {
                     for parent in 0..world {
-                        let edges =
-                            forest.trees().iter().filter(|t| t.parent(rank) == Some(parent));
+                        let edges = forest.sums().iter().filter(|t| t.parent(rank) == Some(parent));
                         assert!(edges.count() <= 1, "{name} over {world}: {rank} to {parent}");
                     }
                 }
@@ -349,9 +368,9 @@ mod tests {
     fn islands_send_each_part_between_them_once() {
         let forest = Forest::islands(&[0, 0, 1, 1, 1]);
         assert_eq!(forest.parts(), 2);
-        assert_eq!(forest.trees()[0].root(), 0);
-        assert_eq!(forest.trees()[1].root(), 3);
-        for tree in forest.trees() {
+        assert_eq!(forest.sums()[0].root(), 0);
+        assert_eq!(forest.sums()[1].root(), 3);
+        for tree in forest.sums() {
             let crossing = (0..5).filter(|rank| {
                 tree.parent(*rank).is_some_and(|parent| (parent < 2) != (*rank < 2))
             });

@@ -20,7 +20,7 @@ impl Roles {
     /// The places of `rank` in `forest`.
     pub fn of(forest: &Forest, rank: u32) -> Roles {
         let mut table = [0; MAX_RANKS];
-        for (entry, tree) in table.iter_mut().zip(forest.trees()) {
+        for (entry, tree) in table.iter_mut().zip(forest.results()) {
             let children = tree.children(rank).fold(0, |mask, child| mask | 1 << child);
             *entry = Role::new(tree.parent(rank), children).bits();
         }

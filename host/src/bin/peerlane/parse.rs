@@ -2,7 +2,8 @@
 //!
 //! Invariant: a value that does not parse names what was expected and what came.
 
-use peerlane::{Algorithm, DType, Format, Operation, ReduceOp, Wire};
+use peerlane::algorithm::UnknownName;
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
 
 /// The collectives, in the order in which they are reported.
 pub(crate) const OPERATIONS: [Operation; 6] = [
@@ -55,20 +56,11 @@ pub(crate) fn wire(text: &str) -> Result<Wire, String> {
     choose(text, &[Wire::Native, Wire::Bf16], wire_name)
 }
 
-/// Every way to carry out an all-reduce; `None` leaves the choice to the plan.
-pub(crate) const ALGORITHMS: [Option<Algorithm>; 4] = [
-    Some(Algorithm::OneShot(Format::Packet)),
-    Some(Algorithm::OneShot(Format::Full)),
-    Some(Algorithm::TwoShot),
-    None,
-];
-
-/// The name of a way to carry out an all-reduce.
+/// The name of a way to carry out an all-reduce; `None` leaves the choice to the plan.
 pub(crate) const fn algorithm_name(algorithm: Option<Algorithm>) -> &'static str {
     match algorithm {
         None => "auto",
-        Some(Algorithm::OneShot(format)) => format.name(),
-        Some(Algorithm::TwoShot) => "two-shot",
+        Some(algorithm) => algorithm.name(),
     }
 }
 
@@ -78,7 +70,11 @@ pub(crate) struct Choice(pub(crate) Option<Algorithm>);
 
 /// A way to carry out an all-reduce.
 pub(crate) fn algorithm(text: &str) -> Result<Choice, String> {
-    choose(text, &ALGORITHMS, algorithm_name).map(Choice)
+    if text == "auto" {
+        return Ok(Choice(None));
+    }
+    let known = |error: UnknownName| error.to_string().replacen("one of ", "one of auto, ", 1);
+    text.parse().map(|algorithm| Choice(Some(algorithm))).map_err(known)
 }
 
 /// A number of bytes, with an optional suffix K, M or G.
@@ -126,6 +122,7 @@ mod tests {
         assert_eq!(operation("gather"), Ok(Operation::Gather));
         assert_eq!(algorithm("auto"), Ok(Choice(None)));
         assert_eq!(algorithm("two-shot"), Ok(Choice(Some(Algorithm::TwoShot))));
+        assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, packet, "));
         assert_eq!(
             dtype("f64").unwrap_err(),
             "expected one of f32, f16, bf16, got f64".to_string()

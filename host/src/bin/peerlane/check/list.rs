@@ -4,9 +4,8 @@
 //! seed picks; a case named on the command line is taken whatever it costs.
 
 use super::case::{Call, Case, Style, Widths};
-use crate::parse::ALGORITHMS;
 use peerlane::cases::{Rng, Values};
-use peerlane::{DType, Operation, ReduceOp, Wire};
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
 
 /// Which cases a run takes.
 pub(crate) struct Filter<'a> {
@@ -22,6 +21,12 @@ pub(crate) struct Filter<'a> {
     /// A case that costs n times as much is taken n times less often.
     pub(crate) affordable: u64,
     pub(crate) seed: u64,
+}
+
+/// Every way to carry out an all-reduce in one kernel, and the plan's choice.
+fn algorithms() -> Vec<Option<Algorithm>> {
+    let fused = Algorithm::ALL.into_iter().filter(|a| !matches!(a, Algorithm::Scheduled(_)));
+    fused.map(Some).chain([None]).collect()
 }
 
 impl Filter<'_> {
@@ -62,7 +67,7 @@ impl Filter<'_> {
             Operation::ReduceScatter => false,
             other => return vec![Family::Moves(other)],
         };
-        let algorithms = if all { &ALGORITHMS[..] } else { &[None] };
+        let algorithms = if all { algorithms() } else { vec![None] };
         let mut families = Vec::new();
         for dtype in self.dtypes {
             let wires: &[Wire] = match dtype {
@@ -70,7 +75,7 @@ impl Filter<'_> {
                 _ => &[Wire::Native],
             };
             for wire in wires {
-                for algorithm in algorithms {
+                for algorithm in &algorithms {
                     families.push(Family::Reduces(all, *dtype, *wire, *algorithm));
                 }
             }
