@@ -331,7 +331,7 @@ mod tests {
             // With an odd number of ranks one place is a leaf twice.
             assert!(idle.count() as u32 <= world % 2, "{world}");
             let most = forest
-                .trees()
+                .sums()
                 .iter()
                 .flat_map(|tree| (0..world).map(move |rank| tree.children(rank).count()));
             assert!(most.max() <= Some(2), "{world}");
