@@ -34,7 +34,7 @@ impl Communicator {
         if call.contribution {
             aligned(op, "src", call.src, call.dtype)?;
         }
-        let expansion = expansion(call.dtype, call.wire);
+        let expansion = plan::expansion(call.dtype, call.wire);
         let wire_bytes = tensor_bytes / expansion;
         let algorithm = match call.algorithm.or(self.config().algorithm) {
             Some(Algorithm::OneShot(format)) => Algorithm::OneShot(format),
@@ -85,7 +85,7 @@ impl Communicator {
         if call.contribution {
             aligned(op, "src", call.src, call.dtype)?;
         }
-        let (units, tail) = units(bytes, Format::Full, expansion(call.dtype, call.wire));
+        let (units, tail) = units(bytes, Format::Full, plan::expansion(call.dtype, call.wire));
         let grid = plan::grid(&shape, units);
         let signature = reduction(operation, call.dtype, call.wire, call.op, 0, bytes);
         let args = Args {
@@ -311,11 +311,6 @@ struct Fused {
     parts: u32,
     /// This rank's places, if each part has a tree.
     roles: Option<Roles>,
-}
-
-/// Tensor bytes per wire byte.
-fn expansion(dtype: DType, wire: Wire) -> usize {
-    if dtype == DType::F32 && wire == Wire::Bf16 { 2 } else { 1 }
 }
 
 /// How many units `bytes` tensor bytes make, and how many bytes the last one has.
