@@ -12,6 +12,7 @@ mod local_reduce;
 mod one_shot;
 mod probe;
 mod reduce_scatter;
+mod stream;
 mod two_shot;
 
 pub use all_gather::all_gather;
@@ -22,6 +23,7 @@ pub use local_reduce::local_reduce;
 pub use one_shot::one_shot;
 pub use probe::probe;
 pub use reduce_scatter::reduce_scatter;
+pub use stream::stream;
 pub use two_shot::two_shot;
 
 use crate::abi::{Args, FREE, Kernel, flags, phase};
