@@ -1,4 +1,4 @@
-//! How links are measured.
+//! How links are measured: which pairs work, and their rates. `latency` has the rest.
 //!
 //! Invariant: a figure is the median of samples taken after a warm-up, by the GPUs' own clocks, over a
 //! pair that has passed a probe with data where both directions are there. One thread drives all
@@ -7,16 +7,13 @@
 
 use super::rig::Rig;
 use super::{Figures, Measurement, Pair, Quantities};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gpu::{Backend, GpuRef};
-use peerlane_device::abi::{Args, Kernel, MAX_THREADS, Operation, UNIT, UNROLL, probe, state};
+use peerlane_device::abi::{Args, Kernel, MAX_THREADS, UNIT, UNROLL};
 use std::time::Duration;
 
 /// Rounds of the probe that decides whether a pair works.
 const PROOF_ROUNDS: u32 = 16;
-/// How long a probe may take: far more than any link, and more than the host may be held up between
-/// the launches of its two sides.
-const DEADLINE: Duration = Duration::from_secs(1);
 /// Most calls in a sample.
 const MOST_CALLS: u32 = 32;
 /// Samples of all pairs are longer, for the host needs a while to start them all: with 8 GPUs 0.2 ms.
@@ -51,7 +48,7 @@ impl Settings {
             },
             Backend::Sim => Settings {
                 bytes: 64 << 10,
-                rounds: 16,
+                rounds: 32,
                 repeats: 3,
                 sample: Duration::ZERO,
                 background: Duration::ZERO,
@@ -62,7 +59,7 @@ impl Settings {
 
 /// What a rate is a rate of.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mover {
+pub(super) enum Mover {
     Stores,
     Loads,
     CopyEngine,
@@ -70,7 +67,8 @@ enum Mover {
 
 const MOVERS: [Mover; 3] = [Mover::Stores, Mover::Loads, Mover::CopyEngine];
 
-type Direction = (usize, usize);
+/// From one position to another.
+pub(super) type Direction = (usize, usize);
 
 /// Measures every ordered pair of `gpus`. A pair that does not work is no error: it says why.
 ///
@@ -79,38 +77,49 @@ type Direction = (usize, usize);
 /// # Errors
 /// No memory, or a GPU fails.
 pub fn measure(gpus: &[GpuRef], settings: &Settings) -> Result<Measurement> {
-    gpus.iter().try_for_each(|gpu| gpu.load_kernels())?;
-    let rig = Rig::new(gpus, settings.bytes)?;
-    let world = rig.world();
-    let mut bench = Bench { rig, settings, reasons: vec![None; world * world], round: 1 };
+    let mut bench = Bench::new(gpus, settings)?;
     bench.map_all()?;
-    bench.prove_all()?;
-    let (directions, pairs) = (bench.working(), bench.pairs());
-    // All pairs first: that also wakes links which save power.
-    let loaded = bench.rates(&[directions.clone()], LOADED_FACTOR)?;
-    let each: Vec<Vec<Direction>> = directions.iter().map(|&direction| vec![direction]).collect();
-    let alone = bench.rates(&each, 1.0)?;
-    let mut quiet = vec![None; world * world];
-    let mut busy = quiet.clone();
-    let fastest = directions.iter().map(|&d| loaded[bench.index(d)][2]).fold(0.0, f64::max);
-    for pair in pairs {
-        quiet[bench.index(pair)] = Some(bench.latency(pair, None)?);
-        busy[bench.index(pair)] = Some(bench.latency(pair, Some((&directions, fastest)))?);
-    }
-    Ok(bench.report(&alone, &loaded, &quiet, &busy))
+    bench.run()
 }
 
 /// A measurement under way. Tables are indexed by [`Bench::index`].
-struct Bench<'a> {
-    rig: Rig<'a>,
-    settings: &'a Settings,
+pub(super) struct Bench<'a> {
+    pub(super) rig: Rig<'a>,
+    pub(super) settings: &'a Settings,
     /// Why a direction does not work.
     reasons: Vec<Option<String>>,
     /// The next round of the probes, which no mailbox has seen.
-    round: u32,
+    pub(super) round: u32,
 }
 
-impl Bench<'_> {
+impl<'a> Bench<'a> {
+    fn new(gpus: &'a [GpuRef], settings: &'a Settings) -> Result<Bench<'a>> {
+        gpus.iter().try_for_each(|gpu| gpu.load_kernels())?;
+        let reasons = vec![None; gpus.len() * gpus.len()];
+        Ok(Bench { rig: Rig::new(gpus, settings.bytes)?, settings, reasons, round: 1 })
+    }
+
+    /// Measures what has been mapped.
+    fn run(mut self) -> Result<Measurement> {
+        self.prove_all()?;
+        let (directions, pairs) = (self.working(), self.pairs());
+        // All pairs first: that also wakes links which save power.
+        let loaded = self.rates(std::slice::from_ref(&directions), LOADED_FACTOR)?;
+        let each: Vec<Vec<Direction>> = directions.iter().map(|&one| vec![one]).collect();
+        let alone = self.rates(&each, 1.0)?;
+        let mut quiet = vec![None; self.reasons.len()];
+        let mut busy = quiet.clone();
+        let fastest = directions.iter().map(|&one| loaded[self.index(one)][2]).fold(0.0, f64::max);
+        for pair in pairs {
+            let index = self.index(pair);
+            quiet[index] = self.latency(pair, None)?;
+            if quiet[index].is_some() {
+                busy[index] = self.latency(pair, Some((&directions, fastest)))?;
+            }
+        }
+        Ok(self.report(&alone, &loaded, &quiet, &busy))
+    }
+
     fn index(&self, (from, to): Direction) -> usize {
         from * self.rig.world() + to
     }
@@ -161,13 +170,18 @@ impl Bench<'_> {
     fn prove_all(&mut self) -> Result<()> {
         for (a, b) in self.pairs() {
             if let Err(reason) = self.bounce((a, b), PROOF_ROUNDS)? {
-                for direction in [(a, b), (b, a)] {
-                    let index = self.index(direction);
-                    self.reasons[index] = Some(reason.clone());
-                }
+                self.give_up((a, b), &reason);
             }
         }
         Ok(())
+    }
+
+    /// Notes that neither direction of a pair is any good.
+    pub(super) fn give_up(&mut self, (a, b): Direction, reason: &str) {
+        for direction in [(a, b), (b, a)] {
+            let index = self.index(direction);
+            self.reasons[index] = Some(reason.to_owned());
+        }
     }
 
     /// GB/s of each mover for every direction in `sets`; the directions of one set are busy together.
@@ -209,7 +223,12 @@ impl Bench<'_> {
     }
 
     /// Queues one message. The kernels of one GPU share its multiprocessors.
-    fn send(&self, (from, to): Direction, mover: Mover, set: &[Direction]) -> Result<()> {
+    pub(super) fn send(
+        &self,
+        (from, to): Direction,
+        mover: Mover,
+        set: &[Direction],
+    ) -> Result<()> {
         let stream = self.rig.stream((from, to))?;
         let gpu = self.rig.gpu(from);
         let (reader, writer) = if mover == Mover::Loads { (to, from) } else { (from, to) };
@@ -221,95 +240,13 @@ impl Bench<'_> {
         let units = (self.rig.message / UNIT) as u32;
         let sharing = set.iter().filter(|(other, _)| *other == from).count().max(1) as u32;
         let filled = units.div_ceil(MAX_THREADS * UNROLL as u32);
+        // A power of two divides the message: no thread is left with a few units at the end.
         let blocks = (gpu.properties().multiprocessors / sharing).min(filled).max(1);
+        let blocks = 1 << blocks.ilog2();
         let mut args = Args { units, src: src.0, dst: dst.0, ..self.rig.probe(from, to).1 };
         args.operation = 0;
         // SAFETY: as above; others may write the same units, whose content means nothing.
         unsafe { gpu.launch(Kernel::Stream, blocks, MAX_THREADS, &args, stream) }
-    }
-
-    /// Microseconds one way between both GPUs of `pair`; with `load`, while copies run in all those
-    /// directions, of which the fastest reaches that many GB/s.
-    fn latency(&mut self, pair: Direction, load: Option<(&[Direction], f64)>) -> Result<f64> {
-        let mut samples = Vec::new();
-        for _ in 0..self.settings.repeats.max(1) {
-            if let Some((directions, fastest)) = load {
-                self.keep_busy(directions, fastest)?;
-            }
-            let rounds = self.settings.rounds.max(1);
-            // Under load a round takes longer; all of them must fit into it.
-            let rounds = if load.is_some() { rounds.div_ceil(4) } else { rounds };
-            let ns = self.bounce(pair, rounds)?.map_err(|reason| Error::Unreachable {
-                from: self.rig.gpu(pair.0).properties().ordinal,
-                to: self.rig.gpu(pair.1).properties().ordinal,
-                reason: format!("the first probe passed, but now {reason}"),
-            })?;
-            for &direction in load.map_or(&[][..], |(directions, _)| directions) {
-                self.rig.gpu(direction.0).stream_synchronize(self.rig.stream(direction)?)?;
-            }
-            samples.push(ns / f64::from(rounds) / 1e3);
-        }
-        Ok(median(samples))
-    }
-
-    /// Queues copies in all directions that last as long as the settings say.
-    fn keep_busy(&self, directions: &[Direction], fastest: f64) -> Result<()> {
-        let one_ms = self.rig.message as f64 / fastest / 1e6;
-        for _ in 0..calls(self.settings.background.as_secs_f64() * 1e3, one_ms) {
-            for &direction in directions {
-                self.send(direction, Mover::CopyEngine, directions)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets both GPUs send each other data and a flag `rounds` times and compare what comes; the
-    /// nanoseconds that it took, or what went wrong. Both send at once, so a round is one way.
-    fn bounce(
-        &mut self,
-        (a, b): Direction,
-        rounds: u32,
-    ) -> Result<std::result::Result<f64, String>> {
-        for (mine, other) in [(a, b), (b, a)] {
-            let (stream, base) = self.rig.probe(mine, other);
-            let args = Args {
-                operation: Operation::Probe as u32,
-                deadline_ns: DEADLINE.as_nanos() as u64,
-                mode: probe::PING_PONG,
-                rounds,
-                rows: u64::from(self.round),
-                ..base
-            };
-            // SAFETY: both mailboxes are mapped both ways and big enough for the probe, and both
-            // sides pass the same rounds, above all earlier.
-            unsafe { self.rig.gpu(mine).launch(Kernel::Probe, 1, 32, &args, stream)? };
-        }
-        self.round += rounds;
-        for (mine, other) in [(a, b), (b, a)] {
-            self.rig.gpu(mine).stream_synchronize(self.rig.probe(mine, other).0)?;
-        }
-        let mut least = f64::INFINITY;
-        for (mine, other) in [(a, b), (b, a)] {
-            let page = self.rig.status(mine, other);
-            // SAFETY: the page lives as long as the rig, and the kernels are over.
-            let (found, ns) = unsafe {
-                (
-                    (&raw const (*page).state).read_volatile(),
-                    (&raw const (*page).probe_ns).read_volatile(),
-                )
-            };
-            match found {
-                state::OK => {}
-                state::CORRUPT => return Ok(Err(fault(other, mine, "arrives changed"))),
-                state::TIMED_OUT => return Ok(Err(fault(other, mine, "does not arrive"))),
-                // The other side gave up and says why.
-                _ => continue,
-            }
-            // The side that started later did not wait for the other to be launched.
-            least = least.min(ns as f64);
-        }
-        // The clock may tick as coarsely as 1 us.
-        Ok(Ok(least.max(1.0)))
     }
 
     /// Puts the tables together.
@@ -351,18 +288,57 @@ fn quantities(latency_us: Option<f64>, rates: [f64; 3]) -> Quantities {
     Quantities { latency_us, store_gbps, load_gbps, copy_gbps }
 }
 
-fn fault(from: usize, to: usize, what: &str) -> String {
-    format!("the driver offers access, but what GPU{from} stores into GPU{to} {what}")
-}
-
 /// How often something that takes `one` milliseconds must run to last `wanted`.
-fn calls(wanted: f64, one: f64) -> u32 {
+pub(super) fn calls(wanted: f64, one: f64) -> u32 {
     // A float that is too large, or no number, becomes the nearest integer or 0.
     ((wanted / one).ceil() as u32).clamp(1, MOST_CALLS)
 }
 
 /// The middle value; of two, the smaller.
-fn median(mut values: Vec<f64>) -> f64 {
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::sim;
+
+    #[test]
+    fn a_pair_that_is_mapped_one_way_has_rates_that_way() {
+        let gpus = sim::devices(&sim::Config { devices: 2, ..sim::Config::default() });
+        let settings = Settings { bytes: 32 << 10, ..Settings::of(Backend::Sim) };
+        let mut bench = Bench::new(&gpus, &settings).unwrap();
+        bench.map_all().unwrap();
+        let index = bench.index((0, 1));
+        bench.reasons[index] = Some("no way".into());
+        let measurement = bench.run().unwrap();
+        assert!(measurement.is_sound(2), "{measurement:?}");
+        let [there, back] = &measurement.pairs[..] else { panic!("{measurement:?}") };
+        assert_eq!((there.figures, there.reason.as_deref()), (None, Some("no way")));
+        assert_eq!(back.reason.as_deref(), Some("no latency: GPU0 to GPU1: no way"));
+        let Figures { alone, loaded } = back.figures.unwrap();
+        assert!(alone.latency_us.is_none() && loaded.latency_us.is_none());
+        assert!(alone.store_gbps > 0.0 && loaded.load_gbps > 0.0);
+    }
+
+    #[test]
+    fn a_pair_that_is_given_up_has_no_figures() {
+        let gpus = sim::devices(&sim::Config { devices: 3, ..sim::Config::default() });
+        let settings = Settings::of(Backend::Sim);
+        let mut bench = Bench::new(&gpus, &settings).unwrap();
+        bench.map_all().unwrap();
+        bench.give_up((2, 0), "flaky");
+        assert_eq!(bench.pairs(), [(0, 1), (1, 2)]);
+        assert_eq!(bench.working(), [(0, 1), (1, 0), (1, 2), (2, 1)]);
+    }
+
+    #[test]
+    fn samples_are_long_enough_and_the_middle_counts() {
+        assert_eq!([calls(1.0, 0.3), calls(1.0, 5.0), calls(0.0, 0.1)], [4, 1, 1]);
+        assert_eq!([calls(1.0, 0.0), calls(0.0, 0.0)], [MOST_CALLS, 1]);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0]), 1.0);
+    }
 }

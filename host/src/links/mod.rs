@@ -7,6 +7,7 @@
 
 mod cache;
 mod islands;
+mod latency;
 mod measure;
 mod rig;
 

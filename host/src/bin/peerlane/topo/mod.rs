@@ -36,12 +36,12 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let devices = Devices::open(options.common.devices.as_ref(), options.common.seed)?;
     let topology = devices.topology()?;
     println!("{devices}");
-    for gpu in &devices.gpus {
+    for (position, gpu) in devices.gpus.iter().enumerate() {
         let p = gpu.properties();
         let (major, minor) = p.compute_capability;
         let gib = p.memory_bytes as f64 / f64::from(1 << 30);
         println!(
-            "  GPU {}: {}, sm_{major}{minor}, {} SMs, {gib:.1} GiB, {}",
+            "  GPU{position}: device {}, {}, sm_{major}{minor}, {} SMs, {gib:.1} GiB, {}",
             p.ordinal, p.name, p.multiprocessors, p.pci_bus_id
         );
     }
@@ -58,7 +58,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
         output::write_json(path, &report(&devices, &topology, found.as_ref())?)?;
     }
     if let (Some(path), Some(found)) = (&options.plot, &found) {
-        plot::draw(path, &devices.to_string(), &found.measurement)?;
+        plot::draw(path, &format!("{devices}, {}", devices.selection), &found.measurement)?;
     }
     Ok(true)
 }
