@@ -15,7 +15,7 @@ mod results;
 
 use crate::devices::Devices;
 use crate::parse::{self, Choice};
-use crate::{Common, Outcome, output};
+use crate::{Common, Outcome, drawing, output};
 use clap::ValueEnum;
 use job::Job;
 use measure::Ranks;
@@ -106,7 +106,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let devices = Devices::open(options.common.devices.as_ref(), options.common.seed)?;
     let plan = Plan::new(options, &devices)?;
     // A plot that cannot be drawn should be known before, not after, the measurement.
-    options.plot.as_deref().map_or(Ok(()), plot::prepare)?;
+    options.plot.as_deref().map_or(Ok(()), drawing::prepare)?;
     let rival = options.compare.map(|Rival::Nccl| Nccl::load()).transpose()?;
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
