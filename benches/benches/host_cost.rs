@@ -42,7 +42,7 @@ fn planning(criterion: &mut Criterion) {
         let Some(layout) = layout::choose(world as u32, Config::default().mailbox_bytes) else {
             continue;
         };
-        let shape = Shape { world: world as u32, layout, max_blocks: 132 };
+        let shape = Shape { world: world as u32, layout, max_blocks: 132, host: false };
         for (name, bytes) in [("16KiB", BYTES), ("16MiB", 16 << 20)] {
             let id = BenchmarkId::new(format!("grid/{name}"), world);
             group.bench_function(id, |b| {
@@ -50,7 +50,7 @@ fn planning(criterion: &mut Criterion) {
             });
             let id = BenchmarkId::new(format!("all_reduce/{name}"), world);
             group.bench_function(id, |b| {
-                b.iter(|| plan::all_reduce(black_box(world as u32), black_box(bytes)))
+                b.iter(|| plan::all_reduce(black_box(&shape), black_box(bytes)))
             });
         }
     }

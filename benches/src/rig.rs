@@ -100,7 +100,7 @@ impl Rig {
 
     /// What the plan needs to know of a rig.
     pub fn shape(&self) -> Shape {
-        Shape { world: 1, layout: self.layout, max_blocks: self.layout.lanes }
+        Shape { world: 1, layout: self.layout, max_blocks: self.layout.lanes, host: false }
     }
 
     /// Arguments of a call that moves nothing.

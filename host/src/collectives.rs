@@ -35,7 +35,7 @@ impl Communicator {
         let algorithm = match call.algorithm.or(self.config().algorithm) {
             Some(Algorithm::TwoShot) if shape.world == 1 => Algorithm::OneShot(Format::Full),
             Some(algorithm) => algorithm,
-            None => plan::all_reduce(shape.world, wire_bytes),
+            None => plan::all_reduce(&shape, wire_bytes),
         };
         let (kernel, format, variant) = match algorithm {
             Algorithm::OneShot(format) => (
@@ -246,6 +246,9 @@ impl Communicator {
         self.announce(peers, signature)?;
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
+        if plan::seals_all(&self.group("start")?.shape, &grid) {
+            args.flags |= flags::SEAL_ALL;
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
     }

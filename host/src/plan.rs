@@ -15,6 +15,8 @@ pub struct Shape {
     pub layout: Layout,
     /// Most blocks that a call may use on any rank.
     pub max_blocks: u32,
+    /// Some rank reaches another through host memory.
+    pub host: bool,
 }
 
 /// How a kernel is launched and how it cuts its message.
@@ -37,15 +39,19 @@ const PACKET_BYTES: usize = 32 << 10;
 /// (docs/performance.md): full width is as fast from here on.
 const REDUCTION_PACKET_BYTES: usize = 1 << 10;
 
+/// Blocks that fill PCIe; more of them only poll.
+const HOST_BLOCKS: u32 = 32;
+
 /// The algorithm for an all-reduce of `wire_bytes` bytes.
 ///
 /// One-shot takes one step and (n-1) x S, two-shot two steps and 2(n-1)/n x S; they meet where the
 /// saved bytes are worth a step: S = step x bandwidth / ((n-1)(1-2/n)), with 1.8 us a step and
-/// 370 GB/s out of an H100 or H200. Two ranks never gain from two-shot.
-pub fn all_reduce(world: u32, wire_bytes: usize) -> Algorithm {
-    const STEP_BYTES: usize = 666_000;
-    let n = world as usize;
-    if n > 2 && wire_bytes > STEP_BYTES * n / ((n - 1) * (n - 2)) {
+/// 370 GB/s out of an H100 or H200; about 5 us and 20 GB/s where data pass through host memory. Two
+/// ranks never gain from two-shot.
+pub fn all_reduce(shape: &Shape, wire_bytes: usize) -> Algorithm {
+    let step_bytes = if shape.host { 100_000 } else { 666_000 };
+    let n = shape.world as usize;
+    if n > 2 && wire_bytes > step_bytes * n / ((n - 1) * (n - 2)) {
         return Algorithm::TwoShot;
     }
     let packet = wire_bytes <= REDUCTION_PACKET_BYTES;
@@ -60,7 +66,8 @@ pub fn format(bytes: usize) -> Format {
 /// The grid for messages of `units` units to each peer.
 pub fn grid(shape: &Shape, units: usize) -> Grid {
     let units = units.max(1);
-    let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
+    let limit = if shape.host { HOST_BLOCKS } else { u32::MAX };
+    let most_blocks = shape.max_blocks.min(shape.layout.lanes).min(limit) as usize;
     let threads = threads(units, most_blocks);
     // Whole rows of threads, so that no warp is half empty and every share begins aligned.
     let block_units = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
@@ -70,6 +77,13 @@ pub fn grid(shape: &Shape, units: usize) -> Grid {
         block_units: block_units as u32,
         chunk_units: block_units.min(shape.layout.slot_units as usize) as u32,
     }
+}
+
+/// Whether chunks are sealed whatever they hold: over host memory, from three chunks a block on. Such
+/// calls wait for bandwidth, which polling for the data themselves would take; shorter ones wait for
+/// latency, which a seal adds to.
+pub fn seals_all(shape: &Shape, grid: &Grid) -> bool {
+    shape.host && grid.block_units > 2 * grid.chunk_units
 }
 
 /// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
@@ -91,7 +105,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn shape(world: u32, max_blocks: u32) -> Shape {
-        Shape { world, layout: layout::choose(world, 32 << 20).unwrap(), max_blocks }
+        Shape { world, layout: layout::choose(world, 32 << 20).unwrap(), max_blocks, host: false }
     }
 
     proptest! {
@@ -113,14 +127,30 @@ mod tests {
     #[test]
     fn two_ranks_always_take_one_step() {
         for shift in 0..30 {
-            assert!(matches!(all_reduce(2, 1 << shift), Algorithm::OneShot(_)));
+            for host in [false, true] {
+                let shape = Shape { host, ..shape(2, 132) };
+                assert!(matches!(all_reduce(&shape, 1 << shift), Algorithm::OneShot(_)));
+            }
         }
     }
 
     #[test]
     fn large_worlds_change_to_two_shot_earlier() {
-        let turning_point =
-            |world| (0..30).find(|s| all_reduce(world, 1 << s) == Algorithm::TwoShot);
-        assert!(turning_point(8) < turning_point(4) && turning_point(4) < turning_point(3));
+        let turning_point = |world, host| {
+            let shape = Shape { host, ..shape(world, 132) };
+            (0..30).find(|s| all_reduce(&shape, 1 << s) == Algorithm::TwoShot)
+        };
+        for host in [false, true] {
+            assert!(turning_point(8, host) < turning_point(4, host));
+            assert!(turning_point(4, host) < turning_point(3, host));
+        }
+        assert!(turning_point(4, true) < turning_point(4, false));
+    }
+
+    #[test]
+    fn few_blocks_fill_pcie() {
+        let host = Shape { host: true, ..shape(2, 264) };
+        assert_eq!(grid(&host, 1 << 20).blocks, HOST_BLOCKS);
+        assert_eq!(grid(&Shape { max_blocks: 5, ..host }, 1 << 20).blocks, 5);
     }
 }
