@@ -402,7 +402,7 @@ pub mod flags {
     /// One chunk a block, one unit a thread, all of them whole and aligned.
     pub const SINGLE: u32 = 2;
     /// Every chunk is sealed, whatever it holds, and who takes one from host memory waits for its
-    /// seal. Full format only.
+    /// seal. Such calls use the upper half of the lanes. Full format only.
     pub const SEAL_ALL: u32 = 4;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;

@@ -106,6 +106,8 @@ impl Form for Full {
 pub struct Call<'a, L, F> {
     lane: L,
     args: &'a Args,
+    /// This block's lane.
+    number: u32,
     /// Address of this lane's counters in this rank's mailbox.
     words: u64,
     /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
@@ -146,10 +148,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each).
     #[inline(always)]
     pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
-        let words = lane.peer(args.rank) + args.layout.words(lane.block()) as u64;
+        // Calls that seal all have the upper half of the lanes to themselves: nobody looks for FREE
+        // there, so what came through host memory need not be cleaned.
+        let first = if seals_all::<F>(args) { args.layout.lanes / 2 } else { 0 };
+        let number = first + lane.block();
+        let words = lane.peer(args.rank) + args.layout.words(number) as u64;
         let thread = lane.thread();
         let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
-        Call { lane, args, words, books, returned: false, failure: 0, form: PhantomData }
+        Call { lane, args, number, words, books, returned: false, failure: 0, form: PhantomData }
     }
 
     /// Returns to their senders the slots that earlier calls consumed. Every path to a wait or a
@@ -246,14 +252,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Address of `peer`'s word among this rank's words at `offset`, in this lane.
     #[inline(always)]
     fn inbox_word(&self, peer: u32, offset: usize) -> u64 {
-        let lane = self.args.layout.words(self.lane.block()) as usize;
+        let lane = self.args.layout.words(self.number) as usize;
         self.inbox(peer) + (lane + offset + 4 * peer as usize) as u64
     }
 
     /// Whether every chunk of this call is sealed, so that one word tells of its arrival.
     #[inline(always)]
     pub fn seals_all(&self) -> bool {
-        F::FORMAT as u32 == Format::Full as u32 && self.args.flags & flags::SEAL_ALL != 0
+        seals_all::<F>(self.args)
     }
 
     /// Waits until `peer` has freed slot number `number`, and returns the slot's address there.
@@ -370,7 +376,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// Waits for `N` units of slot number `number` from `peer`: the `index`-th and those `threads`
-    /// apart after it. Cleans them, and returns their payloads, which mean nothing once `ok` is
+    /// apart after it. Cleans them if anybody polls such slots, and returns their payloads, which mean nothing once `ok` is
     /// false.
     #[inline(always)]
     pub unsafe fn take<const N: usize>(
@@ -407,7 +413,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                     break;
                 }
             }
-            if !self.broken(flags::BREAK_CLEAN) {
+            if !awaits_seal && !self.broken(flags::BREAK_CLEAN) {
                 unrolled!(N, |u| {
                     lane.put_unit(first + u as u64 * step, [FREE; 4]);
                 });
@@ -455,13 +461,13 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     #[inline(always)]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
         let source = Layout::source(sender, receiver, self.args.world);
-        self.args.layout.slot(source, self.lane.block(), number) as u64
+        self.args.layout.slot(source, self.number, number) as u64
     }
 
     /// Address of this rank's word among `peer`'s words at `offset`, in the same lane.
     #[inline(always)]
     fn peer_word(&self, peer: u32, offset: usize) -> u64 {
-        let lane = self.args.layout.words(self.lane.block()) as usize;
+        let lane = self.args.layout.words(self.number) as usize;
         let word = lane + offset + 4 * self.args.rank as usize;
         self.lane.peer(peer) + word as u64
     }
@@ -517,6 +523,11 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         // SAFETY: passed on to the caller.
         if unsafe { aborted(lane, args, host) } { state::ABORTED } else { state::OK }
     }
+}
+
+#[inline(always)]
+fn seals_all<F: Form>(args: &Args) -> bool {
+    F::FORMAT as u32 == Format::Full as u32 && args.flags & flags::SEAL_ALL != 0
 }
 
 /// Whether somebody has stopped this rank: a peer in this GPU's memory or, if `host` asks for a look

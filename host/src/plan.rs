@@ -66,7 +66,8 @@ pub fn format(bytes: usize) -> Format {
 /// The grid for messages of `units` units to each peer.
 pub fn grid(shape: &Shape, units: usize) -> Grid {
     let units = units.max(1);
-    let limit = if shape.host { HOST_BLOCKS } else { u32::MAX };
+    // Calls that seal all chunks have half the lanes, and so have the others.
+    let limit = if shape.host { HOST_BLOCKS.min(shape.layout.lanes.div_ceil(2)) } else { u32::MAX };
     let most_blocks = shape.max_blocks.min(shape.layout.lanes).min(limit) as usize;
     let threads = threads(units, most_blocks);
     // Whole rows of threads, so that no warp is half empty and every share begins aligned.
@@ -83,7 +84,7 @@ pub fn grid(shape: &Shape, units: usize) -> Grid {
 /// calls wait for bandwidth, which polling for the data themselves would take; shorter ones wait for
 /// latency, which a seal adds to.
 pub fn seals_all(shape: &Shape, grid: &Grid) -> bool {
-    shape.host && grid.block_units > 2 * grid.chunk_units
+    shape.host && shape.layout.lanes > 1 && grid.block_units > 2 * grid.chunk_units
 }
 
 /// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
