@@ -433,15 +433,11 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             return false;
         }
         let seal = self.inbox_word(peer, lane_words::SEALED);
+        // Before the unit's load: pairs with the fence in `turn`.
         // SAFETY: a word of this rank's mailbox.
-        let seal = unsafe { self.lane.poll_word(seal) };
+        let seal = unsafe { self.lane.poll_word_acquire(seal) };
         // The seal counts the slots before it; the distance wraps.
-        let sealed = (seal.wrapping_sub(number) as i32) > 0;
-        if sealed {
-            // Orders the seal's load before the unit's: pairs with the fence in `seal`.
-            self.lane.fence_system();
-        }
-        sealed
+        (seal.wrapping_sub(number) as i32) > 0
     }
 
     #[inline(always)]

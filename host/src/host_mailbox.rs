@@ -164,3 +164,66 @@ fn sealed_file(bytes: usize) -> Result<OwnedFd> {
 fn unsupported(reason: String) -> Error {
     Error::Unsupported { op: "host mailbox", reason }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::sim;
+    use peerlane_device::abi::lane_words;
+
+    fn gpus() -> Vec<GpuRef> {
+        sim::devices(&sim::Config { devices: 2, ..Default::default() })
+    }
+
+    fn layout() -> Layout {
+        Layout::new(2, 4, 64).unwrap()
+    }
+
+    /// A word of a mailbox.
+    fn word(mailbox: &HostMailbox, offset: u32) -> u32 {
+        assert!(offset as usize + 4 <= mailbox.memory.bytes);
+        // SAFETY: inside the memory, and nobody writes to it.
+        unsafe { mailbox.memory.host.add(offset as usize).cast::<u32>().read() }
+    }
+
+    #[test]
+    fn both_kinds_are_empty_at_first() {
+        let (gpu, layout) = (&gpus()[0], layout());
+        let kinds = [HostMailbox::new(gpu, layout, 3, 7), HostMailbox::create(gpu, layout, 3, 7)];
+        for mailbox in kinds.map(Result::unwrap) {
+            assert_eq!([word(&mailbox, 0), word(&mailbox, layout.words(0) - 4)], [0, 0]);
+            assert_eq!(word(&mailbox, layout.words(1) + lane_words::SEALED as u32), 7);
+            assert_eq!(word(&mailbox, layout.first_slot - 4), 7);
+            assert_eq!(word(&mailbox, layout.first_slot), FREE);
+            assert_eq!(word(&mailbox, layout.mailbox_bytes(3) as u32 - 4), FREE);
+        }
+    }
+
+    #[test]
+    fn processes_see_what_either_writes() {
+        let (gpus, layout) = (gpus(), layout());
+        let own = HostMailbox::create(&gpus[0], layout, 2, 0).unwrap();
+        let file = own.file().unwrap().unwrap();
+        let theirs = HostMailbox::open(&gpus[1], layout, 2, file).unwrap();
+        // SAFETY: inside the memory, and no kernel runs.
+        unsafe { theirs.memory.host.cast::<u32>().write(9) };
+        assert_eq!(word(&own, 0), 9);
+        own.forget_failures();
+        assert_eq!(word(&theirs, 0), 0);
+    }
+
+    #[test]
+    fn files_that_are_no_mailbox_are_refused() {
+        let (gpus, layout) = (gpus(), layout());
+        let refused = |file| match HostMailbox::open(&gpus[1], layout, 2, file) {
+            Err(Error::Unsupported { reason, .. }) => {
+                assert!(reason.contains("sealed"), "{reason}")
+            }
+            _ => panic!("it was taken"),
+        };
+        refused(sealed_file(bytes(layout, 2) + PAGE).unwrap());
+        let unsealed = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&unsealed, bytes(layout, 2) as u64).unwrap();
+        refused(unsealed);
+    }
+}

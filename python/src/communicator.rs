@@ -395,14 +395,14 @@ fn config(
     algorithm: Given<'_, '_>,
     transport: Given<'_, '_>,
 ) -> PyResult<Config> {
-    let mut config = Config::default();
-    config.transport = match transport {
+    let transport = match transport {
         Some(name) => {
             let choices = Transport::ALL.map(|transport| (transport.name(), transport));
             options::choose(call, "transport", name, &choices)?
         }
         None => Transport::from_environment().map_err(|e| error::raise(py, e))?,
     };
+    let mut config = Config { transport, ..Config::default() };
     if let Some(seconds) = deadline {
         config.deadline = options::seconds(call, "deadline", seconds)?;
     }
