@@ -1,6 +1,6 @@
 //! What carries the data of each ordered pair of ranks: peer-to-peer access, or host memory.
 //!
-//! Invariant: every rank of a group holds the same [`Pairs`]. They follow from what all ranks have
+//! Invariant: every rank of a group holds the same `Pairs`. They follow from what all ranks have
 //! told each other.
 
 use crate::error::{Error, Result};
