@@ -50,7 +50,7 @@ fn planning(criterion: &mut Criterion) {
             });
             let id = BenchmarkId::new(format!("all_reduce/{name}"), world);
             group.bench_function(id, |b| {
-                b.iter(|| plan::all_reduce(black_box(world as u32), black_box(bytes)))
+                b.iter(|| plan::all_reduce(black_box(&shape), black_box(bytes)))
             });
         }
     }

@@ -40,7 +40,7 @@ impl Communicator {
             Some(Algorithm::OneShot(format)) => Algorithm::OneShot(format),
             Some(_) if shape.world == 1 => Algorithm::OneShot(Format::Full),
             Some(algorithm) => algorithm,
-            None => plan::all_reduce(shape.world, wire_bytes),
+            None => plan::all_reduce(&shape, wire_bytes),
         };
         let Fused { kernel, format, parts, roles } =
             self.fused(algorithm, call.dtype, call.wire)?;
@@ -259,6 +259,9 @@ impl Communicator {
         self.announce(peers, signature)?;
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
+        if kernel.can_seal_all() && plan::seals_all(&self.group("start")?.shape, &grid) {
+            args.flags |= flags::SEAL_ALL;
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
     }

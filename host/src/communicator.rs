@@ -5,13 +5,15 @@
 //! its own; it never waits. Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
+use crate::collectives::invalid;
 use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
-use crate::group::{Aborter, Agreement, Card, Group};
+use crate::group::{Aborter, Agreement, Card, Group, Mailboxes};
 use crate::join;
 use crate::plan::Shape;
 use crate::plan::roles::Places;
 use crate::rendezvous::{Meeting, Processes, lost_rank};
+use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::time::Duration;
 
@@ -34,6 +36,8 @@ pub struct Config {
     pub islands: Option<Vec<u8>>,
     /// The rank that passes broadcasts on by [`Route::Hub`]. `None`: rank 0.
     pub hub: Option<u32>,
+    /// What carries data from rank to rank.
+    pub transport: Transport,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.
     #[doc(hidden)]
@@ -53,6 +57,7 @@ impl Default for Config {
             route: None,
             islands: None,
             hub: None,
+            transport: Transport::Auto,
             broken: 0,
             first_slot: 0,
         }
@@ -87,14 +92,16 @@ impl Communicator {
         let cards: Vec<Card> =
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
         let agreement = Agreement::of(&cards, config)?;
-        gpus.iter().try_for_each(|gpu| agreement.map_peers(gpu))?;
-        let members: Vec<_> =
+        let ranks = || (0..).zip(gpus);
+        let unreached = ranks().map(|(rank, gpu)| agreement.map_peers(gpu, rank, config.transport));
+        let pairs = Pairs::of(&unreached.collect::<Result<Vec<_>>>()?);
+        let members =
             gpus.iter().map(|gpu| agreement.member(gpu, config)).collect::<Result<_>>()?;
-        let group = Group::new(agreement.shape, members);
-        let ranks = gpus.iter().enumerate();
-        ranks
-            .map(|(rank, gpu)| Communicator::new(rank as u32, gpu, config, group.clone()))
-            .collect()
+        let mut mailboxes = Mailboxes::new(members, pairs);
+        let hosts = ranks().map(|(rank, gpu)| agreement.host_mailbox(gpu, config, (rank, pairs)));
+        mailboxes.hosts = hosts.collect::<Result<_>>()?;
+        let group = Group::new(agreement.shape, mailboxes);
+        ranks().map(|(rank, gpu)| Communicator::new(rank, gpu, config, group.clone())).collect()
     }
 
     /// Joins a group as `rank` from a thread of its own; returns once all ranks have joined.
@@ -132,27 +139,28 @@ impl Communicator {
     ) -> Result<Communicator> {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
         let agreement = Agreement::of(&cards, config)?;
-        agreement.map_peers(gpu)?;
-        let members = meeting.exchange(rank, 1, agreement.member(gpu, config)?)?;
+        let unreached = agreement.map_peers(gpu, rank, config.transport)?;
+        let own = (agreement.member(gpu, config)?, unreached);
+        let (members, unreached): (Vec<_>, Vec<_>) =
+            meeting.exchange(rank, 1, own)?.into_iter().unzip();
+        let pairs = Pairs::of(&unreached);
+        let mut mailboxes = Mailboxes::new(members, pairs);
+        let host = agreement.host_mailbox(gpu, config, (rank, pairs))?;
+        mailboxes.hosts = meeting.exchange(rank, 2, host)?;
         // Rank 0's group is everybody's, so that all share one call log.
-        let groups = meeting.exchange(rank, 2, Group::new(agreement.shape, members))?;
+        let groups = meeting.exchange(rank, 3, Group::new(agreement.shape, mailboxes))?;
         Communicator::new(rank, gpu, config, groups[0].clone())
     }
 
     fn new(rank: u32, gpu: &GpuRef, config: &Config, group: Group) -> Result<Communicator> {
         let shape = group.shape;
         let Shape { world, layout, .. } = shape;
-        let mut peers = [0; MAX_RANKS];
-        for (peer, member) in peers.iter_mut().zip(group.members.iter()) {
-            *peer = member.mailbox.0;
-        }
-        let template = Args {
+        let mut template = Args {
             flags: config.broken,
-            peers,
-            status: group.members[rank as usize].status.device.0,
             deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
             ..Args::new(rank, world, layout)
         };
+        group.mailboxes.address(&mut template);
         let order = gpu.event_create()?;
         Ok(Communicator {
             rank,
@@ -203,11 +211,23 @@ impl Communicator {
         Ok((0..self.world_size()).map(|rank| group.ordinal(rank)).collect())
     }
 
+    /// What carries data from one rank to another: [`Transport::P2p`] or [`Transport::Host`].
+    pub fn transport(&self, from: u32, to: u32) -> Result<Transport> {
+        const OP: &str = "transport";
+        let group = self.group(OP)?;
+        let expected = || format!("a rank from 0 to {}", self.world_size() - 1);
+        match (from.max(to) < self.world_size(), from == to) {
+            (false, _) => Err(invalid(OP, "from and to", expected(), format!("{from} and {to}"))),
+            (true, true) => Err(invalid(OP, "from and to", "two ranks".into(), from)),
+            (true, false) => Ok(group.transport(from, to)),
+        }
+    }
+
     /// The first error that a kernel of this communicator recorded. It stays: the ranks' counters
     /// no longer agree, so every later call returns it too.
     pub fn health(&self) -> Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
-        let page = group.members[self.rank as usize].status.host.cast::<Status>();
+        let page = group.member(self.rank).status.host.cast::<Status>();
         // SAFETY: the page is alive as long as the group. The device writes the state last, after
         // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
         let (status, abort) = unsafe {

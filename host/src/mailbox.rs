@@ -1,4 +1,5 @@
-//! The memory that peers write to: whose it is, how another rank reaches it, when it goes.
+//! The memory of a rank's GPU that peers write to: whose it is, how another rank reaches it, when it
+//! goes. What lies in host memory is in `host_mailbox.rs`.
 //!
 //! Invariant: a mailbox belongs to Peerlane and lives until no rank can write to it any more. What
 //! another process offers is mapped here, never owned.
@@ -6,7 +7,7 @@
 use crate::error::Result;
 use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
 use crate::rendezvous::{PAGE, Segment};
-use peerlane_device::abi::{FREE, Layout, Status};
+use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout, Status, state};
 use serde::{Deserialize, Serialize};
 use std::hash::BuildHasher;
 use std::os::fd::OwnedFd;
@@ -16,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 pub(crate) struct Member {
     gpu: GpuRef,
     pub(crate) ordinal: u32,
+    /// 0 for a rank that this process reaches through host memory.
     pub(crate) mailbox: DevicePtr,
     pub(crate) status: HostMemory,
     holds: Holds,
@@ -27,12 +29,12 @@ pub(crate) struct Member {
 enum Holds {
     /// Memory of this process alone.
     Private,
-    /// Memory that other processes map.
+    /// As a process of several: other processes may map it, and share the status page.
     Shared,
     /// Another process's memory, mapped into this rank's GPU.
     Imported,
-    /// The memory of a rank of this process, which gives it back itself.
-    Neighbour,
+    /// Nothing: the memory of a rank of this process, which gives it back itself, or none.
+    Nothing,
 }
 
 impl Member {
@@ -43,15 +45,16 @@ impl Member {
         Member::with(gpu, mailbox, status, None)?.cleared(layout, world)
     }
 
-    /// As `new`, for `rank` of a group of processes.
+    /// As `new`, for `rank` of a group of processes; `exported` if others shall map the mailbox.
     pub(crate) fn shared(
         gpu: &GpuRef,
         layout: Layout,
         world: u32,
         segment: &Arc<Segment>,
-        rank: u32,
+        (rank, exported): (u32, bool),
     ) -> Result<Member> {
-        let mailbox = gpu.alloc_shared(layout.mailbox_bytes(world))?;
+        let bytes = layout.mailbox_bytes(world);
+        let mailbox = if exported { gpu.alloc_shared(bytes)? } else { gpu.alloc(bytes)? };
         // SAFETY: the page is whole, and the member keeps it mapped.
         let status = unsafe { gpu.register_host(segment.page(rank), PAGE) };
         Member::with(gpu, mailbox, status, Some(segment.clone()))?.cleared(layout, world)
@@ -96,6 +99,15 @@ impl Member {
         Ok(self)
     }
 
+    /// What a rank on `gpu` knows of `peer` on the GPU `ordinal`, whose mailbox there it does not
+    /// reach.
+    pub(crate) fn distant(gpu: &GpuRef, segment: &Arc<Segment>, peer: u32, ordinal: u32) -> Member {
+        let status = HostMemory { host: segment.page(peer), device: DevicePtr(0), bytes: PAGE };
+        let (mailbox, holds) = (DevicePtr(0), Holds::Nothing);
+        let _segment = Some(segment.clone());
+        Member { gpu: gpu.clone(), ordinal, mailbox, status, holds, _segment }
+    }
+
     /// The memory of `peer` on the GPU `ordinal`, as a rank on `gpu` reaches it.
     pub(crate) fn remote(
         gpu: &GpuRef,
@@ -104,22 +116,21 @@ impl Member {
         ordinal: u32,
         (offer, file): (Offer, Option<OwnedFd>),
     ) -> Result<Member> {
+        let mut member = Member::distant(gpu, segment, peer, ordinal);
         // The driver opens no IPC handle in the process that made it.
         let is_neighbour = offer.process == this_process();
         let (mailbox, holds) = if is_neighbour && offer.handle != MemoryHandle::File {
             if ordinal != gpu.properties().ordinal {
                 gpu.enable_peer(ordinal)?;
             }
-            (DevicePtr(offer.address), Holds::Neighbour)
+            (DevicePtr(offer.address), Holds::Nothing)
         } else {
             let exported = Exported { handle: offer.handle, file };
             let mapped = gpu.import(exported, offer.bytes, ordinal)?;
             (mapped, Holds::Imported)
         };
-        let host = segment.page(peer);
-        let status = HostMemory { host, device: DevicePtr(0), bytes: PAGE };
-        let _segment = Some(segment.clone());
-        Ok(Member { gpu: gpu.clone(), ordinal, mailbox, status, holds, _segment })
+        (member.mailbox, member.holds) = (mailbox, holds);
+        Ok(member)
     }
 
     /// Offers the mailbox to the other processes.
@@ -139,6 +150,19 @@ impl Member {
             self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
         };
         self.gpu.stream_synchronize(own.stream)
+    }
+
+    /// Takes back what a failed probe has left in the control block and in the status page. Only
+    /// while no kernel runs.
+    pub(crate) fn forget_failures(&self) -> Result<()> {
+        let own = OwnStream::new(&self.gpu)?;
+        // SAFETY: inside the mailbox.
+        unsafe { self.gpu.fill(self.mailbox, 0, CONTROL_BYTES, own.stream)? };
+        self.gpu.stream_synchronize(own.stream)?;
+        let page = self.status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the member; only this rank's kernels store this word.
+        unsafe { (&raw mut (*page).state).write_volatile(state::OK) };
+        Ok(())
     }
 }
 
@@ -160,7 +184,7 @@ impl Drop for Member {
                 Holds::Imported => {
                     let _ = self.gpu.release(self.mailbox);
                 }
-                Holds::Neighbour => {}
+                Holds::Nothing => {}
             }
         }
     }

@@ -11,6 +11,7 @@ _Op: TypeAlias = Literal["sum", "max", "min", "avg"]
 _Wire: TypeAlias = Literal["native", "bf16"]
 _DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 _Algorithm: TypeAlias = Literal["auto", "packet", "full", "two-shot"]
+_Transport: TypeAlias = Literal["auto", "p2p", "host"]
 
 class Communicator:
     """One rank of a group of GPUs. The calls queue work on a stream and return at once.
@@ -31,12 +32,15 @@ class Communicator:
         mailbox_bytes: int | None = None,
         max_blocks: int | None = None,
         algorithm: _Algorithm | None = None,
+        transport: _Transport | None = None,
     ) -> None:
         """Joins the group called name and returns once all world_size ranks have.
 
         device is the index of a GPU, "cuda:0", a torch.device, or "sim:3/8" for GPU 3 of a
         simulated machine of 8. Waits on the GPU end after deadline seconds, the wait for the
-        other ranks to join after patience seconds.
+        other ranks to join after patience seconds. transport says what carries data: "p2p", "host"
+        (pinned host memory), or "auto", each pair's better one. None stands for the environment
+        variable PEERLANE_TRANSPORT, or "auto".
         """
 
     @staticmethod
@@ -47,6 +51,7 @@ class Communicator:
         mailbox_bytes: int | None = None,
         max_blocks: int | None = None,
         algorithm: _Algorithm | None = None,
+        transport: _Transport | None = None,
     ) -> list[Communicator]:
         """All ranks of a group in this process, rank r on devices[r], for one thread to drive."""
 
@@ -65,6 +70,9 @@ class Communicator:
     @property
     def mailbox_bytes(self) -> int:
         """Bytes of device memory that this rank's mailbox takes."""
+
+    def transport(self, from_rank: int, to_rank: int) -> Literal["p2p", "host"]:
+        """What carries data from one rank to another."""
 
     def all_reduce(
         self,

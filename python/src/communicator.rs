@@ -10,7 +10,7 @@ use crate::options::{self, Given};
 use crate::prepared::PreparedAllReduce;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Aborter, Algorithm, Config, Error, Format, Processes};
+use peerlane::{Aborter, Algorithm, Config, Error, Format, Processes, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyString, PyTuple};
@@ -40,8 +40,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None)"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -55,6 +55,7 @@ impl Communicator {
         mailbox_bytes: Given<'_, '_>,
         max_blocks: Given<'_, '_>,
         algorithm: Given<'_, '_>,
+        transport: Given<'_, '_>,
     ) -> PyResult<Communicator> {
         const CALL: &str = "Communicator";
         let rank = options::whole32(CALL, "rank", rank)?;
@@ -65,7 +66,7 @@ impl Communicator {
             Some(seconds) => options::seconds(CALL, "patience", seconds)?,
             None => PATIENCE,
         };
-        let config = config(CALL, deadline, mailbox_bytes, max_blocks, algorithm)?;
+        let config = config(py, CALL, deadline, mailbox_bytes, max_blocks, algorithm, transport)?;
         let device = Device::open(CALL, "device", device)?;
         let meeting = Processes { name, world, patience };
         let joined = py.detach(|| {
@@ -77,8 +78,8 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None)"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None)"
     )]
     fn connect(
         py: Python<'_>,
@@ -87,9 +88,10 @@ impl Communicator {
         mailbox_bytes: Given<'_, '_>,
         max_blocks: Given<'_, '_>,
         algorithm: Given<'_, '_>,
+        transport: Given<'_, '_>,
     ) -> PyResult<Vec<Communicator>> {
         const CALL: &str = "connect";
-        let config = config(CALL, deadline, mailbox_bytes, max_blocks, algorithm)?;
+        let config = config(py, CALL, deadline, mailbox_bytes, max_blocks, algorithm, transport)?;
         let devices = Device::open_all(CALL, devices)?;
         let gpus: Vec<_> = devices.iter().map(|device| device.gpu.clone()).collect();
         let ranks = py.detach(|| peerlane::Communicator::connect(&gpus, &config));
@@ -120,6 +122,20 @@ impl Communicator {
     #[getter]
     fn mailbox_bytes(&self) -> usize {
         self.mailbox
+    }
+
+    /// What carries data from rank `from_rank` to rank `to_rank`: 'p2p' or 'host'.
+    fn transport(
+        &self,
+        py: Python<'_>,
+        from_rank: &Bound<'_, PyAny>,
+        to_rank: &Bound<'_, PyAny>,
+    ) -> PyResult<&'static str> {
+        const CALL: &str = "transport";
+        let from = options::whole32(CALL, "from_rank", from_rank)?;
+        let to = options::whole32(CALL, "to_rank", to_rank)?;
+        let found = self.queue(py, CALL, |rank| rank.transport(from, to))?;
+        Ok(found.name())
     }
 
     /// Every rank ends with the reduction of all ranks' tensors, in place unless there is an out.
@@ -371,13 +387,22 @@ impl Drop for Communicator {
 
 /// What the ranks must agree on.
 fn config(
+    py: Python<'_>,
     call: &str,
     deadline: Given<'_, '_>,
     mailbox_bytes: Given<'_, '_>,
     max_blocks: Given<'_, '_>,
     algorithm: Given<'_, '_>,
+    transport: Given<'_, '_>,
 ) -> PyResult<Config> {
-    let mut config = Config::default();
+    let transport = match transport {
+        Some(name) => {
+            let choices = Transport::ALL.map(|transport| (transport.name(), transport));
+            options::choose(call, "transport", name, &choices)?
+        }
+        None => Transport::from_environment().map_err(|e| error::raise(py, e))?,
+    };
+    let mut config = Config { transport, ..Config::default() };
     if let Some(seconds) = deadline {
         config.deadline = options::seconds(call, "deadline", seconds)?;
     }

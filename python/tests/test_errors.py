@@ -285,6 +285,12 @@ def test_a_tensor_of_another_gpu(group: Group) -> None:
         (ValueError, "Communicator: deadline: expected seconds, more than 0", {"deadline": 0}),
         (ValueError, "Communicator: patience: expected seconds", {"patience": float("nan")}),
         (ValueError, "Communicator: algorithm: expected one of 'packet'", {"algorithm": "ring"}),
+        (
+            ValueError,
+            "Communicator: transport: expected one of 'auto', 'p2p', 'host', got 'nvlink'",
+            {"transport": "nvlink"},
+        ),
+        (TypeError, "Communicator: transport: expected one of", {"transport": 1}),
         (ValueError, "Communicator: max_blocks: expected at most", {"max_blocks": 1 << 40}),
     ],
 )

@@ -4,7 +4,7 @@
 //! the switch is on, and passes under all of them when it is off.
 
 use peerlane::cases::Values;
-use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Wire};
+use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Transport, Wire};
 use peerlane_device::abi::flags;
 use peerlane_tests::{Call, Group, Job, Machine, Script, small};
 use std::time::Duration;
@@ -16,9 +16,9 @@ const SEEDS: u64 = 12;
 const DEADLINE: Duration = Duration::from_millis(100);
 
 /// Under which seeds `jobs` fail with the switches in `broken` on, and how.
-fn failures(broken: u32, world: u32, jobs: &[Job]) -> Vec<String> {
+fn failures(broken: u32, world: u32, jobs: &[Job], transport: Transport) -> Vec<String> {
     let fails = |seed| {
-        let config = Config { broken, deadline: DEADLINE, ..small(world) };
+        let config = Config { broken, deadline: DEADLINE, transport, ..small(world) };
         let mut group = Group::connect(&Machine::sim(world, seed), world, &config);
         let outcome = group.run(&Script::new(world, jobs, seed));
         outcome.err().map(|reason| format!("seed {seed}: {reason}"))
@@ -26,13 +26,19 @@ fn failures(broken: u32, world: u32, jobs: &[Job]) -> Vec<String> {
     (1..=SEEDS).filter_map(fails).collect()
 }
 
-/// That leaving out what `switch` names shows in `jobs`; returns how.
+/// That leaving out what `switch` names shows in `jobs`, over either transport; returns how.
 fn assert_needed(switch: u32, world: u32, jobs: &[Job]) -> Vec<String> {
-    let whole = failures(0, world, jobs);
-    assert!(whole.is_empty(), "the whole protocol fails: {whole:#?}");
-    let broken = failures(switch, world, jobs);
-    assert!(!broken.is_empty(), "{SEEDS} seeds do not notice switch {switch:#x}");
-    broken
+    let over = |transport| {
+        let whole = failures(0, world, jobs, transport);
+        assert!(whole.is_empty(), "the whole protocol fails over {transport}: {whole:#?}");
+        let broken = failures(switch, world, jobs, transport);
+        assert!(
+            !broken.is_empty(),
+            "{SEEDS} seeds do not notice switch {switch:#x} over {transport}"
+        );
+        broken
+    };
+    [Transport::P2p, Transport::Host].into_iter().flat_map(over).collect()
 }
 
 fn all_reduce(count: usize, algorithm: Algorithm, values: Values) -> Job {
@@ -65,8 +71,16 @@ fn without_cleaning_old_data_are_taken_as_new() {
 fn without_seals_payload_that_looks_free_is_waited_for_in_vain() {
     let jobs = [broadcast(40_000, Values::Free)];
     let broken = assert_needed(flags::BREAK_SEAL, 2, &jobs);
-    assert_eq!(broken.len(), SEEDS as usize, "{broken:#?}");
+    assert_eq!(broken.len(), 2 * SEEDS as usize, "{broken:#?}");
     assert!(broken.iter().all(|reason| reason.contains("waited 100ms")), "{broken:#?}");
+}
+
+#[test]
+fn without_seals_streams_through_host_memory_are_waited_for_in_vain() {
+    let jobs = [all_reduce(9000, FULL, Values::Ordinary)];
+    assert!(failures(0, 2, &jobs, Transport::Host).is_empty());
+    let broken = failures(flags::BREAK_SEAL, 2, &jobs, Transport::Host);
+    assert_eq!(broken.len(), SEEDS as usize, "{broken:#?}");
 }
 
 /// Moves at full width whose payload looks free here and there, so that chunks are sealed.

@@ -9,6 +9,7 @@ use crate::algorithm::Algorithm;
 use crate::collectives::invalid;
 use crate::communicator::Config;
 use crate::error::Result;
+use crate::transport::Transport;
 use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
 use std::ffi::c_int;
 use std::mem::MaybeUninit;
@@ -64,6 +65,18 @@ pub enum peerlane_algorithm {
     PEERLANE_ALGORITHM_TWO_SHOT = 3,
 }
 
+/// What carries data from rank to rank.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_transport {
+    /// For each ordered pair of ranks, peer-to-peer where that works, else host memory.
+    PEERLANE_TRANSPORT_AUTO = 0,
+    /// The sender's GPU writes into the receiver's; a pair that cannot do that is an error.
+    PEERLANE_TRANSPORT_P2P = 1,
+    /// The sender's GPU writes into pinned host memory, which the receiver's reads.
+    PEERLANE_TRANSPORT_HOST = 2,
+}
+
 /// What all ranks of a group agree on when they meet. `peerlane_config_init` fills it.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -79,6 +92,8 @@ pub struct peerlane_config {
     pub max_blocks: u32,
     /// How every all-reduce is carried out that does not choose for itself.
     pub algorithm: MaybeUninit<peerlane_algorithm>,
+    /// What carries data from rank to rank.
+    pub transport: MaybeUninit<peerlane_transport>,
 }
 
 /// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -97,7 +112,9 @@ pub struct peerlane_reduce_options {
 }
 
 /// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
-/// blocks as fit, algorithms by size. `size` is sizeof(peerlane_config).
+/// blocks as fit, algorithms by size, and the transport that the environment variable
+/// PEERLANE_TRANSPORT names (auto, p2p or host; auto if it is not set). `size` is
+/// sizeof(peerlane_config).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_config_init(
     config: *mut peerlane_config,
@@ -105,7 +122,7 @@ pub unsafe extern "C" fn peerlane_config_init(
 ) -> peerlane_status {
     guard("config_init", |op| {
         check_size::<peerlane_config>(op, "size", size)?;
-        let before = peerlane_config::new(&Config::default());
+        let before = peerlane_config::new(&default_config()?);
         // SAFETY: the header asks for room for one.
         unsafe { super::arguments::place(op, "config", config, before)? };
         Ok(())
@@ -125,6 +142,11 @@ pub unsafe extern "C" fn peerlane_reduce_options_init(
         unsafe { super::arguments::place(op, "options", options, peerlane_reduce_options::new())? };
         Ok(())
     })
+}
+
+/// What is not said otherwise.
+fn default_config() -> Result<Config> {
+    Ok(Config { transport: Transport::from_environment()?, ..Config::default() })
 }
 
 const DTYPES: [(peerlane_dtype, DType); 3] = [
@@ -155,6 +177,22 @@ const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 4] = [
     (peerlane_algorithm::PEERLANE_ALGORITHM_TWO_SHOT, Some(Algorithm::TwoShot)),
 ];
 
+const TRANSPORTS: [(peerlane_transport, Transport); 3] = [
+    (peerlane_transport::PEERLANE_TRANSPORT_AUTO, Transport::Auto),
+    (peerlane_transport::PEERLANE_TRANSPORT_P2P, Transport::P2p),
+    (peerlane_transport::PEERLANE_TRANSPORT_HOST, Transport::Host),
+];
+
+impl From<Transport> for peerlane_transport {
+    fn from(transport: Transport) -> peerlane_transport {
+        match transport {
+            Transport::Auto => peerlane_transport::PEERLANE_TRANSPORT_AUTO,
+            Transport::P2p => peerlane_transport::PEERLANE_TRANSPORT_P2P,
+            Transport::Host => peerlane_transport::PEERLANE_TRANSPORT_HOST,
+        }
+    }
+}
+
 /// The element type that C means.
 pub(super) fn dtype(op: &'static str, value: MaybeUninit<peerlane_dtype>) -> Result<DType> {
     choose(op, "dtype", value, &DTYPES)
@@ -173,6 +211,7 @@ impl peerlane_config {
             mailbox_bytes: config.mailbox_bytes,
             max_blocks: config.max_blocks.unwrap_or(0),
             algorithm: MaybeUninit::new(peerlane_algorithm::PEERLANE_ALGORITHM_AUTO),
+            transport: MaybeUninit::new(config.transport.into()),
         }
     }
 
@@ -183,13 +222,14 @@ impl peerlane_config {
     pub(super) unsafe fn read(op: &'static str, pointer: *const peerlane_config) -> Result<Config> {
         // SAFETY: the caller's contract.
         let Some(config) = (unsafe { sized(op, "config.size", pointer)? }) else {
-            return Ok(Config::default());
+            return default_config();
         };
         Ok(Config {
             deadline: Duration::from_millis(config.deadline_ms),
             mailbox_bytes: config.mailbox_bytes,
             max_blocks: Some(config.max_blocks).filter(|blocks| *blocks != 0),
             algorithm: choose(op, "config.algorithm", config.algorithm, &ALGORITHMS)?,
+            transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
             ..Config::default()
         })
     }

@@ -123,7 +123,8 @@ pub trait Gpu: Send + Sync {
     /// # Safety
     /// No queued work uses the memory any more, and no peer does.
     unsafe fn free(&self, memory: DevicePtr) -> Result<()>;
-    /// Allocates pinned host memory mapped into this GPU, zeroed.
+    /// Allocates pinned host memory, zeroed. It is mapped into every GPU of this process, at the
+    /// same address.
     fn alloc_host(&self, bytes: usize) -> Result<HostMemory>;
     /// Frees what [`Gpu::alloc_host`] returned.
     ///

@@ -19,6 +19,8 @@ pub struct Shape {
     pub layout: Layout,
     /// Most blocks that a call may use on any rank.
     pub max_blocks: u32,
+    /// Some rank reaches another through host memory.
+    pub host: bool,
     /// Which island each rank belongs to, for hierarchical all-reduces.
     pub islands: [u8; MAX_RANKS],
     /// The rank that passes broadcasts on by [`Route::Hub`](crate::Route::Hub).
@@ -26,9 +28,10 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// A shape whose islands are two halves, and whose hub is rank 0.
+    /// A shape whose islands are two halves, whose hub is rank 0 and whose ranks all reach each other's
+    /// memory.
     pub fn new(world: u32, layout: Layout, max_blocks: u32) -> Shape {
-        Shape { world, layout, max_blocks, islands: halves(world), hub: 0 }
+        Shape { world, layout, max_blocks, host: false, islands: halves(world), hub: 0 }
     }
 }
 
@@ -61,15 +64,19 @@ const PACKET_BYTES: usize = 32 << 10;
 /// (docs/performance.md): full width is as fast from here on.
 const REDUCTION_PACKET_BYTES: usize = 1 << 10;
 
+/// Blocks that fill PCIe; more of them only poll.
+const HOST_BLOCKS: u32 = 32;
+
 /// The algorithm for an all-reduce of `wire_bytes` bytes.
 ///
 /// One-shot takes one step and (n-1) x S, two-shot two steps and 2(n-1)/n x S; they meet where the
 /// saved bytes are worth a step: S = step x bandwidth / ((n-1)(1-2/n)), with 1.8 us a step and
-/// 370 GB/s out of an H100 or H200. Two ranks never gain from two-shot.
-pub fn all_reduce(world: u32, wire_bytes: usize) -> Algorithm {
-    const STEP_BYTES: usize = 666_000;
-    let n = world as usize;
-    if n > 2 && wire_bytes > STEP_BYTES * n / ((n - 1) * (n - 2)) {
+/// 370 GB/s out of an H100 or H200; about 5 us and 20 GB/s where data pass through host memory. Two
+/// ranks never gain from two-shot.
+pub fn all_reduce(shape: &Shape, wire_bytes: usize) -> Algorithm {
+    let step_bytes = if shape.host { 100_000 } else { 666_000 };
+    let n = shape.world as usize;
+    if n > 2 && wire_bytes > step_bytes * n / ((n - 1) * (n - 2)) {
         return Algorithm::TwoShot;
     }
     let packet = wire_bytes <= REDUCTION_PACKET_BYTES;
@@ -84,7 +91,9 @@ pub fn format(bytes: usize) -> Format {
 /// The grid for messages of `units` units to each peer.
 pub fn grid(shape: &Shape, units: usize) -> Grid {
     let units = units.max(1);
-    let most_blocks = shape.max_blocks.min(shape.layout.lanes) as usize;
+    // Calls that seal all chunks have half the lanes, and so have the others.
+    let limit = if shape.host { HOST_BLOCKS.min(shape.layout.lanes.div_ceil(2)) } else { u32::MAX };
+    let most_blocks = shape.max_blocks.min(shape.layout.lanes).min(limit) as usize;
     let threads = threads(units, most_blocks);
     // Whole rows of threads, so that no warp is half empty and every share begins aligned.
     let block_units = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
@@ -94,6 +103,13 @@ pub fn grid(shape: &Shape, units: usize) -> Grid {
         block_units: block_units as u32,
         chunk_units: block_units.min(shape.layout.slot_units as usize) as u32,
     }
+}
+
+/// Whether chunks are sealed whatever they hold: over host memory, from three chunks a block on. Such
+/// calls wait for bandwidth, which polling for the data themselves would take; shorter ones wait for
+/// latency, which a seal adds to.
+pub fn seals_all(shape: &Shape, grid: &Grid) -> bool {
+    shape.host && shape.layout.lanes > 1 && grid.block_units > 2 * grid.chunk_units
 }
 
 /// Threads in a block: as few as give each thread one unit, but at least a warp's worth per
@@ -168,14 +184,30 @@ mod tests {
     #[test]
     fn two_ranks_always_take_one_step() {
         for shift in 0..30 {
-            assert!(matches!(all_reduce(2, 1 << shift), Algorithm::OneShot(_)));
+            for host in [false, true] {
+                let shape = Shape { host, ..shape(2, 132) };
+                assert!(matches!(all_reduce(&shape, 1 << shift), Algorithm::OneShot(_)));
+            }
         }
     }
 
     #[test]
     fn large_worlds_change_to_two_shot_earlier() {
-        let turning_point =
-            |world| (0..30).find(|s| all_reduce(world, 1 << s) == Algorithm::TwoShot);
-        assert!(turning_point(8) < turning_point(4) && turning_point(4) < turning_point(3));
+        let turning_point = |world, host| {
+            let shape = Shape { host, ..shape(world, 132) };
+            (0..30).find(|s| all_reduce(&shape, 1 << s) == Algorithm::TwoShot)
+        };
+        for host in [false, true] {
+            assert!(turning_point(8, host) < turning_point(4, host));
+            assert!(turning_point(4, host) < turning_point(3, host));
+        }
+        assert!(turning_point(4, true) < turning_point(4, false));
+    }
+
+    #[test]
+    fn few_blocks_fill_pcie() {
+        let host = Shape { host: true, ..shape(2, 264) };
+        assert_eq!(grid(&host, 1 << 20).blocks, HOST_BLOCKS);
+        assert_eq!(grid(&Shape { max_blocks: 5, ..host }, 1 << 20).blocks, 5);
     }
 }

@@ -3,7 +3,7 @@
 //! Invariant: a value that does not parse names what was expected and what came.
 
 use peerlane::algorithm::UnknownName;
-use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Transport, Wire};
 
 /// The collectives, in the order in which they are reported.
 pub(crate) const OPERATIONS: [Operation; 6] = [
@@ -77,6 +77,11 @@ pub(crate) fn algorithm(text: &str) -> Result<Choice, String> {
     text.parse().map(|algorithm| Choice(Some(algorithm))).map_err(known)
 }
 
+/// What carries data from rank to rank.
+pub(crate) fn transport(text: &str) -> Result<Transport, String> {
+    choose(text, &Transport::ALL, Transport::name)
+}
+
 /// A number of bytes, with an optional suffix K, M or G.
 pub(crate) fn bytes(text: &str) -> Result<usize, String> {
     let wrong = || format!("expected a size such as 512, 64K or 1M, got {text}");
@@ -120,6 +125,7 @@ mod tests {
     #[test]
     fn names() {
         assert_eq!(operation("gather"), Ok(Operation::Gather));
+        assert_eq!(transport("host"), Ok(Transport::Host));
         assert_eq!(algorithm("auto"), Ok(Choice(None)));
         assert_eq!(algorithm("two-shot"), Ok(Choice(Some(Algorithm::TwoShot))));
         assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, packet, "));

@@ -220,8 +220,12 @@ impl Memory {
             let (what, offset) = (below.describe(), address - range.start);
             return Err(format!("it runs over the end of {what} at offset {offset}"));
         }
-        if below.user == device || !below.origin.is_host() && self.peer_enabled(device, below.owner)
-        {
+        let mapped = match below.origin {
+            Origin::AllocHost => true,
+            Origin::RegisterHost => false,
+            Origin::Alloc | Origin::Import => self.peer_enabled(device, below.owner),
+        };
+        if below.user == device || mapped {
             return Ok(range);
         }
         let what = below.describe();

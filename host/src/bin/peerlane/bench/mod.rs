@@ -21,9 +21,10 @@ use job::Job;
 use measure::Ranks;
 use nccl::Nccl;
 use ours::Ours;
-use peerlane::{Communicator, Config, DType, Operation, ReduceOp, Wire};
+use peerlane::{Communicator, Config, DType, Operation, ReduceOp, Transport, Wire};
 use rank::{Fail, Rank, Timing};
 use results::{Results, Row, Series};
+use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -59,6 +60,9 @@ pub(crate) struct Options {
     /// How an all-reduce is carried out: auto, packet, full or two-shot.
     #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
     algorithm: Choice,
+    /// What carries data from rank to rank: auto, p2p or host. Left out: PEERLANE_TRANSPORT, else auto.
+    #[arg(long, value_parser = parse::transport)]
+    transport: Option<Transport>,
     /// Root of broadcast and gather.
     #[arg(long, default_value_t = 0)]
     root: u32,
@@ -110,13 +114,16 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let rival = options.compare.map(|Rival::Nccl| Nccl::load()).transpose()?;
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
-    let mut ranks = plan.connect(&devices, rival.as_ref())?;
+    let (mut ranks, used) = plan.connect(&devices, rival.as_ref())?;
+    println!("# transport: {} ({used})", plan.transport);
     let mut series = Vec::new();
     for operation in &options.operations.0 {
         series.push(plan.measure(*operation, &mut ranks, &devices)?);
     }
     let right = series.iter().flat_map(|s: &Series| &s.rows).all(|row| row.failure.is_none());
-    let provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
+    let mut provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
+    let transport = json!({ "asked": plan.transport, "used": used });
+    provenance.insert("transport".into(), transport);
     let results = Results { provenance, nccl_version, series };
     if let Some(path) = &options.common.json {
         output::write_json(path, &serde_json::to_value(&results)?)?;
@@ -151,6 +158,7 @@ struct Plan<'a> {
     world: u32,
     sizes: Vec<usize>,
     timing: Timing,
+    transport: Transport,
 }
 
 impl Plan<'_> {
@@ -181,7 +189,8 @@ impl Plan<'_> {
         let calls = options.calls.unwrap_or(usual) as usize;
         let replays = options.replays.unwrap_or(usual) as usize;
         let timing = Timing { calls, replays, eager: options.eager };
-        Ok(Plan { options, world, sizes, timing })
+        let transport = options.transport.map_or_else(Transport::from_environment, Ok)?;
+        Ok(Plan { options, world, sizes, timing, transport })
     }
 
     fn job(&self, op: Operation) -> Job {
@@ -190,15 +199,22 @@ impl Plan<'_> {
         Job { op, dtype, wire, reduce, algorithm, root, world: self.world, count: 0 }
     }
 
-    /// Makes the ranks, with buffers for the largest job.
-    fn connect(&self, devices: &Devices, rival: Option<&Arc<Nccl>>) -> Result<Ranks, Fail> {
+    /// Makes the ranks, with buffers for the largest job; says what carries their data.
+    fn connect(
+        &self,
+        devices: &Devices,
+        rival: Option<&Arc<Nccl>>,
+    ) -> Result<(Ranks, &'static str), Fail> {
         let gpus = devices.for_ranks(self.world);
         let largest = *self.sizes.last().unwrap_or(&0);
         let jobs = self.options.operations.0.iter().map(|op| self.job(*op).sized(largest));
         let (src, dst) = jobs
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
-        for communicator in Communicator::connect(&gpus, &Config::default())? {
+        let config = Config { transport: self.transport, ..Config::default() };
+        let communicators = Communicator::connect(&gpus, &config)?;
+        let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
+        for communicator in communicators {
             let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;
             rank.contenders.push(Box::new(Ours(communicator)));
             ranks.push(rank);
@@ -209,7 +225,7 @@ impl Plan<'_> {
                 rank.contenders.push(Box::new(contender));
             }
         }
-        Ok(Ranks { ranks, threads: !devices.simulated_only() })
+        Ok((Ranks { ranks, threads: !devices.simulated_only() }, used))
     }
 
     fn measure(&self, op: Operation, ranks: &mut Ranks, devices: &Devices) -> Result<Series, Fail> {
