@@ -4,7 +4,7 @@
 //! the switch is on, and passes under all of them when it is off.
 
 use peerlane::cases::Values;
-use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Transport, Wire};
+use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Route, Transport, Wire};
 use peerlane_device::abi::flags;
 use peerlane_tests::{Call, Group, Job, Machine, Script, small};
 use std::time::Duration;
@@ -131,4 +131,53 @@ fn without_the_fence_a_credit_overtakes_the_cleaning() {
 #[test]
 fn without_the_block_barrier_a_credit_overtakes_other_threads_cleaning() {
     assert_needed(flags::BREAK_SYNC, 2, &streamed_calls());
+}
+
+/// Calls of many chunks by `algorithm`, and some of one.
+fn stepped_calls(algorithm: Algorithm) -> Vec<Job> {
+    let counts = [9000, 300, 20_000, 40, 80];
+    counts.map(|count| all_reduce(count, algorithm, Values::Ordinary)).into()
+}
+
+/// That every switch in `switches` shows in calls by `algorithm`.
+fn assert_all_needed(algorithm: Algorithm, switches: &[u32]) {
+    for switch in switches {
+        assert_needed(*switch, 4, &stepped_calls(algorithm));
+    }
+}
+
+/// Not those of the credits: sums wait for every rank, so that none runs ahead by the slots of a
+/// lane, and a credit that comes too early is seldom used too early. Broadcasts show them.
+const OF_REDUCTIONS: [u32; 2] = [flags::BREAK_CLEAN, flags::BREAK_TEAR];
+
+#[test]
+fn trees_need_cleaning_and_whole_units() {
+    assert_all_needed(Algorithm::Tree, &OF_REDUCTIONS);
+    assert_all_needed(Algorithm::DoubleTree, &OF_REDUCTIONS);
+}
+
+#[test]
+fn islands_need_cleaning_and_whole_units() {
+    assert_all_needed(Algorithm::Hierarchical, &OF_REDUCTIONS);
+}
+
+#[test]
+fn rings_and_stages_need_cleaning_and_whole_units() {
+    assert_all_needed(Algorithm::Ring, &OF_REDUCTIONS);
+    assert_all_needed(Algorithm::Staged, &OF_REDUCTIONS);
+}
+
+#[test]
+fn broadcasts_along_trees_need_their_seals_and_credits() {
+    for route in [Route::Chain, Route::DoubleTree] {
+        let along = |values| {
+            let call = Call::Broadcast { bytes: 30_000, root: 1, route: Some(route) };
+            Job { call, values, shift: 0 }
+        };
+        assert_needed(flags::BREAK_SEAL, 4, &[along(Values::Free)]);
+        for switch in [flags::BREAK_FENCE, flags::BREAK_SYNC] {
+            assert_needed(switch, 4, &[along(Values::Special), along(Values::Free)]);
+        }
+        assert_needed(flags::BREAK_CREDIT, 4, &[along(Values::Ordinary), along(Values::Ordinary)]);
+    }
 }
