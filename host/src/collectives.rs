@@ -42,6 +42,10 @@ impl Communicator {
             Some(algorithm) => algorithm,
             None => plan::all_reduce(shape.world, wire_bytes),
         };
+        if let Algorithm::Scheduled(pattern) = algorithm {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.all_reduce_scheduled(call, pattern, stream) };
+        }
         let Fused { kernel, format, parts, roles } =
             self.fused(algorithm, call.dtype, call.wire)?;
         let (units, tail) = units(tensor_bytes, format, expansion);
@@ -69,6 +73,44 @@ impl Communicator {
         };
         // SAFETY: passed on to the caller.
         unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
+    }
+
+    /// An all-reduce in copies and local reductions.
+    unsafe fn all_reduce_scheduled(
+        &mut self,
+        call: &AllReduce,
+        pattern: Pattern,
+        stream: Stream,
+    ) -> Result<()> {
+        let operation = Operation::AllReduce;
+        let (op, algorithm) = (operation.name(), Algorithm::Scheduled(pattern));
+        if self.config().staging() == 0 {
+            let expected = "one that is one kernel, or a Config with staging_bytes".to_owned();
+            return Err(invalid(op, "algorithm", expected, algorithm));
+        }
+        if expansion(call.dtype, call.wire) != 1 {
+            let expected = format!("native: {algorithm} copies elements as they are");
+            return Err(invalid(op, "wire", expected, "bf16"));
+        }
+        let bytes = call.count * call.dtype.bytes();
+        let cut = self.scheduled(op)?.cut(pattern, units(bytes, Format::Full, 1))?;
+        let variant = 1 + algorithm.index() as u8;
+        let signature = reduction(operation, call.dtype, call.wire, call.op, variant, bytes);
+        let (op_code, scale) = (call.op as u32, scale(call.op, self.world_size()));
+        let args = Args { op: op_code, scale, ..self.args(operation) };
+        self.follow(op, stream)?;
+        self.announce(self.everyone(), signature)?;
+        let mut begun = false;
+        // SAFETY: passed on to the caller.
+        let queued = unsafe {
+            let all = (call, pattern, cut);
+            self.scheduled(op)?.all_reduce(all, args, signature, stream, &mut begun)
+        };
+        if queued.is_err() && begun {
+            // Peers wait for what will not come, and so would this rank's own streams.
+            self.abort();
+        }
+        queued
     }
 
     /// Reduces `world x call.count` elements of all ranks; rank r's `dst` gets the r-th part.

@@ -12,8 +12,12 @@ use crate::join;
 use crate::plan::Shape;
 use crate::plan::roles::Places;
 use crate::rendezvous::{Meeting, Processes, lost_rank};
+use crate::scheduled::Scheduled;
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::time::Duration;
+
+/// Bytes of a staging area where one is wanted and its size is not said.
+const STAGING_BYTES: usize = 32 << 20;
 
 /// What all ranks of a communicator agree on when they meet.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +38,12 @@ pub struct Config {
     pub islands: Option<Vec<u8>>,
     /// The rank that passes broadcasts on by [`Route::Hub`]. `None`: rank 0.
     pub hub: Option<u32>,
+    /// Bytes of device memory for one rank's staging area, which scheduled all-reduces copy through.
+    /// `None`: 32 MiB if `algorithm` is [`Algorithm::Scheduled`], none otherwise.
+    pub staging_bytes: Option<usize>,
+    /// Bytes that a scheduled all-reduce copies at once, a multiple of 16. `None`: an eighth of a part
+    /// of the tensor, but at least 256 KiB and at most what the staging area has room for.
+    pub chunk_bytes: Option<usize>,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.
     #[doc(hidden)]
@@ -53,9 +63,19 @@ impl Default for Config {
             route: None,
             islands: None,
             hub: None,
+            staging_bytes: None,
+            chunk_bytes: None,
             broken: 0,
             first_slot: 0,
         }
+    }
+}
+
+impl Config {
+    /// Bytes of a staging area.
+    pub(crate) fn staging(&self) -> usize {
+        let scheduled = matches!(self.algorithm, Some(Algorithm::Scheduled(_)));
+        self.staging_bytes.unwrap_or(if scheduled { STAGING_BYTES } else { 0 })
     }
 }
 
@@ -78,6 +98,8 @@ pub struct Communicator {
     calls: [u64; MAX_RANKS],
     last_stream: Option<Stream>,
     order: Event,
+    /// Made by the first scheduled call.
+    scheduled: Option<Box<Scheduled>>,
 }
 
 impl Communicator {
@@ -164,6 +186,7 @@ impl Communicator {
             calls: [0; MAX_RANKS],
             last_stream: None,
             order,
+            scheduled: None,
         })
     }
 
@@ -244,6 +267,9 @@ impl Communicator {
     pub fn set_deadline(&mut self, deadline: Duration) {
         self.config.deadline = deadline;
         self.template.deadline_ns = deadline.as_nanos().min(u64::MAX as u128) as u64;
+        if let Some(scheduled) = &self.scheduled {
+            scheduled.set_deadline(deadline);
+        }
     }
 
     /// Waits until everything queued on `stream` is done, and says whether it went well.
@@ -277,6 +303,8 @@ impl Communicator {
             Error::Stopped { .. } => Ok(()),
             other => Err(other),
         });
+        // Its monitor has ended the waits of its streams if nobody else would.
+        self.scheduled = None;
         self.group = None;
         drained.and(health)
     }
@@ -337,6 +365,15 @@ impl Communicator {
         }
         self.last_stream = Some(stream);
         Ok(())
+    }
+
+    /// What scheduled calls need.
+    pub(crate) fn scheduled(&mut self, op: &'static str) -> Result<&mut Scheduled> {
+        if self.scheduled.is_none() {
+            let made = Scheduled::new(&self.gpu, self.rank, self.group(op)?, &self.config)?;
+            self.scheduled = Some(Box::new(made));
+        }
+        self.scheduled.as_deref_mut().ok_or(Error::Closed { op, rank: self.rank })
     }
 
     /// Queues a kernel on the stream given to [`Communicator::follow`].

@@ -7,10 +7,11 @@ use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::{Backend, GpuRef, cuda};
 use crate::layout;
-use crate::mailbox::{Member, Offer};
+use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::Shape;
+use crate::plan::steps::LEAST_STAGING_BYTES;
 use crate::rendezvous::{ABORTED, Membership, Segment};
-use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status};
+use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -67,6 +68,7 @@ impl Card {
 /// What all ranks' cards add up to.
 pub(crate) struct Agreement {
     pub(crate) shape: Shape,
+    extent: Extent,
     ordinals: Vec<u32>,
 }
 
@@ -101,17 +103,19 @@ impl Agreement {
                 got: config.mailbox_bytes.to_string(),
             });
         };
+        check_staging(config)?;
         let max_blocks = max_blocks(cards, config);
         let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
             shape: Shape { world, layout, max_blocks, islands, hub },
+            extent: Extent::new(layout, world, config.staging()),
             ordinals: cards.iter().map(|card| card.ordinal).collect(),
         })
     }
 
     /// Allocates the memory of a rank on `gpu`.
     pub(crate) fn member(&self, gpu: &GpuRef, config: &Config) -> Result<Arc<Member>> {
-        let member = Member::new(gpu, self.shape.layout, self.shape.world)?;
+        let member = Member::new(gpu, self.extent)?;
         if config.first_slot != 0 {
             member.number_slots_from(config.first_slot, self.shape.layout)?;
         }
@@ -126,12 +130,11 @@ impl Agreement {
         segment: &Arc<Segment>,
         rank: u32,
     ) -> Result<(Arc<Member>, Offer, Option<OwnedFd>)> {
-        let Shape { world, layout, .. } = self.shape;
-        let member = Member::shared(gpu, layout, world, segment, rank)?;
+        let member = Member::shared(gpu, self.extent, segment, rank)?;
         if config.first_slot != 0 {
-            member.number_slots_from(config.first_slot, layout)?;
+            member.number_slots_from(config.first_slot, self.shape.layout)?;
         }
-        let (offer, file) = member.offer(layout.mailbox_bytes(world))?;
+        let (offer, file) = member.offer(self.extent)?;
         Ok((Arc::new(member), offer, file))
     }
 
@@ -151,7 +154,8 @@ impl Agreement {
                 return Ok(own.clone());
             }
             let ordinal = card.ordinal_here()?;
-            Member::remote(gpu, segment, peer, ordinal, (offer, file)).map(Arc::new)
+            let at = (peer, ordinal);
+            Member::remote(gpu, segment, at, self.extent, (offer, file)).map(Arc::new)
         });
         members.collect()
     }
@@ -170,6 +174,23 @@ impl Agreement {
             gpu.enable_peer(to)?;
         }
         Ok(())
+    }
+}
+
+/// That a staging area can be cut into slots, and chunks can be what was asked.
+fn check_staging(config: &Config) -> Result<()> {
+    let invalid = |argument, expected: String, got: usize| {
+        Err(Error::InvalidArgument { op: "connect", argument, expected, got: got.to_string() })
+    };
+    let staging = config.staging();
+    if staging != 0 && staging < LEAST_STAGING_BYTES {
+        return invalid("staging_bytes", format!("0 or at least {LEAST_STAGING_BYTES}"), staging);
+    }
+    match config.chunk_bytes {
+        Some(bytes) if bytes == 0 || !bytes.is_multiple_of(UNIT) => {
+            invalid("chunk_bytes", format!("a multiple of {UNIT} above 0"), bytes)
+        }
+        _ => Ok(()),
     }
 }
 

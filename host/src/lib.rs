@@ -12,11 +12,13 @@ mod group;
 mod join;
 pub mod layout;
 mod mailbox;
+mod monitor;
 pub mod plan;
 mod probe;
 pub mod reference;
 pub mod rendezvous;
 pub mod request;
+mod scheduled;
 pub mod topology;
 
 pub use algorithm::{Algorithm, Pattern, Route};

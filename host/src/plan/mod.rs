@@ -5,6 +5,7 @@
 
 pub mod forest;
 pub mod roles;
+pub mod steps;
 
 use crate::algorithm::Algorithm;
 use peerlane_device::abi::{Format, Layout, MAX_RANKS, MAX_THREADS};
