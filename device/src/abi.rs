@@ -223,6 +223,7 @@ macro_rules! for_each_kernel {
             LocalReduceBf16 "peerlane_local_reduce_bf16" local_reduce::<Bf16> 0;
             Barrier "peerlane_barrier" barrier::<> 1;
             Probe "peerlane_probe" probe::<> 2;
+            Stream "peerlane_stream" stream::<> 0;
         }
     };
 }

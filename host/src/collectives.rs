@@ -34,7 +34,7 @@ impl Communicator {
         if call.contribution {
             aligned(op, "src", call.src, call.dtype)?;
         }
-        let expansion = expansion(call.dtype, call.wire);
+        let expansion = plan::expansion(call.dtype, call.wire);
         let wire_bytes = tensor_bytes / expansion;
         let algorithm = match call.algorithm.or(self.config().algorithm) {
             Some(Algorithm::OneShot(format)) => Algorithm::OneShot(format),
@@ -42,12 +42,12 @@ impl Communicator {
             Some(algorithm) => algorithm,
             None => plan::all_reduce(shape.world, wire_bytes),
         };
-        if let Algorithm::Scheduled(pattern) = algorithm {
-            // SAFETY: passed on to the caller.
-            return unsafe { self.all_reduce_scheduled(call, pattern, stream) };
-        }
         let Fused { kernel, format, parts, roles } =
-            self.fused(algorithm, call.dtype, call.wire)?;
+            match self.fused(algorithm, call.dtype, call.wire) {
+                Ok(fused) => fused,
+                // SAFETY: passed on to the caller.
+                Err(pattern) => return unsafe { self.all_reduce_scheduled(call, pattern, stream) },
+            };
         let (units, tail) = units(tensor_bytes, format, expansion);
         let part_units = plan::part_units(parts, units);
         let grid = plan::grid(&shape, part_units);
@@ -88,7 +88,7 @@ impl Communicator {
             let expected = "one that is one kernel, or a Config with staging_bytes".to_owned();
             return Err(invalid(op, "algorithm", expected, algorithm));
         }
-        if expansion(call.dtype, call.wire) != 1 {
+        if plan::expansion(call.dtype, call.wire) != 1 {
             let expected = format!("native: {algorithm} copies elements as they are");
             return Err(invalid(op, "wire", expected, "bf16"));
         }
@@ -127,7 +127,7 @@ impl Communicator {
         if call.contribution {
             aligned(op, "src", call.src, call.dtype)?;
         }
-        let (units, tail) = units(bytes, Format::Full, expansion(call.dtype, call.wire));
+        let (units, tail) = units(bytes, Format::Full, plan::expansion(call.dtype, call.wire));
         let grid = plan::grid(&shape, units);
         let signature = reduction(operation, call.dtype, call.wire, call.op, 0, bytes);
         let args = Args {
@@ -305,8 +305,14 @@ impl Communicator {
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
     }
 
-    /// The kernel that carries out `algorithm`, and how it divides its tensor.
-    fn fused(&self, algorithm: Algorithm, dtype: DType, wire: Wire) -> Result<Fused> {
+    /// The kernel that carries out `algorithm`, and how it divides its tensor; or the pattern of the
+    /// steps, if it is no kernel.
+    fn fused(
+        &self,
+        algorithm: Algorithm,
+        dtype: DType,
+        wire: Wire,
+    ) -> std::result::Result<Fused, Pattern> {
         let world = self.world_size();
         let whole = |kernel, format| Fused { kernel, format, parts: 1, roles: None };
         let parts = |kernel| Fused { parts: world, ..whole(kernel, Format::Full) };
@@ -325,10 +331,7 @@ impl Communicator {
             Algorithm::Tree => trees(Pattern::Tree),
             Algorithm::DoubleTree => trees(Pattern::DoubleTree),
             Algorithm::Hierarchical => trees(Pattern::Hierarchical),
-            Algorithm::Scheduled(_) => {
-                let expected = "an algorithm that is one kernel".to_owned();
-                return Err(invalid("all_reduce", "algorithm", expected, algorithm));
-            }
+            Algorithm::Scheduled(pattern) => return Err(pattern),
         })
     }
 
@@ -353,11 +356,6 @@ struct Fused {
     parts: u32,
     /// This rank's places, if each part has a tree.
     roles: Option<Roles>,
-}
-
-/// Tensor bytes per wire byte.
-fn expansion(dtype: DType, wire: Wire) -> usize {
-    if dtype == DType::F32 && wire == Wire::Bf16 { 2 } else { 1 }
 }
 
 /// How many units `bytes` tensor bytes make, and how many bytes the last one has.

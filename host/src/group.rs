@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 use crate::gpu::{Backend, GpuRef, cuda};
 use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
-use crate::plan::Shape;
 use crate::plan::steps::LEAST_STAGING_BYTES;
+use crate::plan::{self, Shape};
 use crate::rendezvous::{ABORTED, Membership, Segment};
 use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
@@ -203,26 +203,20 @@ fn max_blocks(cards: &[Card], config: &Config) -> u32 {
 
 /// Which island each rank belongs to.
 fn islands(world: u32, config: &Config) -> Result<[u8; MAX_RANKS]> {
-    let mut islands = [0; MAX_RANKS];
     match &config.islands {
-        None => {
-            for (rank, island) in (0..world).zip(&mut islands) {
-                *island = (rank >= world.div_ceil(2)) as u8;
-            }
-        }
+        None => Ok(plan::halves(world)),
         Some(given) if given.len() == world as usize => {
+            let mut islands = [0; MAX_RANKS];
             islands[..given.len()].copy_from_slice(given);
+            Ok(islands)
         }
-        Some(given) => {
-            return Err(Error::InvalidArgument {
-                op: "connect",
-                argument: "islands",
-                expected: format!("{world} numbers, one a rank"),
-                got: given.len().to_string(),
-            });
-        }
+        Some(given) => Err(Error::InvalidArgument {
+            op: "connect",
+            argument: "islands",
+            expected: format!("{world} numbers, one a rank"),
+            got: given.len().to_string(),
+        }),
     }
-    Ok(islands)
 }
 
 /// The rank that passes broadcasts on.

@@ -11,6 +11,7 @@ pub mod gpu;
 mod group;
 mod join;
 pub mod layout;
+pub mod links;
 mod mailbox;
 mod monitor;
 pub mod plan;

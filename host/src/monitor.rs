@@ -120,8 +120,7 @@ impl Watch {
         self.stream = self.gpu.stream_create().ok();
         let mut seen = self.board();
         let mut since = Instant::now();
-        loop {
-            let Some(deadline) = self.pause() else { break };
+        while let Some(deadline) = self.pause() {
             let board = self.board();
             let aborted = self.is_aborted();
             if board != seen || board.waits().is_none() || board.busy == 0 {

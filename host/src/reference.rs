@@ -1,12 +1,14 @@
 //! What a reduction must give, computed on the CPU.
 //!
 //! Invariant: pure and independent of the kernels. [`Reduction::exact`] takes the documented steps
-//! (each value as it travels, f32, rank order, one rounding), so a right result equals it bit for
-//! bit. [`Reduction::bounds`] takes the sum in f64 and says how far those steps may stray from it,
+//! (each value as it travels, f32, rank order, one rounding; along trees, one more at each rank that
+//! passes a sum on), so a right result equals it bit for bit. [`Reduction::bounds`] takes the sum in f64 and says how far those steps may stray from it,
 //! so a mistake in the steps themselves does not pass either.
 
+use crate::plan::forest::{Forest, Tree};
 use crate::{DType, ReduceOp, Wire};
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// A reduction of all ranks' tensors. `None` stands for a rank that contributes nothing.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +21,18 @@ pub struct Reduction<'a> {
     pub op: ReduceOp,
     /// How f32 elements travel, results included.
     pub wire: Wire,
+    /// In which order values are added and rounded.
+    pub order: Order<'a>,
+}
+
+/// In which order values are added and rounded.
+#[derive(Clone, Copy, Debug)]
+pub enum Order<'a> {
+    /// Rank 0 first, rounded once.
+    Ranks,
+    /// Each part, this many elements of the tensor, along its tree: a rank adds what its children sent and its own
+    /// values in rank order, and rounds.
+    Trees(&'a Forest, usize),
 }
 
 /// Where a result must lie.
@@ -30,19 +44,32 @@ pub struct Bound {
     pub tolerance: f64,
 }
 
+impl<'a> Order<'a> {
+    /// Along the trees that [`plan::trees`](crate::plan::trees) found, or by rank if it found none.
+    pub fn along(trees: &'a Option<(Forest, usize)>) -> Order<'a> {
+        trees.as_ref().map_or(Order::Ranks, |(forest, part)| Order::Trees(forest, *part))
+    }
+}
+
 impl Reduction<'_> {
     /// The result, bit for bit, except that a NaN may be any NaN and that a maximum or minimum
     /// of two zeros may be either (see [`same`]).
     pub fn exact(&self, elements: usize) -> Vec<u8> {
-        let adds = matches!(self.op, ReduceOp::Sum | ReduceOp::Avg);
-        // -0.0 and NaN change nothing, where 0.0 would turn -0.0 into 0.0.
-        let mut totals = vec![if adds { -0.0 } else { f32::NAN }; elements];
+        let size = self.dtype.bytes();
         for input in self.inputs.iter().flatten() {
-            assert_eq!(input.len(), elements * self.dtype.bytes(), "bytes of a rank's tensor");
-            for (total, bytes) in totals.iter_mut().zip(input.chunks_exact(self.dtype.bytes())) {
-                *total = combine(self.op, *total, self.received(bytes));
-            }
+            assert_eq!(input.len(), elements * size, "bytes of a rank's tensor");
         }
+        let totals = match self.order {
+            Order::Ranks => self.sum(0..elements, |_| true, None),
+            Order::Trees(forest, part) => {
+                let parts = forest.sums().iter().enumerate();
+                let totals = parts.map(|(index, tree)| {
+                    let range = (index * part).min(elements)..((index + 1) * part).min(elements);
+                    self.subtotal(tree, tree.root(), range)
+                });
+                totals.collect::<Vec<_>>().concat()
+            }
+        };
         let scale = if self.op == ReduceOp::Avg { 1.0 / self.inputs.len() as f32 } else { 1.0 };
         let mut result = Vec::with_capacity(elements * self.dtype.bytes());
         for total in totals {
@@ -50,6 +77,53 @@ impl Reduction<'_> {
             push(self.dtype, value, &mut result);
         }
         result
+    }
+
+    /// What the ranks that `takes` picks add up to, in rank order; `partial` has what another than
+    /// `rank` has summed up so far.
+    fn sum(
+        &self,
+        range: Range<usize>,
+        takes: impl Fn(usize) -> bool,
+        partial: Option<(usize, &dyn Fn(usize) -> Vec<f32>)>,
+    ) -> Vec<f32> {
+        let adds = matches!(self.op, ReduceOp::Sum | ReduceOp::Avg);
+        // -0.0 and NaN change nothing, where 0.0 would turn -0.0 into 0.0.
+        let mut totals = vec![if adds { -0.0 } else { f32::NAN }; range.len()];
+        for rank in (0..self.inputs.len()).filter(|rank| takes(*rank)) {
+            let values = match partial {
+                Some((own, sums)) if own != rank => sums(rank),
+                _ => self.values(rank, range.clone()),
+            };
+            for (total, value) in totals.iter_mut().zip(values) {
+                *total = combine(self.op, *total, value);
+            }
+        }
+        totals
+    }
+
+    /// The values of `rank` as they travel; none if it contributes nothing.
+    fn values(&self, rank: usize, range: Range<usize>) -> Vec<f32> {
+        let size = self.dtype.bytes();
+        let bytes = self.inputs[rank].map(|input| &input[range.start * size..range.end * size]);
+        bytes.unwrap_or_default().chunks_exact(size).map(|bytes| self.received(bytes)).collect()
+    }
+
+    /// What `rank` and the ranks below it add up to, before it is rounded.
+    fn subtotal(&self, tree: &Tree, rank: u32, range: Range<usize>) -> Vec<f32> {
+        let below = |child: usize| {
+            let sums = self.subtotal(tree, child as u32, range.clone());
+            sums.into_iter().map(|value| self.rounded(value)).collect()
+        };
+        let takes = |other: usize| other as u32 == rank || tree.parent(other as u32) == Some(rank);
+        self.sum(range.clone(), takes, Some((rank as usize, &below)))
+    }
+
+    /// `value` as a rank sends it on.
+    fn rounded(&self, sum: f32) -> f32 {
+        let mut bytes = Vec::new();
+        push(self.dtype, travelled(self.dtype, self.wire, sum), &mut bytes);
+        value(self.dtype, &bytes)
     }
 
     /// The result in f64, and how far f32 sums and one rounding may stray from it.
@@ -85,9 +159,17 @@ impl Reduction<'_> {
             }
         };
         let (bits, smallest, largest) = self.output();
+        // Along trees every rank above the leaves rounds, at most this often one after the other.
+        let hops = match self.order {
+            Order::Trees(forest, _) if error != 0.0 => f64::from(forest.height().saturating_sub(1)),
+            _ => 0.0,
+        };
+        let error = error + hops * (1.1 * magnitude * 2f64.powi(-bits)).max(smallest / 2.0);
         let reach = value.abs() + error;
         let tolerance = error + (reach * 2f64.powi(-bits)).max(smallest / 2.0);
-        let fits = magnitude < f64::from(f32::MAX) && reach + tolerance < largest;
+        // What a rank passes on has not been divided yet.
+        let passed_on = if hops == 0.0 { 0.0 } else { magnitude * 1.1 };
+        let fits = magnitude < f64::from(f32::MAX) && (reach + tolerance).max(passed_on) < largest;
         Bound { value, tolerance: if fits { tolerance } else { f64::INFINITY } }
     }
 
@@ -198,7 +280,8 @@ mod tests {
         };
         let tensors: Vec<_> = ranks.iter().map(pack).collect();
         let inputs: Vec<_> = tensors.iter().map(|t| Some(t.as_slice())).collect();
-        let result = Reduction { inputs: &inputs, dtype, op, wire }.exact(ranks[0].len());
+        let order = Order::Ranks;
+        let result = Reduction { inputs: &inputs, dtype, op, wire, order }.exact(ranks[0].len());
         result.chunks_exact(dtype.bytes()).map(|b| value(dtype, b)).collect()
     }
 
@@ -218,6 +301,21 @@ mod tests {
         // In f16 2048 + 1 rounds back to 2048; in f32 the two ones add up first.
         let ranks: [&[f32]; 3] = [&[2048.0], &[1.0], &[1.0]];
         assert_eq!(reduce(DType::F16, ReduceOp::Sum, Wire::Native, &ranks), [2050.0]);
+    }
+
+    #[test]
+    fn trees_round_at_every_rank_that_passes_a_sum_on() {
+        // Rank 3 sends to 2, and 2 to 0: 2048 + 1 becomes 2048 on the way. A star adds in f32.
+        let halves = |value: f32| f16::from_f32(value).to_le_bytes();
+        let inputs = [halves(0.0), halves(1.0), halves(2048.0), halves(1.0)];
+        let inputs: Vec<Option<&[u8]>> = inputs.iter().map(|bytes| Some(&bytes[..])).collect();
+        let sum = |forest: &Forest| {
+            let (dtype, op, wire) = (DType::F16, ReduceOp::Sum, Wire::Native);
+            let order = Order::Trees(forest, 1);
+            value(dtype, &Reduction { inputs: &inputs, dtype, op, wire, order }.exact(1))
+        };
+        assert_eq!(sum(&Forest::binomial(4, 0)), 2048.0);
+        assert_eq!(sum(&Forest::star(4)), 2050.0);
     }
 
     #[test]
@@ -250,6 +348,7 @@ mod tests {
             dtype: DType::F16,
             op: ReduceOp::Sum,
             wire: Wire::Native,
+            order: Order::Ranks,
         };
         assert_eq!(none.exact(1), [0, 0x80]);
         assert!(value(DType::F16, &Reduction { op: ReduceOp::Max, ..none }.exact(1)).is_nan());
@@ -265,10 +364,18 @@ mod tests {
                         let tensors: Vec<_> =
                             (0..5).map(|_| elements(dtype, 999, values, &mut rng)).collect();
                         let inputs: Vec<_> = tensors.iter().map(|t| Some(t.as_slice())).collect();
-                        let reduction = Reduction { inputs: &inputs, dtype, op, wire };
-                        let (exact, bounds) = (reduction.exact(999), reduction.bounds(999));
-                        let error = largest_error(dtype, &exact, &bounds);
-                        assert!(error.is_ok(), "{dtype:?} {op:?} {values:?} {wire:?}: {error:?}");
+                        let trees = [Forest::binomial(5, 0), Forest::ring(5)];
+                        let along =
+                            trees.iter().map(|f| Order::Trees(f, 1000 / f.parts() as usize));
+                        for order in along.chain([Order::Ranks]) {
+                            let reduction = Reduction { inputs: &inputs, dtype, op, wire, order };
+                            let (exact, bounds) = (reduction.exact(999), reduction.bounds(999));
+                            let error = largest_error(dtype, &exact, &bounds);
+                            assert!(
+                                error.is_ok(),
+                                "{dtype:?} {op:?} {values:?} {wire:?}: {error:?}"
+                            );
+                        }
                     }
                 }
             }

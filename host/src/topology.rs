@@ -9,7 +9,7 @@ mod matrix;
 mod nvml;
 
 use crate::error::{Error, Result};
-use crate::gpu::{Backend, GpuRef, PeerAccess, Properties};
+use crate::gpu::{Backend, GpuRef, PeerAccess, Properties, cuda};
 
 /// GPUs and the links between them.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -133,6 +133,13 @@ impl Topology {
         let unreachable = self.links.iter().filter(|link| !link.access.access);
         unreachable.map(|link| (link.from, link.to)).collect()
     }
+}
+
+/// The version of the driver, as NVML says it (`580.65.06`) or else as CUDA does (`CUDA 13.0`). None
+/// where there is no driver.
+pub fn driver_version() -> Option<String> {
+    let cuda = || cuda::version().ok().map(|(major, minor)| format!("CUDA {major}.{minor}"));
+    nvml::driver_version().or_else(cuda)
 }
 
 fn common_backend(gpus: &[GpuRef]) -> Result<Backend> {

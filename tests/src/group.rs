@@ -99,8 +99,8 @@ impl Rank {
                 &Call::AllGather { bytes, .. } => {
                     communicator.all_gather(&AllGather { src, dst, bytes }, stream)
                 }
-                &Call::Broadcast { bytes, root } => {
-                    communicator.broadcast(&Broadcast::new(dst, bytes, root), stream)
+                &Call::Broadcast { bytes, root, route } => {
+                    communicator.broadcast(&Broadcast { data: dst, bytes, root, route }, stream)
                 }
                 Call::Gather { rows, widths, root, .. } => {
                     let call = Gather { src, dst, rows: *rows, widths, root: *root };

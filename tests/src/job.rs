@@ -1,7 +1,7 @@
 //! Calls, with everything that is varied about them, and lists of them.
 
 use peerlane::cases::{Rng, Values};
-use peerlane::{Algorithm, DType, Format, ReduceOp, Wire};
+use peerlane::{Algorithm, DType, Format, ReduceOp, Route, Wire};
 
 /// A collective, as all ranks call it. `absent` has a bit for each rank that contributes nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +31,7 @@ pub enum Call {
     Broadcast {
         bytes: usize,
         root: u32,
+        route: Option<Route>,
     },
     /// Ranks of width 0 other than the root call if `outsiders_call`.
     Gather {
@@ -62,11 +63,26 @@ impl Job {
 }
 
 /// Every way that an all-reduce can be carried out.
-pub const ALGORITHMS: [Option<Algorithm>; 4] = [
+pub const ALGORITHMS: [Option<Algorithm>; 9] = [
     None,
     Some(Algorithm::OneShot(Format::Packet)),
     Some(Algorithm::OneShot(Format::Full)),
     Some(Algorithm::TwoShot),
+    Some(Algorithm::Staged),
+    Some(Algorithm::Ring),
+    Some(Algorithm::Tree),
+    Some(Algorithm::DoubleTree),
+    Some(Algorithm::Hierarchical),
+];
+
+/// Every way that a broadcast can be carried out.
+pub const ROUTES: [Option<Route>; 6] = [
+    None,
+    Some(Route::Direct),
+    Some(Route::Hub),
+    Some(Route::Chain),
+    Some(Route::Tree),
+    Some(Route::DoubleTree),
 ];
 
 /// Every element type and the types that it travels as.
@@ -95,13 +111,10 @@ pub fn moves(world: u32, bytes: usize) -> Vec<Call> {
         let widths = vec![bytes / rows; world as usize];
         Call::Gather { rows, widths, root, outsiders_call: true }
     };
-    vec![
-        Call::AllGather { bytes, in_place: false },
-        Call::Broadcast { bytes, root },
-        gather(1),
-        gather(5),
-        Call::Barrier,
-    ]
+    let mut calls = vec![Call::AllGather { bytes, in_place: false }];
+    calls.extend(ROUTES.map(|route| Call::Broadcast { bytes, root, route }));
+    calls.extend([gather(1), gather(5), Call::Barrier]);
+    calls
 }
 
 /// `count` calls of all kinds; sizes up to `most` bytes, most of them small.
@@ -115,7 +128,10 @@ fn random_job(world: u32, most: usize, rng: &mut Rng) -> Job {
         0..4 => random_reduction(world, size, true, rng),
         4..6 => random_reduction(world, size, false, rng),
         6 => Call::AllGather { bytes: size, in_place: rng.below(2) == 0 },
-        7 => Call::Broadcast { bytes: size, root: rng.below(world.into()) as u32 },
+        7 => {
+            let route = ROUTES[rng.below(ROUTES.len() as u64) as usize];
+            Call::Broadcast { bytes: size, root: rng.below(world.into()) as u32, route }
+        }
         8 => random_gather(world, size, rng),
         _ => Call::Barrier,
     };
@@ -136,7 +152,7 @@ fn random_size(most: usize, rng: &mut Rng) -> usize {
 fn random_reduction(world: u32, bytes: usize, all: bool, rng: &mut Rng) -> Call {
     let (dtype, wire) = ELEMENTS[rng.below(4) as usize];
     let op = ReduceOp::ALL[rng.below(4) as usize];
-    let algorithm = ALGORITHMS[rng.below(4) as usize];
+    let algorithm = ALGORITHMS[rng.below(ALGORITHMS.len() as u64) as usize];
     let in_place = rng.below(2) == 0;
     let absent = if rng.below(3) == 0 { 1 << rng.below(world.into()) } else { 0 };
     let count = bytes / dtype.bytes();

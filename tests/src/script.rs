@@ -5,8 +5,10 @@
 
 use crate::job::{Call, Job};
 use peerlane::cases::{Rng, bytes, elements};
-use peerlane::reference::{Reduction, first_difference};
-use peerlane::{DType, ReduceOp, Wire};
+use peerlane::plan;
+use peerlane::plan::forest::Forest;
+use peerlane::reference::{Order, Reduction, first_difference};
+use peerlane::{Algorithm, DType, ReduceOp, Wire};
 use std::ops::Range;
 
 /// What guards hold: neither 0 nor the protocol's mark of a free slot.
@@ -175,7 +177,7 @@ impl Script {
             Call::AllReduce { count, .. } => self.add_reduction(job, *count, false, rng),
             Call::ReduceScatter { count, .. } => self.add_reduction(job, *count, true, rng),
             Call::AllGather { bytes, in_place } => self.add_all_gather(job, *bytes, *in_place, rng),
-            Call::Broadcast { bytes, root } => self.add_broadcast(job, *bytes, *root, rng),
+            Call::Broadcast { bytes, root, .. } => self.add_broadcast(job, *bytes, *root, rng),
             Call::Gather { rows, widths, root, outsiders_call } => {
                 self.add_gather(job, *rows, widths, (*root, *outsiders_call), rng)
             }
@@ -198,7 +200,11 @@ impl Script {
         let total = if scatters { count * self.world() } else { count };
         let sources: Vec<Vec<u8>> =
             (0..self.world()).map(|_| elements(dtype, total, job.values, rng)).collect();
-        let result = reduce(&sources, (dtype, wire, op), absent, total);
+        let trees = match job.call {
+            Call::AllReduce { algorithm, .. } => self.trees(algorithm, (count, dtype, wire)),
+            _ => None,
+        };
+        let result = reduce(&sources, (dtype, wire, op), absent, total, trees);
         let (size, index) = (dtype.bytes(), self.places.len());
         let place = |(rank, image): (usize, &mut Image)| {
             let part = if scatters { rank * count * size } else { 0 };
@@ -219,6 +225,16 @@ impl Script {
             Place { src, dst, calls: true }
         };
         self.images.iter_mut().enumerate().map(place).collect()
+    }
+
+    /// Along which trees an all-reduce adds up.
+    fn trees(
+        &self,
+        algorithm: Option<Algorithm>,
+        tensor: (usize, DType, Wire),
+    ) -> Option<(Forest, usize)> {
+        let world = self.world();
+        plan::trees(&plan::halves(world as u32)[..world], algorithm?, tensor)
     }
 
     fn add_all_gather(
@@ -289,12 +305,13 @@ fn reduce(
     (dtype, wire, op): (DType, Wire, ReduceOp),
     absent: u32,
     count: usize,
+    trees: Option<(Forest, usize)>,
 ) -> Vec<u8> {
     let contributes = |rank: usize| absent >> rank & 1 == 0;
     let input = |(rank, source): (usize, _)| contributes(rank).then_some(source);
     let inputs: Vec<Option<&[u8]>> =
         sources.iter().map(Vec::as_slice).enumerate().map(input).collect();
-    Reduction { inputs: &inputs, dtype, op, wire }.exact(count)
+    Reduction { inputs: &inputs, dtype, op, wire, order: Order::along(&trees) }.exact(count)
 }
 
 /// Members' rows joined along their last dimension.

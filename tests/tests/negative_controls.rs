@@ -43,7 +43,7 @@ fn all_reduce(count: usize, algorithm: Algorithm, values: Values) -> Job {
 }
 
 fn broadcast(bytes: usize, values: Values) -> Job {
-    Job { call: Call::Broadcast { bytes, root: 0 }, values, shift: 0 }
+    Job { call: Call::Broadcast { bytes, root: 0, route: None }, values, shift: 0 }
 }
 
 const FULL: Algorithm = Algorithm::OneShot(Format::Full);

@@ -2,7 +2,7 @@
 //! things.
 
 use peerlane::cases::{Rng, Values, elements};
-use peerlane::reference::{Reduction, first_difference, push, value};
+use peerlane::reference::{Order, Reduction, first_difference, push, value};
 use peerlane::{DType, ReduceOp, Wire};
 use peerlane_tests::job::ELEMENTS;
 use peerlane_tests::{Call, Group, Job, Machine, Script, random_jobs, script::join_rows, small};
@@ -21,7 +21,7 @@ struct Scene {
 impl Scene {
     fn reduce(&self, tensors: &[Option<&[u8]>], count: usize) -> Vec<u8> {
         let (dtype, op, wire) = (self.dtype, self.op, self.wire);
-        Reduction { inputs: tensors, dtype, op, wire }.exact(count)
+        Reduction { inputs: tensors, dtype, op, wire, order: Order::Ranks }.exact(count)
     }
 
     fn inputs(&self) -> Vec<Option<&[u8]>> {

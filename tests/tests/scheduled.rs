@@ -89,8 +89,9 @@ fn check(world: u32, devices: u32, pattern: Pattern, calls: usize, most: usize, 
     let attempt = |script| run(&mut group, script).map_err(|error| error.to_string());
     let outcome = [&many, &one].map(attempt);
     let verdict = match outcome {
-        [Ok(steps), Ok(kernel)] => compare(&many, &kernel, &steps)
-            .and_then(|()| if pattern == Pattern::TwoShot { many.verify(&steps) } else { Ok(()) }),
+        [Ok(steps), Ok(kernel)] => {
+            compare(&many, &kernel, &steps).and_then(|()| many.verify(&steps))
+        }
         [Err(error), _] | [_, Err(error)] => Err(error),
     };
     assert_eq!(verdict, Ok(()), "{pattern:?}, {world} ranks, seed {seed}");

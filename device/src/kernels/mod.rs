@@ -14,6 +14,7 @@ mod probe;
 mod reduce_scatter;
 mod ring;
 mod staged;
+mod stream;
 mod tree;
 mod two_shot;
 
@@ -27,6 +28,7 @@ pub use probe::probe;
 pub use reduce_scatter::reduce_scatter;
 pub use ring::ring;
 pub use staged::staged;
+pub use stream::stream;
 pub use tree::{tree, tree_broadcast};
 pub use two_shot::two_shot;
 

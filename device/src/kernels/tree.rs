@@ -252,20 +252,23 @@ pub unsafe fn tree_broadcast<L: Lane>(lane: L, args: &Args) {
         let mut call = Call::<L, Full>::begin(lane, args, senders | receivers);
         let mut turn = 0;
         while full.has(turn) {
-            let mut hidden = false;
-            for index in 0..args.parts {
+            let mut index = 0;
+            while index < args.parts {
                 let role = lane.role(index);
                 let chunk = part::<L, Bytes>(lane, args, address, index).chunk(turn);
                 let slot = stride * turn + index;
                 let children = members(args, role.children());
-                hidden |= match role.parent() {
+                let hidden = match role.parent() {
                     None => send_bytes(&mut call, children, chunk, slot),
                     Some(parent) => pass_bytes(&mut call, parent, children, chunk, slot),
                 };
+                // Sealed part by part: who is below in this tree may be above in the next one.
+                let last = index + 1 == args.parts;
+                let needed = last && full.has(turn + args.layout.slots / stride);
+                let taken = if needed { slot + 1 } else { 0 };
+                call.turn(role.children(), slot + 1, hidden, senders, taken);
+                index += 1;
             }
-            let slots = stride * (turn + 1);
-            let needed = full.has(turn + args.layout.slots / stride);
-            call.turn(receivers, slots, hidden, senders, if needed { slots } else { 0 });
             turn += 1;
         }
         let thread = lane.thread();

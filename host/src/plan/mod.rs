@@ -7,8 +7,9 @@ pub mod forest;
 pub mod roles;
 pub mod steps;
 
-use crate::algorithm::Algorithm;
-use peerlane_device::abi::{Format, Layout, MAX_RANKS, MAX_THREADS};
+use crate::algorithm::{Algorithm, Pattern};
+use forest::Forest;
+use peerlane_device::abi::{DType, Format, Layout, MAX_RANKS, MAX_THREADS, Wire};
 
 /// What all ranks of a communicator have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,10 +27,19 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// A shape whose ranks are all near each other.
-    pub const fn new(world: u32, layout: Layout, max_blocks: u32) -> Shape {
-        Shape { world, layout, max_blocks, islands: [0; MAX_RANKS], hub: 0 }
+    /// A shape whose islands are two halves, and whose hub is rank 0.
+    pub fn new(world: u32, layout: Layout, max_blocks: u32) -> Shape {
+        Shape { world, layout, max_blocks, islands: halves(world), hub: 0 }
     }
+}
+
+/// The islands of ranks of which nothing is known.
+pub fn halves(world: u32) -> [u8; MAX_RANKS] {
+    let mut islands = [0; MAX_RANKS];
+    for (rank, island) in (0..world).zip(&mut islands) {
+        *island = (rank >= world.div_ceil(2)) as u8;
+    }
+    islands
 }
 
 /// How a kernel is launched and how it cuts its message.
@@ -92,6 +102,37 @@ pub fn grid(shape: &Shape, units: usize) -> Grid {
 fn threads(units: usize, most_blocks: usize) -> u32 {
     let even = units.div_ceil(most_blocks).next_power_of_two();
     (even as u32).clamp(128, MAX_THREADS)
+}
+
+/// The trees along which `algorithm` adds up `count` elements, and the elements in a part; `None` if it
+/// adds them in rank order and rounds once. `islands` has an entry for each rank.
+pub fn trees(
+    islands: &[u8],
+    algorithm: Algorithm,
+    (count, dtype, wire): (usize, DType, Wire),
+) -> Option<(Forest, usize)> {
+    let pattern = match algorithm {
+        Algorithm::OneShot(_) | Algorithm::TwoShot | Algorithm::Staged => return None,
+        Algorithm::Ring => Pattern::Ring,
+        Algorithm::Tree => Pattern::Tree,
+        Algorithm::DoubleTree => Pattern::DoubleTree,
+        Algorithm::Hierarchical => Pattern::Hierarchical,
+        Algorithm::Scheduled(pattern) => pattern,
+    };
+    // A rank alone adds nothing up.
+    if islands.len() < 2 {
+        return None;
+    }
+    let forest = roles::forest(islands, pattern);
+    let unit = Format::Full.payload() * expansion(dtype, wire);
+    let units = (count * dtype.bytes()).div_ceil(unit);
+    let part = part_units(forest.parts(), units) * (unit / dtype.bytes());
+    Some((forest, part))
+}
+
+/// Tensor bytes per wire byte.
+pub fn expansion(dtype: DType, wire: Wire) -> usize {
+    if dtype == DType::F32 && wire == Wire::Bf16 { 2 } else { 1 }
 }
 
 /// Units of every part but the last ones of a tensor of `units` units in `parts` parts.

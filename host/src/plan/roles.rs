@@ -34,14 +34,15 @@ impl Roles {
     }
 }
 
-/// The forest of a pattern.
-pub fn forest(shape: &Shape, pattern: Pattern) -> Forest {
+/// The forest of a pattern, over as many ranks as there are entries in `islands`.
+pub fn forest(islands: &[u8], pattern: Pattern) -> Forest {
+    let world = islands.len() as u32;
     match pattern {
-        Pattern::TwoShot => Forest::star(shape.world),
-        Pattern::Ring => Forest::ring(shape.world),
-        Pattern::Tree => Forest::binomial(shape.world, 0),
-        Pattern::DoubleTree => Forest::double_binary(shape.world),
-        Pattern::Hierarchical => Forest::islands(&shape.islands[..shape.world as usize]),
+        Pattern::TwoShot => Forest::star(world),
+        Pattern::Ring => Forest::ring(world),
+        Pattern::Tree => Forest::binomial(world, 0),
+        Pattern::DoubleTree => Forest::double_binary(world),
+        Pattern::Hierarchical => Forest::islands(islands),
     }
 }
 
@@ -66,7 +67,8 @@ pub struct Places {
 impl Places {
     /// The places of `rank`.
     pub fn of(shape: &Shape, rank: u32) -> Places {
-        let patterns = Pattern::ALL.iter().map(|p| Roles::of(&forest(shape, *p), rank)).collect();
+        let islands = &shape.islands[..shape.world as usize];
+        let patterns = Pattern::ALL.iter().map(|p| Roles::of(&forest(islands, *p), rank)).collect();
         let each =
             |r: Route| (0..shape.world).map(move |root| Roles::of(&route(shape, r, root), rank));
         Places { patterns, routes: Route::ALL.into_iter().flat_map(each).collect() }

@@ -348,7 +348,7 @@ mod tests {
             *island = (rank / 3) as u8;
         }
         let of = |pattern| {
-            let forest = roles::forest(&shape, pattern);
+            let forest = roles::forest(&shape.islands[..world as usize], pattern);
             let steps = |rank| Steps::of(&forest, world, rank, pattern == Pattern::Ring);
             (pattern, (0..world).map(steps).collect())
         };

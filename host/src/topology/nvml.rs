@@ -32,6 +32,12 @@ struct Seen<'nvml> {
     ends: Vec<End>,
 }
 
+/// The version of the driver.
+pub(super) fn driver_version() -> Option<String> {
+    let nvml = Nvml::builder().lib_path(OsStr::new(LIBRARY)).init().ok()?;
+    nvml.sys_driver_version().ok()
+}
+
 /// Adds to `topology` what NVML tells.
 pub(super) fn describe(topology: &mut Topology) {
     describe_with(topology, LIBRARY);

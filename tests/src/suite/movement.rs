@@ -18,7 +18,7 @@ pub fn every_rank_can_be_the_root(machine: &Machine) {
         let mut jobs = Vec::new();
         for root in 0..world {
             for bytes in [1, 77, 4096] {
-                jobs.push(Job::plain(Call::Broadcast { bytes, root }));
+                jobs.push(Job::plain(Call::Broadcast { bytes, root, route: None }));
                 let widths = vec![bytes; world as usize];
                 let (rows, outsiders_call) = (2, true);
                 jobs.push(Job::plain(Call::Gather { rows, widths, root, outsiders_call }));

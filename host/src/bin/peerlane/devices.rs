@@ -4,7 +4,7 @@
 //! [`GpuRef`]s.
 
 use peerlane::gpu::{Backend, GpuRef, Properties, cuda, sim};
-use peerlane::topology::Topology;
+use peerlane::topology::{self, Topology};
 use peerlane::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
@@ -126,10 +126,7 @@ impl Devices {
 
     /// The version of the driver, where there is one.
     pub(crate) fn driver(&self) -> Option<String> {
-        if self.simulated_only() {
-            return None;
-        }
-        nvml_wrapper::Nvml::init().ok()?.sys_driver_version().ok()
+        if self.simulated_only() { None } else { topology::driver_version() }
     }
 }
 

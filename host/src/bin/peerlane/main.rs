@@ -7,6 +7,7 @@
 mod bench;
 mod check;
 mod devices;
+mod drawing;
 mod output;
 mod parse;
 mod topo;
@@ -32,7 +33,7 @@ struct Program {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Shows the GPUs and how they reach each other.
+    /// Shows the GPUs and how they reach each other, as the driver says and as measured.
     Topo(topo::Options),
     /// Checks every collective against a CPU reference.
     Check(check::Options),

@@ -4,7 +4,8 @@
 //! collective is its larger side, and `busbw` compares with what a link can carry.
 
 use peerlane::cases::{Rng, Values, elements};
-use peerlane::reference::{Reduction, first_difference, value};
+use peerlane::plan;
+use peerlane::reference::{Order, Reduction, first_difference, value};
 use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
 
 /// A collective of a size.
@@ -100,7 +101,16 @@ impl Job {
                 let inputs: Vec<_> = inputs.iter().map(|input| Some(input.as_slice())).collect();
                 let Job { dtype, reduce: op, wire, .. } = *self;
                 let elements = self.src_bytes() / dtype.bytes();
-                Reduction { inputs: &inputs, dtype, op, wire }.exact(elements)
+                let islands = &plan::halves(self.world)[..self.world as usize];
+                let tensor = (elements, dtype, wire);
+                let trees = match self.op {
+                    Operation::AllReduce => {
+                        self.algorithm.and_then(|a| plan::trees(islands, a, tensor))
+                    }
+                    _ => None,
+                };
+                let order = Order::along(&trees);
+                Reduction { inputs: &inputs, dtype, op, wire, order }.exact(elements)
             }
             Operation::AllGather | Operation::Gather => inputs.concat(),
             Operation::Broadcast => inputs[self.root as usize].clone(),

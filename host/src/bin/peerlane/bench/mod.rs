@@ -15,7 +15,7 @@ mod results;
 
 use crate::devices::Devices;
 use crate::parse::{self, Choice};
-use crate::{Common, Outcome, output};
+use crate::{Common, Outcome, drawing, output};
 use clap::ValueEnum;
 use job::Job;
 use measure::Ranks;
@@ -56,9 +56,16 @@ pub(crate) struct Options {
     /// How values are combined: sum, max, min or avg.
     #[arg(long, default_value = "sum", value_parser = parse::reduce_op)]
     op_type: ReduceOp,
-    /// How an all-reduce is carried out: auto, packet, full or two-shot.
+    /// How an all-reduce is carried out: auto, packet, full, two-shot, staged, ring, tree, double-tree,
+    /// hierarchical, copy-two-shot, copy-ring, copy-tree, copy-double-tree or copy-hierarchical.
     #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
     algorithm: Choice,
+    /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 32M for those.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    staging: Option<usize>,
+    /// Bytes that algorithms named copy-... copy at once. Left out: an eighth of a part, at least 256K.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    chunk: Option<usize>,
     /// Root of broadcast and gather.
     #[arg(long, default_value_t = 0)]
     root: u32,
@@ -106,7 +113,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let devices = Devices::open(options.common.devices.as_ref(), options.common.seed)?;
     let plan = Plan::new(options, &devices)?;
     // A plot that cannot be drawn should be known before, not after, the measurement.
-    options.plot.as_deref().map_or(Ok(()), plot::prepare)?;
+    options.plot.as_deref().map_or(Ok(()), drawing::prepare)?;
     let rival = options.compare.map(|Rival::Nccl| Nccl::load()).transpose()?;
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
@@ -190,6 +197,12 @@ impl Plan<'_> {
         Job { op, dtype, wire, reduce, algorithm, root, world: self.world, count: 0 }
     }
 
+    fn config(&self) -> Config {
+        let Options { algorithm: Choice(algorithm), staging: staging_bytes, chunk, .. } =
+            *self.options;
+        Config { algorithm, staging_bytes, chunk_bytes: chunk, ..Config::default() }
+    }
+
     /// Makes the ranks, with buffers for the largest job.
     fn connect(&self, devices: &Devices, rival: Option<&Arc<Nccl>>) -> Result<Ranks, Fail> {
         let gpus = devices.for_ranks(self.world);
@@ -198,7 +211,7 @@ impl Plan<'_> {
         let (src, dst) = jobs
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
-        for communicator in Communicator::connect(&gpus, &Config::default())? {
+        for communicator in Communicator::connect(&gpus, &self.config())? {
             let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;
             rank.contenders.push(Box::new(Ours(communicator)));
             ranks.push(rank);

@@ -5,45 +5,14 @@
 
 use super::rank::Fail;
 use super::results::{Results, Row, Series, Timing};
+use crate::drawing::FONT;
 use crate::parse::bytes_name;
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
 use std::path::Path;
 
 const SIZE: (u32, u32) = (900, 560);
-/// The name under which the font is registered.
-const FONT: &str = "peerlane";
-/// Where distributions keep a font that has what is needed.
-const FONT_FILES: [&str; 5] = [
-    "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
-    "/usr/share/fonts/dejavu/DejaVuSans.ttf",
-    "/usr/share/fonts/dejavu-sans-fonts/DejaVuSans.ttf",
-    "/usr/share/fonts/TTF/DejaVuSans.ttf",
-    "/usr/share/fonts/truetype/liberation/LiberationSans-Regular.ttf",
-];
-
-/// Checks the file's name and finds a font: what can go wrong before there is anything to draw.
-pub(crate) fn prepare(path: &Path) -> Result<(), Fail> {
-    let extension = path.extension().and_then(|e| e.to_str());
-    if !matches!(extension, Some("svg" | "png")) {
-        return Err(format!("--plot: expected FILE.svg or FILE.png, got {}", path.display()).into());
-    }
-    let named = std::env::var("PEERLANE_FONT").ok();
-    let mut files = named.as_deref().into_iter().chain(FONT_FILES);
-    let Some(font) = files.find_map(|file| std::fs::read(file).ok()) else {
-        return Err(
-            "--plot: expected a font such as DejaVuSans.ttf, got none: install one, or name \
-                    one in PEERLANE_FONT"
-                .into(),
-        );
-    };
-    // The library keeps fonts for as long as the program runs.
-    register_font(FONT, FontStyle::Normal, Vec::leak(font))
-        .map_err(|_| "--plot: expected a TrueType font in PEERLANE_FONT, got something else".into())
-}
-
-/// Draws results. [`prepare`] has been called.
+/// Draws results. [`prepare`](crate::drawing::prepare) has been called.
 pub(crate) fn draw(path: &Path, results: &Results) -> Result<(), Fail> {
     let drawn = if path.extension().is_some_and(|e| e == "svg") {
         draw_on(&SVGBackend::new(path, SIZE).into_drawing_area(), results)

@@ -5,8 +5,8 @@
 
 use super::plot;
 use super::results::{Results, Row, Series, Timing};
-use crate::Outcome;
 use crate::parse::bytes_name;
+use crate::{Outcome, drawing};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
         None => print!("{}", tables.join("\n")),
     }
     if let (Some(path), Some(results)) = (&options.plot, all.first()) {
-        plot::prepare(path)?;
+        drawing::prepare(path)?;
         plot::draw(path, results)?;
     }
     Ok(true)

@@ -5,7 +5,8 @@
 
 use super::case::{Call, Case};
 use peerlane::cases::{Rng, Values, bytes, elements};
-use peerlane::reference::{Reduction, first_difference, largest_error, same, value};
+use peerlane::plan;
+use peerlane::reference::{Order, Reduction, first_difference, largest_error, same, value};
 use peerlane::{DType, ReduceOp};
 use std::ops::Range;
 
@@ -139,7 +140,8 @@ impl Draw<'_> {
     }
 
     fn reduction(mut self) -> Result<Round, String> {
-        let Call::Reduce { all, dtype, wire, op, in_place, absent, .. } = self.case.call else {
+        let Call::Reduce { all, dtype, wire, op, in_place, absent, algorithm } = self.case.call
+        else {
             return Err("not a reduction".into());
         };
         let count = if all { self.case.count } else { self.case.count * self.case.world as usize };
@@ -149,7 +151,11 @@ impl Draw<'_> {
         let present = |rank| absent != Some(rank as u32);
         let inputs: Vec<_> =
             self.ranks().map(|rank| present(rank).then_some(sources[rank].as_slice())).collect();
-        let reduction = Reduction { inputs: &inputs, dtype, op, wire };
+        let world = self.case.world;
+        let islands = &plan::halves(world)[..world as usize];
+        let trees = algorithm.and_then(|a| plan::trees(islands, a, (count, dtype, wire)));
+        let order = Order::along(&trees);
+        let reduction = Reduction { inputs: &inputs, dtype, op, wire, order };
         let result = reduction.exact(count);
         let error = largest_error(dtype, &result, &reduction.bounds(count))
             .map_err(|at| format!("the reference itself is off its bound at element {at}"))?;

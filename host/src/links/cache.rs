@@ -1,0 +1,217 @@
+//! Measurements that outlive the process: one JSON file per set of GPUs in the user's cache.
+//!
+//! Invariant: a file is believed only if it is the user's own and says in full what was asked for: the
+//! same GPUs in the same order and slots, the same driver, the same Peerlane. Anything else in its
+//! place is left out of account with a reason, and the next measurement replaces it. Readers see
+//! an old file or a new one, never half of one.
+
+use super::Measurement;
+use crate::gpu::{Backend, GpuRef};
+use peerlane_device::abi::ABI_VERSION;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The environment variable that names the cache directory in place of the user's.
+pub const CACHE_VARIABLE: &str = "PEERLANE_CACHE_DIR";
+
+/// No measurement of 16 GPUs is larger than a fraction of this.
+const MOST_BYTES: u64 = 4 << 20;
+
+/// What a measurement holds for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// UUID and PCI address of every GPU, in order.
+    gpus: Vec<(String, String)>,
+    driver: String,
+    peerlane: String,
+    abi: u32,
+}
+
+impl Key {
+    /// The key for `gpus` under a version of the driver. None for simulated GPUs: what such a
+    /// machine is like does not follow from its identity.
+    pub fn of(gpus: &[GpuRef], driver: &str) -> Option<Key> {
+        if gpus.iter().any(|gpu| gpu.backend() == Backend::Sim) {
+            return None;
+        }
+        let identity = |gpu: &GpuRef| {
+            let properties = gpu.properties();
+            (properties.uuid.clone(), properties.pci_bus_id.clone())
+        };
+        Some(Key::new(gpus.iter().map(identity).collect(), driver))
+    }
+
+    pub(super) fn new(gpus: Vec<(String, String)>, driver: &str) -> Key {
+        let (driver, peerlane) = (driver.to_owned(), env!("CARGO_PKG_VERSION").to_owned());
+        Key { gpus, driver, peerlane, abi: ABI_VERSION }
+    }
+
+    /// The name of its file: the key is in the file too, so a collision costs a measurement only.
+    fn file_name(&self) -> String {
+        let hash = Sha256::digest(format!("{self:?}"));
+        let hex: String = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        format!("links-{hex}.json")
+    }
+}
+
+/// What a file holds.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    key: Key,
+    measurement: Measurement,
+}
+
+/// A directory of measurements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cache {
+    directory: PathBuf,
+}
+
+impl Cache {
+    /// A cache in this directory, which need not exist.
+    pub fn at(directory: impl Into<PathBuf>) -> Cache {
+        Cache { directory: directory.into() }
+    }
+
+    /// The user's cache: `$PEERLANE_CACHE_DIR`, `$XDG_CACHE_HOME/peerlane` or `~/.cache/peerlane`.
+    ///
+    /// # Errors
+    /// The environment names none; what to say about it.
+    pub fn of_user() -> Result<Cache, String> {
+        Cache::of(|variable| std::env::var_os(variable))
+    }
+
+    fn of(environment: impl Fn(&str) -> Option<OsString>) -> Result<Cache, String> {
+        if let Some(directory) = environment(CACHE_VARIABLE).filter(|value| !value.is_empty()) {
+            return Ok(Cache::at(directory));
+        }
+        // Relative paths are to be ignored, says the XDG specification.
+        let absolute = |variable| {
+            environment(variable).map(PathBuf::from).filter(|directory| directory.is_absolute())
+        };
+        let caches =
+            absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
+        let none = format!("no cache: neither {CACHE_VARIABLE} nor XDG_CACHE_HOME nor HOME is set");
+        caches.map(|caches| Cache::at(caches.join("peerlane"))).ok_or(none)
+    }
+
+    /// Where the measurement for `key` is kept.
+    pub fn file(&self, key: &Key) -> PathBuf {
+        self.directory.join(key.file_name())
+    }
+
+    /// The measurement for `key`, if there is one.
+    ///
+    /// # Errors
+    /// There is a file that cannot be believed: what is wrong with it.
+    pub fn load(&self, key: &Key) -> Result<Option<Measurement>, String> {
+        let path = self.file(key);
+        let ignored = |reason: String| format!("cache: {} is ignored: {reason}", path.display());
+        let text = match read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(ignored(error.to_string())),
+        };
+        let entry: Entry = serde_json::from_str(&text)
+            .map_err(|error| ignored(format!("expected a measurement, got {error}")))?;
+        if entry.key != *key {
+            return Err(ignored(format!("expected {key:?}, got {:?}", entry.key)));
+        }
+        if !entry.measurement.is_sound(key.gpus.len() as u32) {
+            return Err(ignored("expected a figure or a reason for every pair of GPUs".into()));
+        }
+        Ok(Some(entry.measurement))
+    }
+
+    /// Keeps a measurement for `key`, in place of what was there.
+    ///
+    /// # Errors
+    /// It cannot be written: why.
+    pub fn store(&self, key: &Key, measurement: &Measurement) -> Result<(), String> {
+        let path = self.file(key);
+        let entry = Entry { key: key.clone(), measurement: measurement.clone() };
+        let written = serde_json::to_string_pretty(&entry)
+            .map_err(io::Error::from)
+            .and_then(|text| self.replace(&path, &text));
+        written.map_err(|error| format!("cache: cannot write {}: {error}", path.display()))
+    }
+
+    /// Writes a file beside `path` and gives it that name once it is whole.
+    fn replace(&self, path: &Path, text: &str) -> io::Result<()> {
+        static FILES: AtomicU32 = AtomicU32::new(0);
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let aside = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+        let written = file
+            .write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&aside, path));
+        if written.is_err() {
+            // The first error is the one to report.
+            let _ = fs::remove_file(&aside);
+        }
+        written
+    }
+}
+
+/// The text of a file that the user owns.
+fn read(path: &Path) -> io::Result<String> {
+    let file = File::open(path)?;
+    let about = file.metadata()?;
+    if !about.is_file() || about.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("it is not a file of this user"));
+    }
+    let mut text = String::new();
+    file.take(MOST_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(set: &[(&str, &str)]) -> Result<Cache, String> {
+        let find = |name: &str| set.iter().find(|(key, _)| *key == name);
+        Cache::of(|name| find(name).map(|(_, value)| OsString::from(value)))
+    }
+
+    #[test]
+    fn the_environment_names_the_directory() {
+        let home = ("HOME", "/home/u");
+        let directory = |set: &[(&str, &str)]| environment(set).unwrap().directory;
+        assert_eq!(directory(&[home]), Path::new("/home/u/.cache/peerlane"));
+        assert_eq!(directory(&[home, ("XDG_CACHE_HOME", "/x")]), Path::new("/x/peerlane"));
+        let own = (CACHE_VARIABLE, "own");
+        assert_eq!(directory(&[home, ("XDG_CACHE_HOME", "/x"), own]), Path::new("own"));
+        let relative = [home, ("XDG_CACHE_HOME", "x"), (CACHE_VARIABLE, "")];
+        assert_eq!(directory(&relative), Path::new("/home/u/.cache/peerlane"));
+        for none in [&[][..], &[("HOME", "")], &[("XDG_CACHE_HOME", "relative")]] {
+            assert!(environment(none).unwrap_err().contains("no cache"));
+        }
+    }
+
+    #[test]
+    fn every_part_of_the_key_names_another_file() {
+        let gpu = |n: u32| (format!("GPU-{n}"), format!("0000:{n:02x}:00.0"));
+        let key = Key::new(vec![gpu(0), gpu(1)], "580.1");
+        let mut others = vec![
+            Key::new(vec![gpu(1), gpu(0)], "580.1"),
+            Key::new(vec![gpu(0)], "580.1"),
+            Key::new(vec![gpu(0), gpu(1)], "580.2"),
+            Key { peerlane: "9.9".into(), ..key.clone() },
+            Key { abi: ABI_VERSION + 1, ..key.clone() },
+            Key { gpus: vec![gpu(0), ("GPU-1".into(), "0000:ff:00.0".into())], ..key.clone() },
+        ];
+        assert_eq!(key.file_name(), key.clone().file_name());
+        others.push(key);
+        let names: std::collections::BTreeSet<_> = others.iter().map(Key::file_name).collect();
+        assert_eq!(names.len(), others.len());
+    }
+}
