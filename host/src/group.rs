@@ -261,9 +261,9 @@ impl Group {
         Group { shape, members: members.into(), log, membership: Some(Arc::new(membership)) }
     }
 
-    /// The process of `rank`, if the ranks are processes.
-    pub(crate) fn pid(&self, rank: u32) -> Option<u32> {
-        self.membership.as_ref().map(|membership| membership.segment.pid(rank))
+    /// What the ranks share if they are processes.
+    pub(crate) fn segment(&self) -> Option<&Arc<Segment>> {
+        self.membership.as_ref().map(|membership| &membership.segment)
     }
 
     /// What can stop every rank's waits for as long as the group lasts.

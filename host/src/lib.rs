@@ -21,6 +21,7 @@ pub mod rendezvous;
 pub mod request;
 mod scheduled;
 pub mod topology;
+pub mod work;
 
 pub use algorithm::{Algorithm, Pattern, Route};
 pub use communicator::{Communicator, Config};
@@ -28,4 +29,5 @@ pub use error::{Error, Result};
 pub use group::Aborter;
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
 pub use rendezvous::{Meeting, Processes};
-pub use request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+pub use request::{AllGather, AllReduce, Broadcast, Chunk, Gather, ReduceScatter};
+pub use work::Work;

@@ -245,9 +245,9 @@ impl Scheduled {
     unsafe fn open(&mut self, job: &Job<'_>, steps: &Steps) -> Result<()> {
         let busy = self.board_word(offset_of!(Board, busy));
         self.streams[REDUCE].pending.push(MemoryOp::Note(busy, 1));
-        for (part, edge) in steps.incoming() {
-            for chunk in 0..job.cut.chunks(part).min(steps::SLOTS) {
-                let flag = self.free_flag_of(&edge, chunk);
+        for (part, edge) in &steps.incoming {
+            for chunk in 0..job.cut.chunks(*part).min(steps::SLOTS) {
+                let flag = self.free_flag_of(edge, chunk);
                 self.streams[REDUCE].pending.push(MemoryOp::Write(flag, 1));
             }
         }

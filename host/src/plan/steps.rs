@@ -96,6 +96,8 @@ pub struct Steps {
     pub work: Vec<Step>,
     /// What is sent then.
     pub sends: Vec<Step>,
+    /// The edges by which data come, with their parts.
+    pub incoming: Vec<(u32, Edge)>,
 }
 
 /// An edge as everybody sees it.
@@ -150,7 +152,11 @@ impl Steps {
             longest_delay: 0,
             work: Vec::new(),
             sends: Vec::new(),
+            incoming: Vec::new(),
         };
+        for way in ways.iter().filter(|way| way.to == rank) {
+            steps.incoming.push((way.part, way.seen_from(way.from)));
+        }
         for (part, (sums, results)) in (0..).zip(forest.sums().iter().zip(forest.results())) {
             let of_part = |way: &&Way| way.part == part;
             let ways: Vec<Way> = ways.iter().filter(of_part).copied().collect();
@@ -205,18 +211,6 @@ impl Steps {
         }
     }
 
-    /// The edges by which data come, with their parts.
-    pub fn incoming(&self) -> impl Iterator<Item = (u32, Edge)> + '_ {
-        self.work.iter().flat_map(|step| {
-            let edges: Vec<Edge> = match &step.task {
-                Task::Take(edge) => vec![*edge],
-                Task::Reduce { sources, .. } => sources.iter().filter_map(slot).collect(),
-                _ => Vec::new(),
-            };
-            edges.into_iter().map(|edge| (step.part, edge))
-        })
-    }
-
     /// Units in a slot of a staging area of `staging_bytes` bytes.
     pub fn slot_units(&self, staging_bytes: usize) -> usize {
         let slots = (SLOTS * self.regions.max(1)) as usize;
@@ -253,14 +247,6 @@ impl Steps {
             }
         };
         Ok(Cut { units, tail, part_units, chunk_units, slot_bytes: slot_units * UNIT })
-    }
-}
-
-/// The edge of a source that has come.
-fn slot(source: &Source) -> Option<Edge> {
-    match source {
-        Source::Slot(edge) => Some(*edge),
-        Source::Own => None,
     }
 }
 
@@ -430,9 +416,10 @@ mod tests {
                     assert_eq!(steps.regions, ranks[0].regions);
                     assert!(steps.regions <= PAIR_EDGES, "{pattern:?} of {world}");
                     assert!(steps.slot_units(LEAST_STAGING_BYTES) >= ALIGNMENT / UNIT);
-                    let regions: HashSet<u32> = steps.incoming().map(|(_, e)| e.region).collect();
-                    assert_eq!(regions.len(), steps.incoming().count());
-                    for (_, edge) in steps.incoming() {
+                    let regions: HashSet<u32> =
+                        steps.incoming.iter().map(|(_, e)| e.region).collect();
+                    assert_eq!(regions.len(), steps.incoming.len());
+                    for (_, edge) in &steps.incoming {
                         assert!(edge.pair < PAIR_EDGES);
                         for chunk in 0..SLOTS {
                             assert!(flags.insert((rank, full_flag(edge.peer, edge.pair, chunk))));
