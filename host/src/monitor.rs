@@ -7,6 +7,7 @@
 //! know that it means nothing. While nothing is outstanding the thread sleeps, unless a call was
 //! captured: nobody says when a graph runs, so then it looks at the board now and then.
 
+use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, GpuRef, HostMemory, Stream};
 use crate::group::{Aborter, Group};
 use crate::mailbox::Board;
@@ -69,8 +70,26 @@ impl Monitor {
         Monitor { shared, thread: None, watch: Some(watch) }
     }
 
-    /// Notes that call number `call` is being queued.
-    pub(crate) fn began(&mut self, call: u32, captured: bool, operation: Operation) {
+    /// Notes that call number `call` is about to be queued.
+    ///
+    /// # Errors
+    /// There is no thread to be had: the call would have no deadline.
+    pub(crate) fn began(&mut self, call: u32, captured: bool, operation: Operation) -> Result<()> {
+        if let Some(watch) = self.watch.take() {
+            let thread = std::thread::Builder::new().name("peerlane-monitor".into());
+            let started =
+                thread.spawn(move || watch.run()).map_err(|error| Error::Unsupported {
+                    op: operation.name(),
+                    reason: format!("no thread can be started to watch over the call: {error}"),
+                })?;
+            self.thread = Some(started);
+        }
+        if self.thread.is_none() {
+            return Err(Error::Unsupported {
+                op: operation.name(),
+                reason: "no thread watches over the call".into(),
+            });
+        }
         let mut state = self.shared.lock();
         state.operation = operation;
         if captured {
@@ -80,11 +99,7 @@ impl Monitor {
         }
         drop(state);
         self.shared.changed.notify_all();
-        if let Some(watch) = self.watch.take() {
-            let name = std::thread::Builder::new().name("peerlane-monitor".into());
-            // Without the thread the call has no deadline, which is better than no call.
-            self.thread = name.spawn(move || watch.run()).ok();
-        }
+        Ok(())
     }
 
     pub(crate) fn set_deadline(&self, deadline: Duration) {

@@ -62,8 +62,6 @@ struct Lane {
     used: bool,
     /// It has work that nobody has an event for.
     fresh: bool,
-    /// Its event stands for work of this call. One of an earlier call may be foreign to a capture.
-    published: bool,
 }
 
 /// What one call is about.
@@ -114,7 +112,6 @@ impl Scheduled {
                 pending: Vec::with_capacity(16),
                 used: false,
                 fresh: false,
-                published: false,
             };
             scheduled.streams.push(lane);
         }
@@ -180,19 +177,19 @@ impl Scheduled {
             });
         }
         self.calls = self.calls.wrapping_add(1);
+        self.monitor.began(self.calls, captured, signature.operation)?;
         self.fork(steps, stream)?;
         // SAFETY: flags and board are the group's; the caller vouches for the tensors.
         unsafe {
             self.open(job, steps)?;
             *begun = true;
-            self.monitor.began(self.calls, captured, signature.operation);
             let chunks = (0..steps.parts).map(|part| job.cut.chunks(part)).max().unwrap_or(0);
             for turn in 0..chunks + steps.longest_delay {
                 for step in &steps.work {
                     self.step(job, step, turn)?;
                 }
                 self.flush()?;
-                self.publish()?;
+                self.publish(steps)?;
                 for step in &steps.sends {
                     self.step(job, step, turn)?;
                 }
@@ -220,7 +217,7 @@ impl Scheduled {
     /// Lets every stream of the call wait for the caller's.
     fn fork(&mut self, steps: &Steps, stream: Stream) -> Result<()> {
         for lane in &mut self.streams {
-            (lane.used, lane.fresh, lane.published) = (false, false, false);
+            (lane.used, lane.fresh) = (false, false);
             lane.pending.clear();
         }
         for step in steps.work.iter().chain(&steps.sends) {
@@ -237,7 +234,7 @@ impl Scheduled {
         match &step.task {
             Task::Neutral | Task::Reduce { .. } => REDUCE,
             Task::Take(_) => self.lane(TAKE),
-            Task::SendOwn(edge) | Task::SendKept(edge) => self.send_lane(edge),
+            Task::SendOwn(edge) | Task::SendSum(edge) | Task::Pass(edge) => self.send_lane(edge),
         }
     }
 
@@ -272,8 +269,9 @@ impl Scheduled {
                 Task::SendOwn(edge) if job.call.contribution => {
                     self.send(job, at, edge, job.call.src.offset(span.offset), span)
                 }
-                Task::SendOwn(edge) | Task::SendKept(edge) => {
-                    self.follow_work(lane)?;
+                Task::SendOwn(edge) | Task::SendSum(edge) | Task::Pass(edge) => {
+                    let is_result = matches!(step.task, Task::Pass(_));
+                    self.follow_work(lane, if is_result { self.lane(TAKE) } else { REDUCE })?;
                     self.send(job, at, edge, job.call.dst.offset(span.offset), span)
                 }
             }
@@ -418,27 +416,25 @@ impl Scheduled {
         (0..self.streams.len()).try_for_each(|lane| unsafe { self.queue_pending(lane) })
     }
 
-    /// Records what this half of a turn has made.
-    fn publish(&mut self) -> Result<()> {
-        for lane in [REDUCE, self.lane(TAKE)] {
+    /// Records what this half of a turn has made, where a send may follow.
+    fn publish(&mut self, steps: &Steps) -> Result<()> {
+        let take = if steps.passes { self.lane(TAKE) } else { REDUCE };
+        for lane in [REDUCE, take] {
             if std::mem::take(&mut self.streams[lane].fresh) {
                 let Lane { event, stream, .. } = self.streams[lane];
                 self.gpu.event_record(event, stream)?;
-                self.streams[lane].published = true;
             }
         }
         Ok(())
     }
 
-    /// Lets a stream wait for what this rank has reduced and kept so far.
-    fn follow_work(&self, lane: usize) -> Result<()> {
-        let own = self.streams[lane].stream;
-        for work in [REDUCE, self.lane(TAKE)] {
-            if work != lane && self.streams[work].published {
-                self.gpu.stream_wait(own, self.streams[work].event)?;
-            }
+    /// Lets a stream wait for what this rank has done so far on the stream `work`. Something has been:
+    /// what is sent from there was made in this turn or before.
+    fn follow_work(&self, lane: usize, work: usize) -> Result<()> {
+        if work == lane {
+            return Ok(());
         }
-        Ok(())
+        self.gpu.stream_wait(self.streams[lane].stream, self.streams[work].event)
     }
 
     /// Lets the caller's stream wait for every stream of the call.

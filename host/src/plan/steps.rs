@@ -68,8 +68,10 @@ pub enum Task {
     Take(Edge),
     /// Sends this rank's own tensor.
     SendOwn(Edge),
-    /// Sends what this rank keeps.
-    SendKept(Edge),
+    /// Sends what this rank has added up.
+    SendSum(Edge),
+    /// Sends the result that has come.
+    Pass(Edge),
 }
 
 /// A task for every chunk of a part.
@@ -98,6 +100,8 @@ pub struct Steps {
     pub sends: Vec<Step>,
     /// The edges by which data come, with their parts.
     pub incoming: Vec<(u32, Edge)>,
+    /// Whether any result that has come is sent on.
+    pub passes: bool,
 }
 
 /// An edge as everybody sees it.
@@ -153,6 +157,7 @@ impl Steps {
             work: Vec::new(),
             sends: Vec::new(),
             incoming: Vec::new(),
+            passes: false,
         };
         for way in ways.iter().filter(|way| way.to == rank) {
             steps.incoming.push((way.part, way.seen_from(way.from)));
@@ -165,6 +170,7 @@ impl Steps {
             steps.add_sums(part, sums, &ways, (rank, partial_first));
             steps.add_results(part, (results, top), &ways, rank);
         }
+        steps.passes = steps.sends.iter().any(|step| matches!(step.task, Task::Pass(_)));
         steps
     }
 
@@ -183,7 +189,7 @@ impl Steps {
             if is_leaf {
                 self.work.push(Step { part, delay, task: Task::Neutral });
             }
-            let task = if is_leaf { Task::SendOwn(edge) } else { Task::SendKept(edge) };
+            let task = if is_leaf { Task::SendOwn(edge) } else { Task::SendSum(edge) };
             self.sends.push(Step { part, delay, task });
         }
         if is_leaf {
@@ -205,7 +211,8 @@ impl Steps {
             if way.to == rank {
                 self.work.push(Step { part, delay, task: Task::Take(way.seen_from(way.from)) });
             } else if way.from == rank {
-                let task = Task::SendKept(way.seen_from(way.to));
+                let (edge, is_root) = (way.seen_from(way.to), rank == tree.root());
+                let task = if is_root { Task::SendSum(edge) } else { Task::Pass(edge) };
                 self.sends.push(Step { part, delay: delay - 1, task });
             }
         }
@@ -374,7 +381,7 @@ mod tests {
                                 let value = take(edge);
                                 kept[rank as usize].insert(key, value);
                             }
-                            Task::SendOwn(edge) | Task::SendKept(edge) => {
+                            Task::SendOwn(edge) | Task::SendSum(edge) | Task::Pass(edge) => {
                                 let own = matches!(step.task, Task::SendOwn(_));
                                 let value = if own { 1 << rank } else { kept[rank as usize][&key] };
                                 let flag = (rank, edge.peer, edge.pair, chunk % SLOTS);
