@@ -434,10 +434,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         // SAFETY: the unit lies in this rank's slots; nobody writes it between its arrival and
         // the next credit.
         unsafe {
-            while !F::arrived(self.lane.poll_unit(at), number)
-                && !(patience.turns.is_multiple_of(TURNS_PER_SEAL) && self.sealed(peer, number))
-                && self.keep_waiting(&mut patience, peer, phase)
-            {}
+            while !F::arrived(self.lane.poll_unit(at), number) {
+                let looks = patience.turns.is_multiple_of(TURNS_PER_SEAL);
+                if looks && self.sealed(peer, number)
+                    || !self.keep_waiting(&mut patience, peer, phase)
+                {
+                    break;
+                }
+            }
         }
     }
 

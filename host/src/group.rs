@@ -8,11 +8,12 @@ use crate::error::{Error, Result};
 use crate::gpu::{Backend, GpuRef, cuda};
 use crate::host_mailbox::HostMailbox;
 use crate::layout;
-use crate::mailbox::{Member, Offer};
+use crate::mailbox::{Extent, Member, Offer};
+use crate::plan::steps::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
 use crate::rendezvous::{ABORTED, Membership, Segment};
 use crate::transport::{Pairs, Transport};
-use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status};
+use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -69,6 +70,7 @@ impl Card {
 /// What all ranks' cards add up to.
 pub(crate) struct Agreement {
     pub(crate) shape: Shape,
+    extent: Extent,
     ordinals: Vec<u32>,
 }
 
@@ -103,17 +105,19 @@ impl Agreement {
                 got: config.mailbox_bytes.to_string(),
             });
         };
+        check_staging(config)?;
         let max_blocks = max_blocks(cards, config);
         let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
             shape: Shape { islands, hub, ..Shape::new(world, layout, max_blocks) },
+            extent: Extent::new(layout, world, config.staging()),
             ordinals: cards.iter().map(|card| card.ordinal).collect(),
         })
     }
 
     /// Allocates the memory of a rank on `gpu`.
     pub(crate) fn member(&self, gpu: &GpuRef, config: &Config) -> Result<Arc<Member>> {
-        let member = Member::new(gpu, self.shape.layout, self.shape.world)?;
+        let member = Member::new(gpu, self.extent)?;
         if config.first_slot != 0 {
             member.number_slots_from(config.first_slot, self.shape.layout)?;
         }
@@ -129,17 +133,16 @@ impl Agreement {
         segment: &Arc<Segment>,
         rank: u32,
     ) -> Result<(Arc<Member>, Option<Offer>, Option<OwnedFd>)> {
-        let Shape { world, layout, .. } = self.shape;
         let make = |exported| -> Result<_> {
-            let member = Member::shared(gpu, layout, world, segment, (rank, exported))?;
+            let member = Member::shared(gpu, self.extent, segment, (rank, exported))?;
             if config.first_slot != 0 {
-                member.number_slots_from(config.first_slot, layout)?;
+                member.number_slots_from(config.first_slot, self.shape.layout)?;
             }
             Ok(Arc::new(member))
         };
         let export = || {
             let member = make(true)?;
-            let (offer, file) = member.offer(layout.mailbox_bytes(world))?;
+            let (offer, file) = member.offer(self.extent)?;
             Ok((member, Some(offer), file))
         };
         match config.transport {
@@ -168,8 +171,8 @@ impl Agreement {
                 return Ok(own.clone());
             }
             let remote = |offer| {
-                let ordinal = card.ordinal_here()?;
-                Member::remote(gpu, segment, peer, ordinal, (offer, file))
+                let at = (peer, card.ordinal_here()?);
+                Member::remote(gpu, segment, at, self.extent, (offer, file))
             };
             let member = match (offer.map(remote), transport) {
                 (Some(Ok(member)), _) => member,
@@ -228,6 +231,23 @@ fn map_peer(gpu: &GpuRef, to: u32) -> Result<()> {
     }
     let reason = "the driver offers no peer access between them".into();
     Err(Error::Unreachable { from: gpu.properties().ordinal, to, reason })
+}
+
+/// That a staging area can be cut into slots, and chunks can be what was asked.
+fn check_staging(config: &Config) -> Result<()> {
+    let invalid = |argument, expected: String, got: usize| {
+        Err(Error::InvalidArgument { op: "connect", argument, expected, got: got.to_string() })
+    };
+    let staging = config.staging();
+    if staging != 0 && staging < LEAST_STAGING_BYTES {
+        return invalid("staging_bytes", format!("0 or at least {LEAST_STAGING_BYTES}"), staging);
+    }
+    match config.chunk_bytes {
+        Some(bytes) if bytes == 0 || !bytes.is_multiple_of(UNIT) => {
+            invalid("chunk_bytes", format!("a multiple of {UNIT} above 0"), bytes)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Most blocks in a call: ranks that share a GPU wait for each other's blocks, so all must fit.
@@ -338,9 +358,9 @@ impl Group {
         &self.mailboxes.members[rank as usize]
     }
 
-    /// The process of `rank`, if the ranks are processes.
-    pub(crate) fn pid(&self, rank: u32) -> Option<u32> {
-        self.membership.as_ref().map(|membership| membership.segment.pid(rank))
+    /// What the ranks share if they are processes.
+    pub(crate) fn segment(&self) -> Option<&Arc<Segment>> {
+        self.membership.as_ref().map(|membership| &membership.segment)
     }
 
     /// What can stop every rank's waits for as long as the group lasts.

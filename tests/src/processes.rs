@@ -10,7 +10,7 @@ use crate::machine::{Links, small};
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, cuda, sim};
-use peerlane::{AllReduce, Communicator, Config, DType, Error, Processes, Transport};
+use peerlane::{Algorithm, AllReduce, Communicator, Config, DType, Error, Processes, Transport};
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
@@ -192,8 +192,13 @@ pub fn serve(arguments: &[String]) -> ExitCode {
     let number = |index: usize| -> u64 { arguments[index].parse().expect("a number") };
     let (rank, world) = (number(1) as u32, number(2) as u32);
     let joined = Gpus::open(&arguments[3], rank).and_then(|gpu| {
-        let deadline = Duration::from_millis(number(4));
-        let config = Config { deadline, transport: arguments[6].parse()?, ..small(world) };
+        let config = Config {
+            deadline: Duration::from_millis(number(4)),
+            transport: arguments[6].parse()?,
+            staging_bytes: Some(96 << 10),
+            chunk_bytes: Some(512),
+            ..small(world)
+        };
         let patience = Duration::from_millis(number(5));
         let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };
         servant.joined("", &arguments[0])
@@ -258,7 +263,11 @@ impl Servant {
         let rank = self.ranks.get_mut(word).ok_or("no such communicator")?;
         match parts[0] {
             "script" => run_script(rank, number(1)?, number(2)? as usize, number(3)? as usize),
-            "reduce" => reduce(rank, number(1)? as usize).map_err(text),
+            "reduce" => reduce(rank, number(1)? as usize, None).map_err(text),
+            "steps" => {
+                let algorithm = parts[1].parse::<Algorithm>().map_err(|e| e.to_string())?;
+                reduce(rank, number(2)? as usize, Some(algorithm)).map_err(text)
+            }
             "health" => rank.communicator.health().map(|()| "well".into()).map_err(text),
             "transports" => transports(rank).map_err(text),
             "abort" => {
@@ -283,15 +292,23 @@ fn transports(rank: &Rank) -> Result<String, Error> {
     Ok(format!("by host: {}", found.join(",")))
 }
 
-/// An all-reduce of `count` numbers, waited for.
-fn reduce(rank: &mut Rank, count: usize) -> Result<String, Error> {
-    let memory = Memory::with_image(&rank.gpu, rank.stream, &vec![0; 4 * count])?;
+/// An all-reduce of `count` numbers, waited for and compared.
+fn reduce(rank: &mut Rank, count: usize, algorithm: Option<Algorithm>) -> Result<String, Error> {
+    let (number, world) = (rank.communicator.rank(), rank.communicator.world_size());
+    // Small whole numbers, whose sums no order of additions changes.
+    let tensor = |value: &dyn Fn(usize) -> u32| -> Vec<u8> {
+        (0..count).flat_map(|index| (value(index) as f32).to_le_bytes()).collect()
+    };
+    let before = tensor(&|index| number + 1 + (index % 7) as u32);
+    let memory = Memory::with_image(&rank.gpu, rank.stream, &before)?;
     // A call that is refused must not free what is still being written.
     rank.gpu.stream_synchronize(rank.stream)?;
-    let call = AllReduce::in_place(memory.base, count, DType::F32);
+    let call = AllReduce { algorithm, ..AllReduce::in_place(memory.base, count, DType::F32) };
     // SAFETY: the memory has that size and lives until the stream is done.
     unsafe { rank.communicator.all_reduce(&call, rank.stream)? };
     rank.finish()?;
+    let after = tensor(&|index| world * (world + 1) / 2 + world * (index % 7) as u32);
+    assert!(memory.read(after.len())? == after, "rank {number} holds another sum");
     Ok("reduced".into())
 }
 

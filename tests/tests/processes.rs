@@ -19,6 +19,12 @@ const EVERYWHERE: &[Test] = &[
     ("ranks_may_start_apart", ranks_may_start_apart),
     ("a_rank_that_never_comes_is_named", a_rank_that_never_comes_is_named),
     ("a_killed_rank_is_an_error_at_once", a_killed_rank_is_an_error_at_once),
+    ("scheduled_calls_are_right", scheduled_calls_are_right),
+    (
+        "a_rank_killed_in_a_scheduled_call_is_an_error",
+        a_rank_killed_in_a_scheduled_call_is_an_error,
+    ),
+    ("a_rank_that_does_not_call_steps_is_named", a_rank_that_does_not_call_steps_is_named),
     ("a_rank_killed_between_calls_is_an_error", a_rank_killed_between_calls_is_an_error),
     ("a_rank_killed_while_they_meet_is_named", a_rank_killed_while_they_meet_is_named),
     ("a_rank_that_does_not_call_is_named", a_rank_that_does_not_call_is_named),
@@ -199,6 +205,50 @@ fn a_killed_rank_is_an_error_at_once(gpus: &Gpus) {
     }
     assert!(begin.elapsed() < Duration::from_secs(2), "it took {:?}", begin.elapsed());
     end(ranks);
+}
+
+const PATTERNS: [&str; 5] =
+    ["copy-two-shot", "copy-ring", "copy-tree", "copy-double-tree", "copy-hierarchical"];
+
+fn scheduled_calls_are_right(gpus: &Gpus) {
+    for world in worlds(gpus) {
+        let mut ranks = joined(&start(gpus, world));
+        for (pattern, seed) in PATTERNS.iter().zip(1..) {
+            all_agree(&mut ranks, &format!("steps {pattern} {}", 1000 + seed));
+            all_agree(&mut ranks, &format!("script {seed} 4 2000"));
+            all_agree(&mut ranks, &format!("steps {pattern} 9001"));
+        }
+        end(ranks);
+    }
+}
+
+fn a_rank_killed_in_a_scheduled_call_is_an_error(gpus: &Gpus) {
+    for pattern in PATTERNS {
+        let mut ranks = joined(&start(gpus, worlds(gpus)[1..].first().copied().unwrap_or(2)));
+        let mut victim = ranks.pop().expect("a rank");
+        ranks.iter_mut().for_each(|rank| rank.tell(&format!("steps {pattern} 5000")));
+        std::thread::sleep(Duration::from_millis(300));
+        victim.kill();
+        let begin = Instant::now();
+        for rank in &mut ranks {
+            let (number, peer, pid) = (rank.start.rank, victim.start.rank, victim.pid());
+            let expected = format!(
+                "error: all_reduce: rank {number} lost rank {peer}: its process (pid {pid}) has ended"
+            );
+            assert_eq!(rank.answer(), expected, "{pattern}");
+            assert_eq!(rank.ask("reduce 8"), expected);
+            assert!(rank.ask("close").starts_with("error: "));
+        }
+        assert!(begin.elapsed() < Duration::from_secs(3), "it took {:?}", begin.elapsed());
+        end(ranks);
+    }
+}
+
+fn a_rank_that_does_not_call_steps_is_named(gpus: &Gpus) {
+    let start = Start { deadline: Duration::from_millis(500), ..start(gpus, 2) };
+    let mut ranks = joined(&start);
+    let answer = ranks[1].ask("steps copy-tree 4000");
+    assert!(answer.starts_with("error: all_reduce: rank 1 waited 500ms for rank 0"), "{answer}");
 }
 
 fn a_rank_killed_between_calls_is_an_error(gpus: &Gpus) {

@@ -5,6 +5,7 @@
 
 pub mod forest;
 pub mod roles;
+pub mod steps;
 
 use crate::algorithm::{Algorithm, Pattern};
 use forest::Forest;

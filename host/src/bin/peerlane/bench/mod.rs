@@ -57,12 +57,19 @@ pub(crate) struct Options {
     /// How values are combined: sum, max, min or avg.
     #[arg(long, default_value = "sum", value_parser = parse::reduce_op)]
     op_type: ReduceOp,
-    /// How an all-reduce is carried out: auto, packet, full or two-shot.
+    /// How an all-reduce is carried out: auto, packet, full, two-shot, staged, ring, tree, double-tree,
+    /// hierarchical, copy-two-shot, copy-ring, copy-tree, copy-double-tree or copy-hierarchical.
     #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
     algorithm: Choice,
     /// What carries data from rank to rank: auto, p2p or host. Left out: PEERLANE_TRANSPORT, else auto.
     #[arg(long, value_parser = parse::transport)]
     transport: Option<Transport>,
+    /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 32M for those.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    staging: Option<usize>,
+    /// Bytes that algorithms named copy-... copy at once. Left out: an eighth of a part, at least 256K.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    chunk: Option<usize>,
     /// Root of broadcast and gather.
     #[arg(long, default_value_t = 0)]
     root: u32,
@@ -199,6 +206,13 @@ impl Plan<'_> {
         Job { op, dtype, wire, reduce, algorithm, root, world: self.world, count: 0 }
     }
 
+    fn config(&self) -> Config {
+        let Options { algorithm: Choice(algorithm), staging: staging_bytes, chunk, .. } =
+            *self.options;
+        let transport = self.transport;
+        Config { algorithm, transport, staging_bytes, chunk_bytes: chunk, ..Config::default() }
+    }
+
     /// Makes the ranks, with buffers for the largest job; says what carries their data.
     fn connect(
         &self,
@@ -211,8 +225,7 @@ impl Plan<'_> {
         let (src, dst) = jobs
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
-        let config = Config { transport: self.transport, ..Config::default() };
-        let communicators = Communicator::connect(&gpus, &config)?;
+        let communicators = Communicator::connect(&gpus, &self.config())?;
         let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
         for communicator in communicators {
             let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;

@@ -201,8 +201,14 @@ impl Session<'_> {
     /// New ranks, on simulated GPUs of a new machine: theirs may have ended with an error, and what
     /// happens next must not depend on what happened before.
     fn connect(&mut self, world: u32) -> Result<Group, peerlane::Error> {
-        let deadline = Duration::from_secs(self.options.deadline);
-        let mut config = Config { deadline, transport: self.transport, ..Config::default() };
+        // Every connection clears the memory of simulated GPUs, which takes its time.
+        let staging_bytes = if self.devices.simulated_only() { 1 << 20 } else { 32 << 20 };
+        let mut config = Config {
+            deadline: Duration::from_secs(self.options.deadline),
+            transport: self.transport,
+            staging_bytes: Some(staging_bytes),
+            ..Config::default()
+        };
         if let Some(bytes) = self.options.mailbox {
             config.mailbox_bytes = bytes;
         }
