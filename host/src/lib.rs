@@ -12,6 +12,7 @@ mod group;
 mod join;
 pub mod layout;
 mod mailbox;
+pub mod model;
 pub mod plan;
 mod probe;
 pub mod reference;
