@@ -91,7 +91,7 @@ fn sizes(operation: Operation, sizes: &[usize]) -> &[usize] {
 
 /// Cases that are reported together.
 enum Family {
-    Reduces(bool, DType, Wire, Option<peerlane::Algorithm>),
+    Reduces(bool, DType, Wire, Option<Algorithm>),
     Moves(Operation),
 }
 
