@@ -14,6 +14,7 @@ pub mod layout;
 mod mailbox;
 pub mod model;
 pub mod plan;
+pub mod pool;
 mod probe;
 pub mod reference;
 pub mod rendezvous;
