@@ -8,11 +8,23 @@
 //!
 //! Invariant: a class holds what it is for, and equal or smaller requests never get a larger class.
 
+use super::Kind;
+
 /// The smallest class. Drivers hand out no less, and it keeps every class a multiple of 256 bytes.
 const LEAST: usize = 1024;
 
-/// The class for `bytes` bytes; `None` for none, and for sizes beyond half the address space.
-pub(super) fn class(bytes: usize) -> Option<usize> {
+/// What drivers round memory up to that other processes can map (`gpu/cuda/shared.rs`). Smaller classes
+/// would hold more than the books say.
+const SHARED: usize = 2 << 20;
+
+/// The class for `bytes` bytes of memory of this kind; `None` for none, and for sizes beyond half the
+/// address space.
+pub(super) fn class_of(kind: Kind, bytes: usize) -> Option<usize> {
+    let class = class(bytes)?;
+    Some(if kind == Kind::Shared { class.next_multiple_of(SHARED) } else { class })
+}
+
+fn class(bytes: usize) -> Option<usize> {
     if bytes == 0 || bytes > isize::MAX as usize / 2 {
         return None;
     }
@@ -32,6 +44,8 @@ mod tests {
         let expected = [1024, 1024, 1280, 1280, 1536, 1792, 2048, 2048, 2560];
         assert_eq!(classes, expected.map(Some));
         assert_eq!(class(0), None);
+        let shared = [1, 3 << 20, 5 << 20, 9 << 20].map(|bytes| class_of(Kind::Shared, bytes));
+        assert_eq!(shared, [2 << 20, 4 << 20, 6 << 20, 10 << 20].map(Some));
         assert_eq!(class(usize::MAX), None);
     }
 
@@ -43,6 +57,8 @@ mod tests {
             prop_assert_eq!(class % 256, 0);
             prop_assert_eq!(super::class(class), Some(class));
             prop_assert!(super::class(bytes - 1).unwrap() <= class);
+            let shared = class_of(Kind::Shared, bytes).unwrap();
+            prop_assert!(shared >= class && class_of(Kind::Shared, shared) == Some(shared));
         }
     }
 }

@@ -253,7 +253,8 @@ impl Inner {
     }
 
     fn class(&self, bytes: usize) -> Result<usize> {
-        let class = classes::class(bytes).filter(|class| *class <= self.config.limit);
+        let class =
+            classes::class_of(self.config.kind, bytes).filter(|class| *class <= self.config.limit);
         class.ok_or_else(|| Error::InvalidArgument {
             op: OP,
             argument: "bytes",
