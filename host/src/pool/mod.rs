@@ -53,8 +53,7 @@ impl Config {
     }
 }
 
-/// Memory of one GPU that is used again and again. Clones share it; it goes with the last clone and the
-/// last block.
+/// Memory of one GPU that is used again. Clones share it; it goes with the last clone and block.
 #[derive(Clone)]
 pub struct Pool(Arc<Inner>);
 
@@ -248,7 +247,7 @@ struct Inner {
 
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No code that holds the lock leaves the books half written when it panics.
+        // Whoever held the lock and panicked has left the books whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

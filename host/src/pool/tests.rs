@@ -206,7 +206,7 @@ fn streams_never_meet(gpu: &GpuRef, bytes: usize, broken: bool) -> bool {
     // SAFETY: nothing uses it any more, nor the streams.
     unsafe {
         gpu.free(out).unwrap();
-        streams.map(|stream| gpu.stream_destroy(stream).unwrap());
+        streams.iter().for_each(|stream| gpu.stream_destroy(*stream).unwrap());
     }
     found.chunks(bytes).enumerate().all(|(turn, bytes)| bytes.iter().all(|b| *b == turn as u8))
 }
