@@ -140,7 +140,7 @@ pub struct UnknownName {
 }
 
 /// The one of `choices` that is called `text`.
-fn named<T: Copy>(
+pub(crate) fn named<T: Copy>(
     text: &str,
     choices: &[T],
     name: impl Fn(T) -> &'static str,

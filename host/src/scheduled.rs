@@ -133,7 +133,7 @@ impl Scheduled {
     fn steps(&mut self, pattern: Pattern) -> &Steps {
         let (shape, rank) = (&self.shape, self.rank);
         self.steps[pattern as usize].get_or_insert_with(|| {
-            let forest = roles::forest(&shape.islands[..shape.world as usize], pattern);
+            let forest = roles::forest(shape.by_island(), pattern);
             Box::new(Steps::of(&forest, shape.world, rank, pattern == Pattern::Ring))
         })
     }

@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod devices;
 mod drawing;
+mod model;
 mod output;
 mod parse;
 mod topo;
@@ -41,6 +42,8 @@ enum Command {
     Bench(bench::Options),
     /// Writes Markdown tables of results that `bench --json` wrote.
     Report(bench::report::Options),
+    /// Writes what a model of other machines predicts, beside what was measured.
+    Model(model::Options),
 }
 
 /// Options that every command has.
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Check(options) => check::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Report(options) => bench::report::run(&options),
+        Command::Model(options) => model::run(&options),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -3,6 +3,7 @@
 //! Invariant: a value that does not parse names what was expected and what came.
 
 use peerlane::algorithm::UnknownName;
+use peerlane::model::Preset;
 use peerlane::{Algorithm, DType, Operation, ReduceOp, Transport, Wire};
 
 /// The collectives, in the order in which they are reported.
@@ -28,9 +29,9 @@ fn choose<T: Copy>(
     })
 }
 
-/// A collective.
+/// A collective, with dashes or underscores.
 pub(crate) fn operation(text: &str) -> Result<Operation, String> {
-    choose(text, &OPERATIONS, Operation::name)
+    choose(&text.replace('-', "_"), &OPERATIONS, Operation::name)
 }
 
 /// An element type.
@@ -64,17 +65,26 @@ pub(crate) const fn algorithm_name(algorithm: Option<Algorithm>) -> &'static str
     }
 }
 
-/// The value of `--algorithm`. (An `Option` inside would make clap take the option as optional.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Choice(pub(crate) Option<Algorithm>);
+/// The value of `--algorithm`: ways to carry out an all-reduce, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Choice(pub(crate) Vec<Option<Algorithm>>);
 
-/// A way to carry out an all-reduce.
+/// A way to carry out an all-reduce, or all of them.
 pub(crate) fn algorithm(text: &str) -> Result<Choice, String> {
-    if text == "auto" {
-        return Ok(Choice(None));
+    match text {
+        "auto" => Ok(Choice(vec![None])),
+        "all" => Ok(Choice(Algorithm::ALL.map(Some).into())),
+        _ => {
+            let known =
+                |error: UnknownName| error.to_string().replacen("one of ", "one of auto, all, ", 1);
+            text.parse().map(|algorithm| Choice(vec![Some(algorithm)])).map_err(known)
+        }
     }
-    let known = |error: UnknownName| error.to_string().replacen("one of ", "one of auto, ", 1);
-    text.parse().map(|algorithm| Choice(Some(algorithm))).map_err(known)
+}
+
+/// A machine that the model knows.
+pub(crate) fn fabric(text: &str) -> Result<Preset, String> {
+    text.parse().map_err(|error: UnknownName| error.to_string())
 }
 
 /// What carries data from rank to rank.
@@ -126,9 +136,12 @@ mod tests {
     fn names() {
         assert_eq!(operation("gather"), Ok(Operation::Gather));
         assert_eq!(transport("host"), Ok(Transport::Host));
-        assert_eq!(algorithm("auto"), Ok(Choice(None)));
-        assert_eq!(algorithm("two-shot"), Ok(Choice(Some(Algorithm::TwoShot))));
-        assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, packet, "));
+        assert_eq!(operation("all-reduce"), operation("all_reduce"));
+        assert_eq!(algorithm("auto"), Ok(Choice(vec![None])));
+        assert_eq!(algorithm("two-shot"), Ok(Choice(vec![Some(Algorithm::TwoShot)])));
+        assert_eq!(algorithm("all").unwrap().0.len(), Algorithm::ALL.len());
+        assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, all, packet, "));
+        assert_eq!(fabric("pcie"), Ok(Preset::Pcie));
         assert_eq!(
             dtype("f64").unwrap_err(),
             "expected one of f32, f16, bf16, got f64".to_string()
