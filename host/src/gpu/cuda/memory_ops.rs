@@ -39,8 +39,6 @@ const WRITE_VALUE_32: u32 = 2;
 const WAIT_EQUAL: u32 = 1;
 /// `CU_STREAM_WAIT_VALUE_FLUSH`: what a peer wrote before the word is there for what follows.
 const WAIT_FLUSH: u32 = 1 << 30;
-/// `CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER`.
-const WRITE_WITHOUT_BARRIER: u32 = 1;
 
 /// `cuStreamBatchMemOp_v2`.
 type Batch = unsafe extern "C" fn(sys::CUstream, u32, *mut Parameters, u32) -> u32;
@@ -93,8 +91,9 @@ impl CudaGpu {
 fn translated(operation: MemoryOp, wait_flags: u32) -> Parameters {
     let (operation, address, value, flags) = match operation {
         MemoryOp::Wait(at, value) => (WAIT_VALUE_32, at, value, wait_flags),
-        MemoryOp::Write(to, value) => (WRITE_VALUE_32, to, value, 0),
-        MemoryOp::Note(to, value) => (WRITE_VALUE_32, to, value, WRITE_WITHOUT_BARRIER),
+        // The second version refuses CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER (CUDA_ERROR_INVALID_VALUE, seen
+        // on driver 580), so a note is a store like others.
+        MemoryOp::Write(to, value) | MemoryOp::Note(to, value) => (WRITE_VALUE_32, to, value, 0),
     };
     Parameters { operation, address: address.0, value: value.into(), flags, ..Default::default() }
 }
@@ -115,6 +114,6 @@ mod tests {
         let words = unsafe { std::mem::transmute::<Parameters, [u32; 12]>(wait) };
         assert_eq!(words, [1, 0, 0x1234, 0, 7, 0, 0x4000_0001, 0, 0, 0, 0, 0]);
         assert_eq!(translated(MemoryOp::Write(DevicePtr(4), 1), 9).flags, 0);
-        assert_eq!(translated(MemoryOp::Note(DevicePtr(4), 1), 9).flags, WRITE_WITHOUT_BARRIER);
+        assert_eq!(translated(MemoryOp::Note(DevicePtr(4), 1), 9).flags, 0);
     }
 }
