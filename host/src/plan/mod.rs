@@ -1,4 +1,4 @@
-//! Which algorithm a call takes, and how its units are spread over blocks and threads.
+//! How a call's units are spread over blocks and threads, and along which trees sums are taken.
 //!
 //! Pure: no GPU, no I/O. The inputs are the same on every rank (sizes that ranks must bring alike,
 //! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
@@ -7,6 +7,7 @@ pub mod forest;
 pub mod roles;
 
 use crate::algorithm::{Algorithm, Pattern};
+use crate::choice::LinkClass;
 use forest::Forest;
 use peerlane_device::abi::{DType, Format, Layout, MAX_RANKS, MAX_THREADS, Wire};
 
@@ -23,12 +24,21 @@ pub struct Shape {
     pub islands: [u8; MAX_RANKS],
     /// The rank that passes broadcasts on by [`Route::Hub`](crate::Route::Hub).
     pub hub: u32,
+    /// The kind of the slowest link between two ranks.
+    pub class: LinkClass,
 }
 
 impl Shape {
-    /// A shape whose islands are two halves, and whose hub is rank 0.
+    /// A shape whose islands are two halves, whose hub is rank 0 and whose links are NVLinks.
     pub fn new(world: u32, layout: Layout, max_blocks: u32) -> Shape {
-        Shape { world, layout, max_blocks, islands: halves(world), hub: 0 }
+        Shape {
+            world,
+            layout,
+            max_blocks,
+            islands: halves(world),
+            hub: 0,
+            class: LinkClass::NvLink,
+        }
     }
 }
 
@@ -57,24 +67,6 @@ pub struct Grid {
 /// Bytes up to which broadcasts and gathers let data and flags travel together. They carry any bytes,
 /// token ids of -1 among them, and such payload would have to be sealed.
 const PACKET_BYTES: usize = 32 << 10;
-/// The same for reductions, whose payload needs a seal only for one rare NaN. Measured on two H200s
-/// (docs/performance.md): full width is as fast from here on.
-const REDUCTION_PACKET_BYTES: usize = 1 << 10;
-
-/// The algorithm for an all-reduce of `wire_bytes` bytes.
-///
-/// One-shot takes one step and (n-1) x S, two-shot two steps and 2(n-1)/n x S; they meet where the
-/// saved bytes are worth a step: S = step x bandwidth / ((n-1)(1-2/n)), with 1.8 us a step and
-/// 370 GB/s out of an H100 or H200. Two ranks never gain from two-shot.
-pub fn all_reduce(world: u32, wire_bytes: usize) -> Algorithm {
-    const STEP_BYTES: usize = 666_000;
-    let n = world as usize;
-    if n > 2 && wire_bytes > STEP_BYTES * n / ((n - 1) * (n - 2)) {
-        return Algorithm::TwoShot;
-    }
-    let packet = wire_bytes <= REDUCTION_PACKET_BYTES;
-    Algorithm::OneShot(if packet { Format::Packet } else { Format::Full })
-}
 
 /// The format for a message of `bytes` bytes that is moved, not reduced.
 pub fn format(bytes: usize) -> Format {
@@ -163,19 +155,5 @@ mod tests {
             prop_assert_eq!(units.max(1).div_ceil(grid.block_units as usize), grid.blocks as usize);
             prop_assert!(grid.chunk_units.is_multiple_of(4));
         }
-    }
-
-    #[test]
-    fn two_ranks_always_take_one_step() {
-        for shift in 0..30 {
-            assert!(matches!(all_reduce(2, 1 << shift), Algorithm::OneShot(_)));
-        }
-    }
-
-    #[test]
-    fn large_worlds_change_to_two_shot_earlier() {
-        let turning_point =
-            |world| (0..30).find(|s| all_reduce(world, 1 << s) == Algorithm::TwoShot);
-        assert!(turning_point(8) < turning_point(4) && turning_point(4) < turning_point(3));
     }
 }
