@@ -4,12 +4,12 @@
 //! Invariant: a size whose result is wrong is not timed, and fails the run. Every line says whether
 //! it ran on real GPUs; simulated times mean nothing and the output says so.
 
-mod job;
-mod measure;
+pub(crate) mod job;
+pub(crate) mod measure;
 mod nccl;
 mod ours;
 mod plot;
-mod rank;
+pub(crate) mod rank;
 pub(crate) mod report;
 mod results;
 
@@ -21,7 +21,7 @@ use job::Job;
 use measure::Ranks;
 use nccl::Nccl;
 use ours::Ours;
-use peerlane::{Communicator, Config, DType, Operation, ReduceOp, Wire};
+use peerlane::{Communicator, Config, DType, Operation, ReduceOp, Tuning, Wire};
 use rank::{Fail, Rank, Timing};
 use results::{Results, Row, Series};
 use std::path::PathBuf;
@@ -56,9 +56,11 @@ pub(crate) struct Options {
     /// How values are combined: sum, max, min or avg.
     #[arg(long, default_value = "sum", value_parser = parse::reduce_op)]
     op_type: ReduceOp,
-    /// How an all-reduce is carried out: auto, packet, full or two-shot.
+    /// How an all-reduce is carried out: auto, or the name of an algorithm.
     #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
     algorithm: Choice,
+    #[command(flatten)]
+    choosing: Choosing,
     /// Root of broadcast and gather.
     #[arg(long, default_value_t = 0)]
     root: u32,
@@ -80,6 +82,28 @@ pub(crate) struct Options {
     /// Write the results to this file as a Markdown table.
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
+}
+
+/// What `auto` means. Left out, the environment says (docs/tuning.md).
+#[derive(clap::Args, Clone, Debug)]
+struct Choosing {
+    /// The table of measured choices: auto for the one in the cache, off for none, or a file.
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<Tuning>,
+    /// One algorithm for all sizes.
+    #[arg(long)]
+    fixed: bool,
+}
+
+impl Choosing {
+    fn config(&self) -> peerlane::Result<Config> {
+        let mut config = Config::from_environment()?;
+        if let Some(tuning) = &self.tuning {
+            config.tuning = tuning.clone();
+        }
+        config.fixed |= self.fixed;
+        Ok(config)
+    }
 }
 
 /// What Peerlane can be compared with.
@@ -151,6 +175,7 @@ struct Plan<'a> {
     world: u32,
     sizes: Vec<usize>,
     timing: Timing,
+    config: Config,
 }
 
 impl Plan<'_> {
@@ -181,7 +206,7 @@ impl Plan<'_> {
         let calls = options.calls.unwrap_or(usual) as usize;
         let replays = options.replays.unwrap_or(usual) as usize;
         let timing = Timing { calls, replays, eager: options.eager };
-        Ok(Plan { options, world, sizes, timing })
+        Ok(Plan { options, world, sizes, timing, config: options.choosing.config()? })
     }
 
     fn job(&self, op: Operation) -> Job {
@@ -198,7 +223,7 @@ impl Plan<'_> {
         let (src, dst) = jobs
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
-        for communicator in Communicator::connect(&gpus, &Config::default())? {
+        for communicator in Communicator::connect(&gpus, &self.config)? {
             let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;
             rank.contenders.push(Box::new(Ours(communicator)));
             ranks.push(rank);
