@@ -89,6 +89,8 @@ pub struct Start {
     pub deadline: Duration,
     /// For how long it waits for the others to come.
     pub patience: Duration,
+    /// What its environment says beside the test's.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 /// A rank, from the outside.
@@ -108,6 +110,7 @@ impl Process {
             .args([RANK, &start.name, &start.rank.to_string(), &start.world.to_string()])
             .arg(start.gpus.text())
             .args([start.deadline, start.patience].map(|d| d.as_millis().to_string()))
+            .envs(start.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -180,7 +183,9 @@ pub fn serve(arguments: &[String]) -> ExitCode {
     let number = |index: usize| -> u64 { arguments[index].parse().expect("a number") };
     let (rank, world) = (number(1) as u32, number(2) as u32);
     let joined = Gpus::open(&arguments[3], rank).and_then(|gpu| {
-        let config = Config { deadline: Duration::from_millis(number(4)), ..small(world) };
+        let Config { mailbox_bytes, max_blocks, .. } = small(world);
+        let deadline = Duration::from_millis(number(4));
+        let config = Config { deadline, mailbox_bytes, max_blocks, ..Config::from_environment()? };
         let patience = Duration::from_millis(number(5));
         let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };
         servant.joined("", &arguments[0])

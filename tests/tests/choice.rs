@@ -23,8 +23,7 @@ fn reduce(
         memories.push(Memory::with_image(&rank.gpu, rank.stream, &input[..bytes]).unwrap());
     }
     for (rank, memory) in group.ranks.iter_mut().zip(&memories) {
-        let call =
-            AllReduce { wire, algorithm, ..AllReduce::in_place(memory.base, count, dtype) };
+        let call = AllReduce { wire, algorithm, ..AllReduce::in_place(memory.base, count, dtype) };
         // SAFETY: the memory holds `count` elements and lives until all ranks have finished.
         unsafe { rank.communicator.all_reduce(&call, rank.stream).unwrap() };
     }
@@ -54,7 +53,10 @@ fn rows_alone_and_in_a_batch_have_the_same_bits_in_fixed_mode() {
                 for rows in [1, 3, 17] {
                     let alone = reduce(&mut group, &inputs, rows * ROW, kind, None);
                     for (alone, batch) in alone.iter().zip(&batch) {
-                        assert!(batch.starts_with(alone), "{world} ranks, {algorithm:?}, {rows} rows, {kind:?}");
+                        assert!(
+                            batch.starts_with(alone),
+                            "{world} ranks, {algorithm:?}, {rows} rows, {kind:?}"
+                        );
                     }
                 }
             }
@@ -89,7 +91,10 @@ fn what_is_chosen_from_by_default_gives_the_same_bits() {
                 same.extend(others.into_iter().chain([Algorithm::Hierarchical]));
             }
             for algorithm in same {
-                assert!(reduced(Some(algorithm)) == expected, "{world} ranks: {algorithm}, {kind:?}");
+                assert!(
+                    reduced(Some(algorithm)) == expected,
+                    "{world} ranks: {algorithm}, {kind:?}"
+                );
             }
         }
     }
