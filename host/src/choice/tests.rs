@@ -225,7 +225,8 @@ fn a_table_that_is_not_sound_says_what_is_wrong() {
         let (expected, got) = TuningTable::parse(&text).expect_err(&text);
         format!("expected {expected}, got {got}")
     };
-    let cases: [(&dyn Fn(&mut TuningTable), &str); 11] = [
+    type Change<'a> = &'a dyn Fn(&mut TuningTable);
+    let cases: [(Change<'_>, &str); 11] = [
         (&|t| t.version = 2, "expected a tuning table of version 1, got 2"),
         (&|t| t.world = 4, "expected a GPU for each of 4 ranks, got 3 GPUs"),
         (
