@@ -28,7 +28,7 @@ const STEADY: f64 = 1.02;
 /// Share of the budget for the first look.
 const FIRST_SHARE: f64 = 0.6;
 /// Most samples of a candidate, first and second look.
-const SAMPLES: [usize; 2] = [7, 20];
+const SAMPLES: [usize; 2] = [15, 20];
 
 /// What is measured, and how.
 pub(super) struct Sweep<'a> {
