@@ -5,8 +5,8 @@
 
 use peerlane::error::{Error, Result};
 use peerlane::gpu::{
-    Backend, DevicePtr, Event, Exported, Gpu, GpuRef, Graph, HostMemory, PeerAccess, Properties,
-    Stream,
+    Backend, DevicePtr, Event, Exported, Gpu, GpuRef, Graph, HostMemory, MemoryOp, PeerAccess,
+    Properties, Stream,
 };
 use peerlane_device::abi::{Args, Kernel};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -175,6 +175,15 @@ impl Gpu for NullGpu {
         Ok(Stream(self.take(1)))
     }
 
+    fn stream_create_urgent(&self) -> Result<Stream> {
+        self.stream_create()
+    }
+
+    unsafe fn stream_memory(&self, _: Stream, operations: &[MemoryOp]) -> Result<()> {
+        black_box(operations);
+        Ok(())
+    }
+
     unsafe fn stream_destroy(&self, _: Stream) -> Result<()> {
         Ok(())
     }
@@ -204,6 +213,14 @@ impl Gpu for NullGpu {
     }
 
     fn stream_wait(&self, _: Stream, _: Event) -> Result<()> {
+        Ok(())
+    }
+
+    fn event_query(&self, _: Event) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn event_synchronize(&self, _: Event) -> Result<()> {
         Ok(())
     }
 

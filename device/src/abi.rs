@@ -24,7 +24,7 @@ pub const UNROLL: usize = 4;
 pub const MAX_THREADS: u32 = 256;
 
 /// Version of everything in this file. Ranks with different versions refuse each other.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Element type of a tensor, for reductions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -300,6 +300,14 @@ impl Kernel {
         Kernel::ALL[Kernel::LocalReduceF32 as usize + dtype as usize]
     }
 
+    /// Whether the kernel works with [`flags::SEAL_ALL`]: it seals every turn and takes a chunk no sooner
+    /// than in the turn after its own was sent.
+    pub const fn can_seal_all(self) -> bool {
+        let staged = Kernel::AllReduceStagedF32 as usize <= self as usize
+            && self as usize <= Kernel::AllReduceTreeF32AsBf16 as usize;
+        !staged && self as usize != Kernel::BroadcastTree as usize
+    }
+
     /// The all-gather in `format`.
     pub const fn all_gather(format: Format) -> Kernel {
         Kernel::ALL[Kernel::AllGatherPacket as usize + format as usize]
@@ -354,13 +362,21 @@ pub struct Args {
     pub scale: f32,
     /// Broadcast and gather: the root's rank.
     pub root: u32,
+    /// The ranks, a bit each, that write into this rank's host mailbox instead of the one in its
+    /// GPU's memory.
+    pub host_senders: u32,
+    /// Operations that cut their tensor in parts: units in every part but the last ones.
+    pub part_units: u32,
     /// Tensor to read.
     pub src: u64,
     /// Tensor to write; may equal `src` where the operation allows it.
     pub dst: u64,
     /// Where things lie in every rank's mailbox.
     pub layout: Layout,
-    /// Address of each rank's mailbox as this rank sees it; its own at index `rank`.
+    /// Address of this rank's host mailbox as the device sees it; 0 if it has none.
+    pub host_mailbox: u64,
+    /// Address of the mailbox that this rank writes to for each rank: in the other GPU's memory, or
+    /// that rank's host mailbox. At index `rank`: this rank's own in its GPU's memory.
     pub peers: [u64; MAX_RANKS],
     /// Address of this rank's [`Status`] page as the device sees it.
     pub status: u64,
@@ -370,8 +386,6 @@ pub struct Args {
     pub shard_bytes: u64,
     /// Gather: rows in every tensor. Probe: number of the first round.
     pub rows: u64,
-    /// Operations that cut their tensor in parts: units in every part but the last ones.
-    pub part_units: u32,
     /// [`Operation`] code, for records.
     pub operation: u32,
     /// Probe: rounds.
@@ -382,6 +396,8 @@ pub struct Args {
     pub mode: u32,
     /// Trees: number of parts, each of which has a tree.
     pub parts: u32,
+    /// Unused; keeps the struct free of padding.
+    pub reserved: u32,
     /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing. Trees: this
     /// rank's [`Role`] in each part.
     pub table: [u64; MAX_RANKS],
@@ -401,20 +417,23 @@ impl Args {
             chunk_units: 1,
             scale: 1.0,
             root: 0,
+            host_senders: 0,
+            part_units: 0,
             src: 0,
             dst: 0,
             layout,
+            host_mailbox: 0,
             peers: [0; MAX_RANKS],
             status: 0,
             deadline_ns: u64::MAX,
             shard_bytes: 0,
             rows: 0,
-            part_units: 0,
             operation: 0,
             rounds: 0,
             peer: 0,
             mode: 0,
             parts: 0,
+            reserved: 0,
             table: [0; MAX_RANKS],
         }
     }
@@ -472,6 +491,9 @@ pub mod flags {
     pub const NO_CONTRIBUTION: u32 = 1;
     /// One chunk a block, one unit a thread, all of them whole and aligned.
     pub const SINGLE: u32 = 2;
+    /// Every chunk is sealed, whatever it holds, and who takes one from host memory waits for its
+    /// seal. Such calls use the upper half of the lanes. Full format only.
+    pub const SEAL_ALL: u32 = 4;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;
     /// Test only: leave consumed slots dirty.
@@ -496,7 +518,9 @@ pub mod probe {
     pub const PING_PONG: u32 = 2;
 }
 
-/// Where things lie in a mailbox. The same on every rank of a communicator.
+/// Where things lie in a mailbox. The same on every rank of a communicator, and in mailboxes in GPU
+/// and in host memory; of a host mailbox's control block only the abort word is used, and of its
+/// counters only what peers write.
 ///
 /// ```text
 /// 0                 Control

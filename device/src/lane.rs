@@ -81,6 +81,9 @@ pub trait Lane: Copy {
     unsafe fn put_word(self, address: u64, value: u32);
     /// Loads a word. Relaxed, system scope.
     unsafe fn poll_word(self, address: u64) -> u32;
+    /// Loads a word before every access after it. System scope. Unlike [`Lane::fence_system`] it does not
+    /// wait for what this lane has stored.
+    unsafe fn poll_word_acquire(self, address: u64) -> u32;
     /// Adds to a word of this rank's own that no other thread writes meanwhile, without waiting for its
     /// old value. GPU scope.
     unsafe fn add_word(self, address: u64, value: u32);

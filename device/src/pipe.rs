@@ -1,7 +1,8 @@
 //! The verbs that algorithms are written in: begin, reserve, put, take, turn, end.
 //!
 //! A *pipe* carries chunks from one rank to another through one *lane* (one block on either side).
-//! It is a first-in first-out queue of slots in the receiver's mailbox. Invariants:
+//! It is a first-in first-out queue of slots in the receiver's mailbox, in its GPU's memory or, for
+//! senders that cannot reach that, in host memory. Invariants:
 //! - a free slot holds `abi::FREE` in every word; a receiver sees arrival by the words changing,
 //!   and cleans what it has read;
 //! - `sent` and `received` count slots and are never reset; both ends of a lane move them by the
@@ -105,6 +106,8 @@ impl Form for Full {
 pub struct Call<'a, L, F> {
     lane: L,
     args: &'a Args,
+    /// This block's lane.
+    number: u32,
     /// Address of this lane's counters in this rank's mailbox.
     words: u64,
     /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
@@ -130,9 +133,12 @@ const TURNS_PER_LOOK: u32 = 128;
 /// Binary logarithm of the nanoseconds between two looks at the host's abort word, about 1 ms. The
 /// word lies behind PCIe: when every waiting warp read it at each look, the reads alone held up calls
 /// for milliseconds.
-const HOST_LOOK_SHIFT: u32 = 20;
+pub const HOST_LOOK_SHIFT: u32 = 20;
 /// Turns between two looks at the sender's seal, which arrives after the hidden data.
 const TURNS_PER_SEAL: u32 = 4;
+/// Nanoseconds between two polls of host memory. Each is a read over PCIe, and polls in vain must not
+/// crowd out payload.
+const HOST_POLL_NS: u32 = 100;
 
 /// # Safety
 /// One contract for all verbs: `args` is what [`Args`] says it is, and the peers named take part in
@@ -142,17 +148,22 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each).
     #[inline(always)]
     pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
-        let words = lane.peer(args.rank) + args.layout.words(lane.block()) as u64;
+        // Calls that seal all have the upper half of the lanes to themselves: nobody looks for FREE
+        // there, so what came through host memory need not be cleaned.
+        let first = if seals_all::<F>(args) { args.layout.lanes / 2 } else { 0 };
+        let number = first + lane.block();
+        let words = lane.peer(args.rank) + args.layout.words(number) as u64;
         let thread = lane.thread();
         let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
-        Call { lane, args, words, books, returned: false, failure: 0, form: PhantomData }
+        Call { lane, args, number, words, books, returned: false, failure: 0, form: PhantomData }
     }
 
     /// Returns to their senders the slots that earlier calls consumed. Every path to a wait or a
     /// barrier passes here first, or ranks could wait for each other's credits for ever.
     ///
-    /// That it is not the end of those calls needs no fence: a kernel's stores are complete before
-    /// the next kernel of the stream begins.
+    /// That it is not the end of those calls needs no fence where the slots lie in this GPU's memory:
+    /// a kernel's stores are complete there before the next kernel of the stream begins. Stores
+    /// to host memory are then on their way, and the credit may take another.
     #[inline(always)]
     unsafe fn return_credits(&mut self) {
         if self.books && !self.returned {
@@ -160,6 +171,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             // SAFETY: a word of the peer's mailbox that only this rank writes.
             unsafe {
                 let thread = self.lane.thread();
+                if self.by_host(thread) {
+                    self.lane.fence_system();
+                }
                 self.return_credit(thread, self.received(thread));
             }
         }
@@ -223,13 +237,38 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         }
     }
 
+    /// Whether `peer` writes into this rank's host mailbox.
+    #[inline(always)]
+    fn by_host(&self, peer: u32) -> bool {
+        self.args.host_senders >> peer & 1 != 0
+    }
+
+    /// Address of this rank's mailbox that `peer` writes to.
+    #[inline(always)]
+    fn inbox(&self, peer: u32) -> u64 {
+        if self.by_host(peer) { self.args.host_mailbox } else { self.lane.peer(self.args.rank) }
+    }
+
+    /// Address of `peer`'s word among this rank's words at `offset`, in this lane.
+    #[inline(always)]
+    fn inbox_word(&self, peer: u32, offset: usize) -> u64 {
+        let lane = self.args.layout.words(self.number) as usize;
+        self.inbox(peer) + (lane + offset + 4 * peer as usize) as u64
+    }
+
+    /// Whether every chunk of this call is sealed, so that one word tells of its arrival.
+    #[inline(always)]
+    pub fn seals_all(&self) -> bool {
+        seals_all::<F>(self.args)
+    }
+
     /// Waits until `peer` has freed slot number `number`, and returns the slot's address there.
     #[inline(always)]
     pub unsafe fn reserve(&mut self, peer: u32, number: u32) -> u64 {
         let (lane, args) = (self.lane, self.args);
         // SAFETY: the credit is a word of this rank's mailbox.
         unsafe {
-            let credit = self.words + (lane_words::CREDIT + 4 * peer as usize) as u64;
+            let credit = self.inbox_word(peer, lane_words::CREDIT);
             let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
             // Both wrap, so their distance counts. It may be negative: where this thread has no unit
             // in the chunk, the peer may have taken the others' and returned the slot already.
@@ -241,7 +280,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 }
             }
         }
-        self.slot(peer, args.rank, number)
+        self.lane.peer(peer) + self.slot(peer, args.rank, number)
     }
 
     /// Stores units of slot number `number`, at `slot` in a peer's mailbox: the `index`-th and those
@@ -283,7 +322,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Ends a turn of the block: all its threads come here after their last `put` and `take` of it.
     ///
-    /// If any thread put a unit that looks free (`hidden`), tells each rank in `to` that the first
+    /// If any thread put a unit that looks free (`hidden`), or chunks are all sealed, tells each rank in `to` that the first
     /// `sent` slots of this call are complete. Returns to each rank in `from` the first `taken` slots
     /// of this call, a number that only the thread of that rank is asked for.
     ///
@@ -303,8 +342,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             } else {
                 lane.sync_threads_or(hidden)
             };
-            let seals =
-                self.books && hidden && to >> thread & 1 != 0 && !self.broken(flags::BREAK_SEAL);
+            let seals = self.books
+                && (hidden || self.seals_all())
+                && to >> thread & 1 != 0
+                && !self.broken(flags::BREAK_SEAL);
             let releases = self.books && taken != 0 && from >> thread & 1 != 0;
             if seals || releases {
                 if !self.broken(flags::BREAK_FENCE) {
@@ -321,20 +362,21 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         }
     }
 
-    /// Ends turn number `turn` of a reduction, after which chunks before it have been taken, one a turn
-    /// and rank. `needed` says whether a later chunk needs their slots.
+    /// Ends turn number `turn` of a reduction, which has sent chunk `turn` to each of `peers` and after
+    /// which chunks before it have been taken, one a turn and rank. `needed` says whether a later
+    /// chunk needs their slots.
     ///
     /// The last turns leave returning their slots to the next call: the fence waits for everything
     /// that was just sent. The barrier stays: warps that drift apart use up the slots unevenly, and
     /// 16 MiB took 66 us instead of 55.
     #[inline(always)]
-    pub unsafe fn release_taken(&mut self, from: u32, turn: u32, needed: bool) {
+    pub unsafe fn release_taken(&mut self, peers: u32, turn: u32, needed: bool) {
         // SAFETY: passed on to the caller.
-        unsafe { self.turn(0, 0, false, from, if needed { turn } else { 0 }) };
+        unsafe { self.turn(peers, turn + 1, false, peers, if needed { turn } else { 0 }) };
     }
 
     /// Waits for `N` units of slot number `number` from `peer`: the `index`-th and those `threads`
-    /// apart after it. Cleans them, and returns their payloads, which mean nothing once `ok` is
+    /// apart after it. Cleans them if anybody polls such slots, and returns their payloads, which mean nothing once `ok` is
     /// false.
     #[inline(always)]
     pub unsafe fn take<const N: usize>(
@@ -345,29 +387,33 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         phase: u32,
     ) -> [Unit; N] {
         let lane = self.lane;
-        let first = self.slot(self.args.rank, peer, number) + index as u64 * UNIT as u64;
+        let slot = self.inbox(peer) + self.slot(self.args.rank, peer, number);
+        let first = slot + index as u64 * UNIT as u64;
         let step = lane.threads() as u64 * UNIT as u64;
         let mut units = [[0; 4]; N];
         // SAFETY: the units lie in this rank's slots; nobody writes them between their arrival and
         // the next credit.
         unsafe {
-            // All loads before the first use, so that they are in flight together.
-            unrolled!(N, |u| {
-                units[u] = lane.poll_unit(first + u as u64 * step);
-            });
             let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
-            while !self.all_arrived(&units, number) && self.keep_waiting(&mut patience, peer, phase)
-            {
-                let sealed =
-                    patience.turns.is_multiple_of(TURNS_PER_SEAL) && self.sealed(peer, number);
-                unrolled!(N, |u| {
-                    units[u] = lane.poll_unit(first + u as u64 * step);
-                });
-                if sealed {
+            // Asking for a word until it is there costs PCIe less than asking for all the data.
+            let awaits_seal = self.seals_all() && self.by_host(peer);
+            loop {
+                let looks = awaits_seal || patience.turns % TURNS_PER_SEAL == TURNS_PER_SEAL - 1;
+                let sealed = looks && self.sealed(peer, number);
+                if sealed || !awaits_seal {
+                    // All loads before the first use, so that they are in flight together.
+                    unrolled!(N, |u| {
+                        units[u] = lane.poll_unit(first + u as u64 * step);
+                    });
+                    if sealed || self.all_arrived(&units, number) {
+                        break;
+                    }
+                }
+                if !self.keep_waiting(&mut patience, peer, phase) {
                     break;
                 }
             }
-            if !self.broken(flags::BREAK_CLEAN) {
+            if !awaits_seal && !self.broken(flags::BREAK_CLEAN) {
                 unrolled!(N, |u| {
                     lane.put_unit(first + u as u64 * step, [FREE; 4]);
                 });
@@ -382,15 +428,20 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Waits for the `index`-th unit of slot number `number` from `peer` and leaves it where it is.
     #[inline(always)]
     pub unsafe fn wait_unit(&mut self, peer: u32, number: u32, index: u32, phase: u32) {
-        let at = self.slot(self.args.rank, peer, number) + index as u64 * UNIT as u64;
+        let slot = self.inbox(peer) + self.slot(self.args.rank, peer, number);
+        let at = slot + index as u64 * UNIT as u64;
         let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
         // SAFETY: the unit lies in this rank's slots; nobody writes it between its arrival and
         // the next credit.
         unsafe {
-            while !F::arrived(self.lane.poll_unit(at), number)
-                && !(patience.turns.is_multiple_of(TURNS_PER_SEAL) && self.sealed(peer, number))
-                && self.keep_waiting(&mut patience, peer, phase)
-            {}
+            while !F::arrived(self.lane.poll_unit(at), number) {
+                let looks = patience.turns.is_multiple_of(TURNS_PER_SEAL);
+                if looks && self.sealed(peer, number)
+                    || !self.keep_waiting(&mut patience, peer, phase)
+                {
+                    break;
+                }
+            }
         }
     }
 
@@ -401,16 +452,12 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         if F::FORMAT as u32 == Format::Packet as u32 {
             return false;
         }
-        let seal = self.words + (lane_words::SEALED + 4 * peer as usize) as u64;
+        let seal = self.inbox_word(peer, lane_words::SEALED);
+        // Before the unit's load: pairs with the fence in `turn`.
         // SAFETY: a word of this rank's mailbox.
-        let seal = unsafe { self.lane.poll_word(seal) };
+        let seal = unsafe { self.lane.poll_word_acquire(seal) };
         // The seal counts the slots before it; the distance wraps.
-        let sealed = (seal.wrapping_sub(number) as i32) > 0;
-        if sealed {
-            // Orders the seal's load before the unit's: pairs with the fence in `seal`.
-            self.lane.fence_system();
-        }
-        sealed
+        (seal.wrapping_sub(number) as i32) > 0
     }
 
     #[inline(always)]
@@ -426,18 +473,17 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         all
     }
 
-    /// Address of slot number `number` of the pipe from `sender` to `receiver`.
+    /// Offset in `receiver`'s mailbox of slot number `number` of the pipe from `sender` to it.
     #[inline(always)]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
         let source = Layout::source(sender, receiver, self.args.world);
-        let offset = self.args.layout.slot(source, self.lane.block(), number);
-        self.lane.peer(receiver) + offset as u64
+        self.args.layout.slot(source, self.number, number) as u64
     }
 
     /// Address of this rank's word among `peer`'s words at `offset`, in the same lane.
     #[inline(always)]
     fn peer_word(&self, peer: u32, offset: usize) -> u64 {
-        let lane = self.args.layout.words(self.lane.block()) as usize;
+        let lane = self.args.layout.words(self.number) as usize;
         let word = lane + offset + 4 * self.args.rank as usize;
         self.lane.peer(peer) + word as u64
     }
@@ -460,7 +506,11 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     fn keep_waiting(&mut self, patience: &mut Patience, peer: u32, phase: u32) -> bool {
         // SAFETY: a word of the peer's mailbox that only this rank writes.
         unsafe { self.return_credits() };
-        self.lane.pause();
+        if self.by_host(peer) {
+            self.lane.sleep(HOST_POLL_NS);
+        } else {
+            self.lane.pause();
+        }
         patience.turns = patience.turns.wrapping_add(1);
         if patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {
             let state = self.look_up(patience);
@@ -486,14 +536,30 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         let due = (waited >> HOST_LOOK_SHIFT) as u32;
         let host = due > patience.host_looks;
         patience.host_looks = due;
-        // SAFETY: both words are alive as long as the communicator.
-        let aborted = unsafe {
-            let by_peer = lane.poll_word(lane.peer(args.rank) + offset_of!(Control, abort) as u64);
-            let by_host =
-                host && lane.poll_word(args.status + offset_of!(Status, abort) as u64) != 0;
-            by_peer != 0 || by_host
-        };
-        if aborted { state::ABORTED } else { state::OK }
+        // SAFETY: passed on to the caller.
+        if unsafe { aborted(lane, args, host) } { state::ABORTED } else { state::OK }
+    }
+}
+
+#[inline(always)]
+fn seals_all<F: Form>(args: &Args) -> bool {
+    F::FORMAT as u32 == Format::Full as u32 && args.flags & flags::SEAL_ALL != 0
+}
+
+/// Whether somebody has stopped this rank: a peer in this GPU's memory or, if `host` asks for a look
+/// over PCIe, a host or a peer that writes into the host mailbox.
+///
+/// # Safety
+/// `args` is what [`Args`] says it is.
+#[inline(always)]
+pub unsafe fn aborted<L: Lane>(lane: L, args: &Args, host: bool) -> bool {
+    const ABORT: u64 = offset_of!(Control, abort) as u64;
+    // SAFETY: the words are alive as long as the communicator.
+    unsafe {
+        lane.poll_word(lane.peer(args.rank) + ABORT) != 0
+            || host
+                && (lane.poll_word(args.status + offset_of!(Status, abort) as u64) != 0
+                    || args.host_mailbox != 0 && lane.poll_word(args.host_mailbox + ABORT) != 0)
     }
 }
 
@@ -504,11 +570,39 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 /// `args` is what [`Args`] says it is.
 #[inline(always)]
 pub unsafe fn fail<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if record(lane, args, state, peer, phase) {
+            let mut rank = 0;
+            while rank < args.world {
+                stop(lane, rank);
+                rank += 1;
+            }
+        }
+    }
+}
+
+/// Stops the waits of `rank`.
+///
+/// # Safety
+/// As for [`fail`].
+#[inline(always)]
+pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
+    // SAFETY: all mailboxes are alive as long as the communicator.
+    unsafe { lane.put_word(lane.peer(rank) + offset_of!(Control, abort) as u64, 1) };
+}
+
+/// Leaves the record of a failed wait; false if another thread of this rank has.
+///
+/// # Safety
+/// As for [`fail`].
+#[inline(always)]
+pub unsafe fn record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) -> bool {
     let own = lane.peer(args.rank);
     // SAFETY: the status page and all mailboxes are alive as long as the communicator.
     unsafe {
         if !lane.claim_word(own + offset_of!(Control, claim) as u64) {
-            return;
+            return false;
         }
         let epoch = lane.load_u32(own + offset_of!(Control, epoch) as u64);
         let record = |offset: usize, value: u32| lane.put_word(args.status + offset as u64, value);
@@ -520,12 +614,8 @@ pub unsafe fn fail<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: 
         // The host reads the record once it sees the state.
         lane.fence_system();
         record(offset_of!(Status, state), state);
-        let mut rank = 0;
-        while rank < args.world {
-            lane.put_word(lane.peer(rank) + offset_of!(Control, abort) as u64, 1);
-            rank += 1;
-        }
     }
+    true
 }
 
 /// A bit for every rank but `rank`.

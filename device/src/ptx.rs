@@ -235,6 +235,16 @@ impl<P: Parameters> Lane for PtxLane<P> {
     }
 
     #[inline(always)]
+    unsafe fn poll_word_acquire(self, address: u64) -> u32 {
+        let value: u32;
+        // SAFETY: the caller vouches for the address.
+        unsafe {
+            asm!("ld.acquire.sys.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(nostack, preserves_flags))
+        };
+        value
+    }
+
+    #[inline(always)]
     unsafe fn add_word(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
         unsafe {

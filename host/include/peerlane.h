@@ -114,6 +114,16 @@ typedef enum {
     PEERLANE_ROUTE_DOUBLE_TREE = 5,
 } peerlane_route;
 
+// What carries data from rank to rank.
+typedef enum {
+    // For each ordered pair of ranks, peer-to-peer where that works, else host memory.
+    PEERLANE_TRANSPORT_AUTO = 0,
+    // The sender's GPU writes into the receiver's; a pair that cannot do that is an error.
+    PEERLANE_TRANSPORT_P2P = 1,
+    // The sender's GPU writes into pinned host memory, which the receiver's reads.
+    PEERLANE_TRANSPORT_HOST = 2,
+} peerlane_transport;
+
 // How f32 elements travel between GPUs; other types always travel as they are.
 typedef enum {
     // As they are.
@@ -172,6 +182,8 @@ typedef struct {
     // The table of measured choices: "auto" or NULL for the one in the user's cache, "off" for
     // none, or the name of a file.
     const char *tuning;
+    // What carries data from rank to rank.
+    peerlane_transport transport;
 } peerlane_config;
 
 // What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -202,9 +214,10 @@ const char *peerlane_status_name(peerlane_status status);
 const char *peerlane_last_error(void);
 
 // Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
-// blocks as fit, and algorithms by size unless the environment says otherwise (PEERLANE_ALGORITHM,
-// PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT, PEERLANE_TUNING; the last is read again where
-// `tuning` stays NULL). `size` is sizeof(peerlane_config).
+// blocks as fit, and algorithms by size and the transport that suits each pair unless the
+// environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
+// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+// NULL). `size` is sizeof(peerlane_config).
 peerlane_status peerlane_config_init(peerlane_config *config, size_t size);
 
 // Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.
@@ -280,6 +293,12 @@ peerlane_status peerlane_comm_rank(const peerlane_comm *comm, uint32_t *rank);
 
 // How many ranks its group has.
 peerlane_status peerlane_comm_world_size(const peerlane_comm *comm, uint32_t *world_size);
+
+// What carries data from rank `from` to rank `to`: PEERLANE_TRANSPORT_P2P or PEERLANE_TRANSPORT_HOST.
+peerlane_status peerlane_comm_transport(const peerlane_comm *comm,
+                                        uint32_t from,
+                                        uint32_t to,
+                                        peerlane_transport *transport);
 
 // The first error that a call of this rank met on the GPU. It stays: every later call returns it
 // too, and what is left to do is to close all ranks and to make a new group. Does not wait.

@@ -152,7 +152,7 @@ impl UnknownName {
 }
 
 /// The one of `choices` that is called `text`.
-fn named<T: Copy>(
+pub(crate) fn named<T: Copy>(
     text: &str,
     choices: &[T],
     name: impl Fn(T) -> &'static str,

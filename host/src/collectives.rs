@@ -38,7 +38,11 @@ impl Communicator {
         let wire_bytes = tensor_bytes / expansion;
         let algorithm = self.algorithm(call, wire_bytes);
         let Fused { kernel, format, parts, roles } =
-            self.fused(algorithm, call.dtype, call.wire)?;
+            match self.fused(algorithm, call.dtype, call.wire) {
+                Ok(fused) => fused,
+                // SAFETY: passed on to the caller.
+                Err(pattern) => return unsafe { self.all_reduce_scheduled(call, pattern, stream) },
+            };
         let (units, tail) = units(tensor_bytes, format, expansion);
         let part_units = plan::part_units(parts, units);
         let grid = plan::grid(&shape, part_units);
@@ -64,6 +68,48 @@ impl Communicator {
         };
         // SAFETY: passed on to the caller.
         unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
+    }
+
+    /// An all-reduce in copies and local reductions.
+    unsafe fn all_reduce_scheduled(
+        &mut self,
+        call: &AllReduce,
+        pattern: Pattern,
+        stream: Stream,
+    ) -> Result<()> {
+        let operation = Operation::AllReduce;
+        let (op, algorithm) = (operation.name(), Algorithm::Scheduled(pattern));
+        if self.group(op)?.shape.host {
+            let expected = "one that is one kernel, where ranks meet in host memory".to_owned();
+            return Err(invalid(op, "algorithm", expected, algorithm));
+        }
+        if self.config().staging() == 0 {
+            let expected = "one that is one kernel, or a Config with staging_bytes".to_owned();
+            return Err(invalid(op, "algorithm", expected, algorithm));
+        }
+        if plan::expansion(call.dtype, call.wire) != 1 {
+            let expected = format!("native: {algorithm} copies elements as they are");
+            return Err(invalid(op, "wire", expected, "bf16"));
+        }
+        let bytes = call.count * call.dtype.bytes();
+        let cut = self.scheduled(op)?.cut(pattern, units(bytes, Format::Full, 1))?;
+        let variant = 1 + algorithm.index() as u8;
+        let signature = reduction(operation, call.dtype, call.wire, call.op, variant, bytes);
+        let (op_code, scale) = (call.op as u32, scale(call.op, self.world_size()));
+        let args = Args { op: op_code, scale, ..self.args(operation) };
+        self.follow(op, stream)?;
+        self.announce(self.everyone(), signature)?;
+        let mut begun = false;
+        // SAFETY: passed on to the caller.
+        let queued = unsafe {
+            let all = (call, pattern, cut);
+            self.scheduled(op)?.all_reduce(all, args, signature, stream, &mut begun)
+        };
+        if queued.is_err() && begun {
+            // Peers wait for what will not come, and so would this rank's own streams.
+            self.abort();
+        }
+        queued
     }
 
     /// Reduces `world x call.count` elements of all ranks; rank r's `dst` gets the r-th part.
@@ -254,6 +300,9 @@ impl Communicator {
         self.announce(peers, signature)?;
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
+        if kernel.can_seal_all() && plan::seals_all(&self.group("start")?.shape, &grid) {
+            args.flags |= flags::SEAL_ALL;
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
     }
@@ -280,8 +329,14 @@ impl Communicator {
         call.route.unwrap_or_else(|| self.choice().broadcast(call.bytes))
     }
 
-    /// The kernel that carries out `algorithm`, and how it divides its tensor.
-    fn fused(&self, algorithm: Algorithm, dtype: DType, wire: Wire) -> Result<Fused> {
+    /// The kernel that carries out `algorithm`, and how it divides its tensor; or the pattern of the
+    /// steps, if it is no kernel.
+    fn fused(
+        &self,
+        algorithm: Algorithm,
+        dtype: DType,
+        wire: Wire,
+    ) -> std::result::Result<Fused, Pattern> {
         let world = self.world_size();
         let whole = |kernel, format| Fused { kernel, format, parts: 1, roles: None };
         let parts = |kernel| Fused { parts: world, ..whole(kernel, Format::Full) };
@@ -300,10 +355,7 @@ impl Communicator {
             Algorithm::Tree => trees(Pattern::Tree),
             Algorithm::DoubleTree => trees(Pattern::DoubleTree),
             Algorithm::Hierarchical => trees(Pattern::Hierarchical),
-            Algorithm::Scheduled(_) => {
-                let expected = "an algorithm that is one kernel".to_owned();
-                return Err(invalid("all_reduce", "algorithm", expected, algorithm));
-            }
+            Algorithm::Scheduled(pattern) => return Err(pattern),
         })
     }
 

@@ -1,20 +1,29 @@
 //! The public face: one [`Communicator`] per rank, one method per collective.
 //!
 //! A call checks its arguments, compares itself with the other ranks' calls, plans, and queues one
-//! kernel. After the first call it allocates nothing, locks nothing and enters no system call of
+//! kernel (a scheduled all-reduce: its steps). After the first call it allocates nothing, locks nothing and enters no system call of
 //! its own; it never waits. Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
 use crate::choice::{Choice, Known, Tuning};
+use crate::collectives::invalid;
 use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
-use crate::group::{Aborter, Agreement, Card, Group};
+use crate::group::{Aborter, Agreement, Card, Group, Mailboxes};
 use crate::join;
+use crate::mailbox::Member;
 use crate::plan::Shape;
 use crate::plan::roles::Places;
-use crate::rendezvous::{Meeting, Processes, lost_rank};
+use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
+use crate::scheduled::Scheduled;
+use crate::transport::{Pairs, Transport};
+use crate::work::Side;
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
+
+/// Bytes of a staging area where one is wanted and its size is not said.
+const STAGING_BYTES: usize = 32 << 20;
 
 /// What all ranks of a communicator agree on when they meet.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +52,14 @@ pub struct Config {
     pub islands: Option<Vec<u8>>,
     /// The rank that passes broadcasts on by [`Route::Hub`]. `None`: rank 0.
     pub hub: Option<u32>,
+    /// What carries data from rank to rank.
+    pub transport: Transport,
+    /// Bytes of device memory for one rank's staging area, which scheduled all-reduces copy through.
+    /// `None`: 32 MiB if `algorithm` is [`Algorithm::Scheduled`], none otherwise.
+    pub staging_bytes: Option<usize>,
+    /// Bytes that a scheduled all-reduce copies at once, a multiple of 16. `None`: an eighth of a part
+    /// of the tensor, but at least 256 KiB and at most what the staging area has room for.
+    pub chunk_bytes: Option<usize>,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.
     #[doc(hidden)]
@@ -65,9 +82,20 @@ impl Default for Config {
             exact: true,
             islands: None,
             hub: None,
+            transport: Transport::Auto,
+            staging_bytes: None,
+            chunk_bytes: None,
             broken: 0,
             first_slot: 0,
         }
+    }
+}
+
+impl Config {
+    /// Bytes of a staging area.
+    pub(crate) fn staging(&self) -> usize {
+        let scheduled = matches!(self.algorithm, Some(Algorithm::Scheduled(_)));
+        self.staging_bytes.unwrap_or(if scheduled { STAGING_BYTES } else { 0 })
     }
 }
 
@@ -92,6 +120,10 @@ pub struct Communicator {
     calls: [u64; MAX_RANKS],
     last_stream: Option<Stream>,
     order: Event,
+    /// Made by the first scheduled call.
+    scheduled: Option<Box<Scheduled>>,
+    /// Made by the first asynchronous call.
+    pub(crate) side: Option<Side>,
 }
 
 impl Communicator {
@@ -102,13 +134,17 @@ impl Communicator {
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
         let agreement = Agreement::of(&cards, config)?;
         let known = agreement.known(0, &cards, config)?;
-        gpus.iter().try_for_each(|gpu| agreement.map_peers(gpu))?;
-        let members: Vec<_> =
+        let ranks = || (0..).zip(gpus);
+        let unreached = ranks().map(|(rank, gpu)| agreement.map_peers(gpu, rank, config.transport));
+        let pairs = Pairs::of(&unreached.collect::<Result<Vec<_>>>()?);
+        let members =
             gpus.iter().map(|gpu| agreement.member(gpu, config)).collect::<Result<_>>()?;
-        let group = Group::new(agreement.shape, members);
-        let ranks = gpus.iter().enumerate();
-        ranks
-            .map(|(rank, gpu)| Communicator::new(rank as u32, gpu, config, (group.clone(), &known)))
+        let mut mailboxes = Mailboxes::new(members, pairs);
+        let hosts = ranks().map(|(rank, gpu)| agreement.host_mailbox(gpu, config, (rank, pairs)));
+        mailboxes.hosts = hosts.collect::<Result<_>>()?;
+        let group = Group::new(agreement.shape, mailboxes);
+        ranks()
+            .map(|(rank, gpu)| Communicator::new(rank, gpu, config, (group.clone(), &known)))
             .collect()
     }
 
@@ -148,10 +184,16 @@ impl Communicator {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
         let agreement = Agreement::of(&cards, config)?;
         let known = meeting.exchange(rank, 1, agreement.known(rank, &cards, config)?)?;
-        agreement.map_peers(gpu)?;
-        let members = meeting.exchange(rank, 2, agreement.member(gpu, config)?)?;
+        let unreached = agreement.map_peers(gpu, rank, config.transport)?;
+        let own = (agreement.member(gpu, config)?, unreached);
+        let (members, unreached): (Vec<_>, Vec<_>) =
+            meeting.exchange(rank, 2, own)?.into_iter().unzip();
+        let pairs = Pairs::of(&unreached);
+        let mut mailboxes = Mailboxes::new(members, pairs);
+        let host = agreement.host_mailbox(gpu, config, (rank, pairs))?;
+        mailboxes.hosts = meeting.exchange(rank, 3, host)?;
         // Rank 0's group is everybody's, so that all share one call log.
-        let groups = meeting.exchange(rank, 3, Group::new(agreement.shape, members))?;
+        let groups = meeting.exchange(rank, 4, Group::new(agreement.shape, mailboxes))?;
         Communicator::new(rank, gpu, config, (groups[0].clone(), &known[0]))
     }
 
@@ -163,17 +205,12 @@ impl Communicator {
     ) -> Result<Communicator> {
         let shape = group.shape;
         let Shape { world, layout, .. } = shape;
-        let mut peers = [0; MAX_RANKS];
-        for (peer, member) in peers.iter_mut().zip(group.members.iter()) {
-            *peer = member.mailbox.0;
-        }
-        let template = Args {
+        let mut template = Args {
             flags: config.broken,
-            peers,
-            status: group.members[rank as usize].status.device.0,
             deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
             ..Args::new(rank, world, layout)
         };
+        group.mailboxes.address(&mut template);
         let order = gpu.event_create()?;
         Ok(Communicator {
             rank,
@@ -186,6 +223,8 @@ impl Communicator {
             calls: [0; MAX_RANKS],
             last_stream: None,
             order,
+            scheduled: None,
+            side: None,
         })
     }
 
@@ -230,47 +269,51 @@ impl Communicator {
         Ok((0..self.world_size()).map(|rank| group.ordinal(rank)).collect())
     }
 
+    /// What carries data from one rank to another: [`Transport::P2p`] or [`Transport::Host`].
+    pub fn transport(&self, from: u32, to: u32) -> Result<Transport> {
+        const OP: &str = "transport";
+        let group = self.group(OP)?;
+        let expected = || format!("a rank from 0 to {}", self.world_size() - 1);
+        match (from.max(to) < self.world_size(), from == to) {
+            (false, _) => Err(invalid(OP, "from and to", expected(), format!("{from} and {to}"))),
+            (true, true) => Err(invalid(OP, "from and to", "two ranks".into(), from)),
+            (true, false) => Ok(group.transport(from, to)),
+        }
+    }
+
     /// The first error that a kernel of this communicator recorded. It stays: the ranks' counters
     /// no longer agree, so every later call returns it too.
     pub fn health(&self) -> Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
-        let page = group.members[self.rank as usize].status.host.cast::<Status>();
-        // SAFETY: the page is alive as long as the group. The device writes the state last, after
-        // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
-        let (status, abort) = unsafe {
-            let abort = (&raw const (*page).abort).read_volatile();
-            if (&raw const (*page).state).read_volatile() == state::OK && abort == 0 {
-                return Ok(());
-            }
-            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-            (page.read_volatile(), abort)
-        };
-        let lost = lost_rank(abort);
-        if let Some(peer) = lost {
-            let (rank, pid) = (self.rank, group.pid(peer).unwrap_or_default());
-            let operation = match status.state {
-                state::OK => "health",
-                _ => error::operation_name(status.operation),
-            };
-            return Err(Error::PeerLost { operation, rank, peer, pid });
+        health_of(&group.mailboxes.members, group.segment(), self.rank, self.config.deadline)
+    }
+
+    /// What tells this rank's health without the communicator.
+    pub(crate) fn health_handle(&self) -> Health {
+        let group = self.group.as_ref();
+        Health {
+            members: group.map_or_else(
+                || Weak::<[Arc<Member>; 0]>::new() as Weak<[Arc<Member>]>,
+                |group| Arc::downgrade(&group.mailboxes.members),
+            ),
+            segment: group.and_then(Group::segment).map(Arc::downgrade),
+            rank: self.rank,
+            deadline: self.config.deadline,
         }
-        let operation = error::operation_name(status.operation);
-        let phase = error::phase_name(status.phase);
-        let (rank, peer, epoch) = (self.rank, status.peer, status.epoch);
-        Err(match status.state {
-            state::OK => Error::Stopped { rank },
-            state::TIMED_OUT => {
-                Error::Timeout { operation, rank, peer, epoch, phase, waited: self.config.deadline }
-            }
-            state::CORRUPT => Error::Corrupt { operation, rank, peer },
-            _ => Error::Aborted { operation, rank, peer, epoch, phase },
-        })
+    }
+
+    /// The error of a call after `close`.
+    pub(crate) fn closed(&self, operation: Operation) -> Error {
+        Error::Closed { op: operation.name(), rank: self.rank }
     }
 
     /// How long this rank's waits may last from its next call on. Ranks may differ.
     pub fn set_deadline(&mut self, deadline: Duration) {
         self.config.deadline = deadline;
         self.template.deadline_ns = deadline.as_nanos().min(u64::MAX as u128) as u64;
+        if let Some(scheduled) = &self.scheduled {
+            scheduled.set_deadline(deadline);
+        }
     }
 
     /// Waits until everything queued on `stream` is done, and says whether it went well.
@@ -304,6 +347,9 @@ impl Communicator {
             Error::Stopped { .. } => Ok(()),
             other => Err(other),
         });
+        // Its monitor has ended the waits of its streams if nobody else would.
+        self.scheduled = None;
+        self.side = None;
         self.group = None;
         drained.and(health)
     }
@@ -340,11 +386,8 @@ impl Communicator {
         group.log.enter(self.rank, peers, &mut self.calls, signature)
     }
 
-    /// Makes `stream` the one that calls are queued on, after everything queued before.
-    pub(crate) fn follow(&mut self, op: &'static str, stream: Stream) -> Result<()> {
-        if self.last_stream == Some(stream) {
-            return Ok(());
-        }
+    /// That `stream` is one of this rank's GPU.
+    pub(crate) fn owns_stream(&self, op: &'static str, stream: Stream) -> Result<()> {
         let own = self.gpu.properties().ordinal;
         let owner = self.gpu.owner_of_stream(stream);
         if owner != Some(own) {
@@ -355,15 +398,37 @@ impl Communicator {
                 got: owner.map_or("no stream".into(), |gpu| format!("a stream of GPU {gpu}")),
             });
         }
-        if let Some(last) = self.last_stream
-            && !self.gpu.is_capturing(stream)?
-            && !self.gpu.is_capturing(last)?
-        {
-            self.gpu.event_record(self.order, last)?;
-            self.gpu.stream_wait(stream, self.order)?;
+        Ok(())
+    }
+
+    /// Makes `stream` the one that calls are queued on, after everything queued before.
+    pub(crate) fn follow(&mut self, op: &'static str, stream: Stream) -> Result<()> {
+        if self.last_stream == Some(stream) {
+            return Ok(());
+        }
+        self.owns_stream(op, stream)?;
+        if let Some(last) = self.last_stream {
+            if self.gpu.is_capturing(stream)? {
+                self.refuse_in_flight(op)?;
+            } else if !self.gpu.is_capturing(last)? {
+                self.gpu.event_record(self.order, last)?;
+                self.gpu.stream_wait(stream, self.order)?;
+                if let Some(side) = &self.side {
+                    side.settle(last);
+                }
+            }
         }
         self.last_stream = Some(stream);
         Ok(())
+    }
+
+    /// What scheduled calls need.
+    pub(crate) fn scheduled(&mut self, op: &'static str) -> Result<&mut Scheduled> {
+        if self.scheduled.is_none() {
+            let made = Scheduled::new(&self.gpu, self.rank, self.group(op)?, &self.config)?;
+            self.scheduled = Some(Box::new(made));
+        }
+        self.scheduled.as_deref_mut().ok_or(Error::Closed { op, rank: self.rank })
     }
 
     /// Queues a kernel on the stream given to [`Communicator::follow`].
@@ -396,4 +461,61 @@ impl Drop for Communicator {
 /// The flag bits of a call.
 pub(crate) fn call_flags(contribution: bool) -> u32 {
     if contribution { 0 } else { flags::NO_CONTRIBUTION }
+}
+
+/// A rank's health, as long as its group lasts. It does not keep the group alive.
+pub(crate) struct Health {
+    members: Weak<[Arc<Member>]>,
+    segment: Option<Weak<Segment>>,
+    rank: u32,
+    deadline: Duration,
+}
+
+impl Health {
+    /// As [`Communicator::health`]; well, once the group is gone.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Some(members) = self.members.upgrade() else { return Ok(()) };
+        let segment = self.segment.as_ref().and_then(Weak::upgrade);
+        health_of(&members, segment.as_ref(), self.rank, self.deadline)
+    }
+}
+
+/// What the status page of `rank` says.
+fn health_of(
+    members: &[Arc<Member>],
+    segment: Option<&Arc<Segment>>,
+    rank: u32,
+    deadline: Duration,
+) -> Result<()> {
+    let page = members[rank as usize].status.host.cast::<Status>();
+    // SAFETY: the page is alive as long as the member. The device writes the state last, after
+    // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
+    let (status, abort) = unsafe {
+        let abort = (&raw const (*page).abort).read_volatile();
+        if (&raw const (*page).state).read_volatile() == state::OK && abort == 0 {
+            return Ok(());
+        }
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        (page.read_volatile(), abort)
+    };
+    let lost = lost_rank(abort);
+    if let Some(peer) = lost {
+        let pid = segment.map_or(0, |segment| segment.pid(peer));
+        let operation = match status.state {
+            state::OK => "health",
+            _ => error::operation_name(status.operation),
+        };
+        return Err(Error::PeerLost { operation, rank, peer, pid });
+    }
+    let operation = error::operation_name(status.operation);
+    let phase = error::phase_name(status.phase);
+    let (peer, epoch) = (status.peer, status.epoch);
+    Err(match status.state {
+        state::OK => Error::Stopped { rank },
+        state::TIMED_OUT => {
+            Error::Timeout { operation, rank, peer, epoch, phase, waited: deadline }
+        }
+        state::CORRUPT => Error::Corrupt { operation, rank, peer },
+        _ => Error::Aborted { operation, rank, peer, epoch, phase },
+    })
 }

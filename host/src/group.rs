@@ -7,11 +7,14 @@ use crate::choice::{Known, LinkClass, Shown, Tuning};
 use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::{Backend, GpuRef, cuda};
+use crate::host_mailbox::HostMailbox;
 use crate::layout;
-use crate::mailbox::{Member, Offer};
+use crate::mailbox::{Extent, Member, Offer};
+use crate::plan::steps::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
 use crate::rendezvous::{ABORTED, Membership, Segment};
-use peerlane_device::abi::{ABI_VERSION, Kernel, MAX_RANKS, MAX_THREADS, Status};
+use crate::transport::{Pairs, Transport};
+use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -79,6 +82,7 @@ impl Card {
 /// What all ranks' cards add up to.
 pub(crate) struct Agreement {
     pub(crate) shape: Shape,
+    extent: Extent,
     ordinals: Vec<u32>,
 }
 
@@ -116,10 +120,17 @@ impl Agreement {
                 got: config.mailbox_bytes.to_string(),
             });
         };
+        check_staging(config)?;
         let max_blocks = max_blocks(cards, config);
         let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
-            shape: Shape { world, layout, max_blocks, islands, hub, class: link_class(cards) },
+            shape: Shape {
+                islands,
+                hub,
+                class: link_class(cards),
+                ..Shape::new(world, layout, max_blocks)
+            },
+            extent: Extent::new(layout, world, config.staging()),
             ordinals: cards.iter().map(|card| card.ordinal).collect(),
         })
     }
@@ -137,65 +148,136 @@ impl Agreement {
 
     /// Allocates the memory of a rank on `gpu`.
     pub(crate) fn member(&self, gpu: &GpuRef, config: &Config) -> Result<Arc<Member>> {
-        let member = Member::new(gpu, self.shape.layout, self.shape.world)?;
+        let member = Member::new(gpu, self.extent)?;
         if config.first_slot != 0 {
             member.number_slots_from(config.first_slot, self.shape.layout)?;
         }
         Ok(Arc::new(member))
     }
 
-    /// Allocates the memory of `rank`, which is a process of its own, and offers it to the others.
+    /// Allocates the memory of `rank`, which is a process of its own, and offers it to the others,
+    /// unless they are to use host memory.
     pub(crate) fn offer(
         &self,
         gpu: &GpuRef,
         config: &Config,
         segment: &Arc<Segment>,
         rank: u32,
-    ) -> Result<(Arc<Member>, Offer, Option<OwnedFd>)> {
-        let Shape { world, layout, .. } = self.shape;
-        let member = Member::shared(gpu, layout, world, segment, rank)?;
-        if config.first_slot != 0 {
-            member.number_slots_from(config.first_slot, layout)?;
+    ) -> Result<(Arc<Member>, Option<Offer>, Option<OwnedFd>)> {
+        let make = |exported| -> Result<_> {
+            let member = Member::shared(gpu, self.extent, segment, (rank, exported))?;
+            if config.first_slot != 0 {
+                member.number_slots_from(config.first_slot, self.shape.layout)?;
+            }
+            Ok(Arc::new(member))
+        };
+        let export = || {
+            let member = make(true)?;
+            let (offer, file) = member.offer(self.extent)?;
+            Ok((member, Some(offer), file))
+        };
+        match config.transport {
+            Transport::P2p => export(),
+            Transport::Host => Ok((make(false)?, None, None)),
+            // Memory that cannot be exported is no reason not to work.
+            Transport::Auto => export().or_else(|_: Error| Ok((make(false)?, None, None))),
         }
-        let (offer, file) = member.offer(layout.mailbox_bytes(world))?;
-        Ok((Arc::new(member), offer, file))
     }
 
     /// Maps what the other ranks offer, in rank order, into the GPU of `rank`, whose own memory is
-    /// `own`.
+    /// `own`. Says with a bit each which ranks it does not reach so.
     pub(crate) fn accept(
         &self,
         gpu: &GpuRef,
         segment: &Arc<Segment>,
         (rank, own): (u32, &Arc<Member>),
         cards: &[Card],
-        offers: Vec<(Offer, Option<OwnedFd>)>,
-    ) -> Result<Vec<Arc<Member>>> {
+        offers: Vec<(Option<Offer>, Option<OwnedFd>)>,
+        transport: Transport,
+    ) -> Result<(Vec<Arc<Member>>, u16)> {
+        let mut unreached = 0;
         let peers = (0..).zip(cards).zip(offers);
         let members = peers.map(|((peer, card), (offer, file))| {
             if peer == rank {
                 return Ok(own.clone());
             }
-            let ordinal = card.ordinal_here()?;
-            Member::remote(gpu, segment, peer, ordinal, (offer, file)).map(Arc::new)
+            let remote = |offer| {
+                let at = (peer, card.ordinal_here()?);
+                Member::remote(gpu, segment, at, self.extent, (offer, file))
+            };
+            let member = match (offer.map(remote), transport) {
+                (Some(Ok(member)), _) => member,
+                (Some(Err(error)), Transport::P2p) => return Err(error),
+                (Some(Err(error @ Error::InvalidArgument { .. })), _) => return Err(error),
+                (Some(Err(_)) | None, _) => {
+                    unreached |= 1 << peer;
+                    Member::distant(gpu, segment, peer, card.ordinal)
+                }
+            };
+            Ok(Arc::new(member))
         });
-        members.collect()
+        let members = members.collect::<Result<_>>()?;
+        Ok((members, unreached))
     }
 
-    /// Maps every other rank's GPU into `gpu`, or says which one it cannot reach.
-    pub(crate) fn map_peers(&self, gpu: &GpuRef) -> Result<()> {
+    /// Maps the other ranks' GPUs into `gpu`, that of `rank`. Says with a bit each which ranks it
+    /// does not reach so.
+    pub(crate) fn map_peers(&self, gpu: &GpuRef, rank: u32, transport: Transport) -> Result<u16> {
         let from = gpu.properties().ordinal;
-        for &to in &self.ordinals {
-            if to == from {
-                continue;
+        let mut unreached = 0;
+        for (peer, &to) in (0..).zip(&self.ordinals).filter(|(peer, _)| *peer != rank) {
+            let mapped = match transport {
+                Transport::Host => {
+                    unreached |= 1 << peer;
+                    continue;
+                }
+                Transport::Auto | Transport::P2p if to == from => Ok(()),
+                Transport::Auto | Transport::P2p => map_peer(gpu, to),
+            };
+            match (mapped, transport) {
+                (Err(Error::Unreachable { .. }), Transport::Auto) => unreached |= 1 << peer,
+                (mapped, _) => mapped?,
             }
-            if !gpu.peer_access(to)?.access {
-                let reason = "the driver offers no peer access between them".into();
-                return Err(Error::Unreachable { from, to, reason });
-            }
-            gpu.enable_peer(to)?;
         }
-        Ok(())
+        Ok(unreached)
+    }
+
+    /// The host mailbox of `rank` on `gpu`, if a rank of this process needs it.
+    pub(crate) fn host_mailbox(
+        &self,
+        gpu: &GpuRef,
+        config: &Config,
+        (rank, pairs): (u32, Pairs),
+    ) -> Result<Option<Arc<HostMailbox>>> {
+        let Shape { world, layout, .. } = self.shape;
+        let needed = pairs.senders(rank) != 0;
+        let made = needed.then(|| HostMailbox::new(gpu, layout, world, config.first_slot));
+        Ok(made.transpose()?.map(Arc::new))
+    }
+}
+
+fn map_peer(gpu: &GpuRef, to: u32) -> Result<()> {
+    if gpu.peer_access(to)?.access {
+        return gpu.enable_peer(to);
+    }
+    let reason = "the driver offers no peer access between them".into();
+    Err(Error::Unreachable { from: gpu.properties().ordinal, to, reason })
+}
+
+/// That a staging area can be cut into slots, and chunks can be what was asked.
+fn check_staging(config: &Config) -> Result<()> {
+    let invalid = |argument, expected: String, got: usize| {
+        Err(Error::InvalidArgument { op: "connect", argument, expected, got: got.to_string() })
+    };
+    let staging = config.staging();
+    if staging != 0 && staging < LEAST_STAGING_BYTES {
+        return invalid("staging_bytes", format!("0 or at least {LEAST_STAGING_BYTES}"), staging);
+    }
+    match config.chunk_bytes {
+        Some(bytes) if bytes == 0 || !bytes.is_multiple_of(UNIT) => {
+            invalid("chunk_bytes", format!("a multiple of {UNIT} above 0"), bytes)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -303,48 +385,95 @@ fn hub(world: u32, config: &Config) -> Result<u32> {
     }
 }
 
+/// All mailboxes of a group, as one process has them.
+#[derive(Clone)]
+pub(crate) struct Mailboxes {
+    pub(crate) members: Arc<[Arc<Member>]>,
+    /// Those in host memory, by rank, as far as a rank of this process uses them.
+    pub(crate) hosts: Vec<Option<Arc<HostMailbox>>>,
+    pub(crate) pairs: Pairs,
+}
+
+impl Mailboxes {
+    /// No mailbox in host memory yet.
+    pub(crate) fn new(members: Vec<Arc<Member>>, pairs: Pairs) -> Mailboxes {
+        let hosts = members.iter().map(|_| None).collect();
+        Mailboxes { members: members.into(), hosts, pairs }
+    }
+
+    /// Fills in where `args.rank` writes to and what it reads.
+    pub(crate) fn address(&self, args: &mut Args) {
+        let rank = args.rank;
+        let host = |rank: usize| self.hosts[rank].as_ref().map_or(0, |host| host.memory.device.0);
+        for (peer, member) in self.members.iter().enumerate() {
+            let by_host = self.pairs.by_host(rank, peer as u32);
+            args.peers[peer] = if by_host { host(peer) } else { member.mailbox.0 };
+        }
+        args.host_senders = self.pairs.senders(rank);
+        args.host_mailbox = host(rank as usize);
+        args.status = self.members[rank as usize].status.device.0;
+    }
+}
+
 /// What every communicator of a group holds. Dropped in this order.
 #[derive(Clone)]
 pub(crate) struct Group {
     pub(crate) shape: Shape,
-    pub(crate) members: Arc<[Arc<Member>]>,
+    pub(crate) mailboxes: Mailboxes,
     pub(crate) log: Arc<CallLog>,
-    /// If the ranks are processes: this one's belonging to the group. After the members, since it
+    /// If the ranks are processes: this one's belonging to the group. After the mailboxes, since it
     /// tells the others that this process writes to them no more.
     membership: Option<Arc<Membership>>,
 }
 
 impl Group {
     /// A group of ranks of this process.
-    pub(crate) fn new(shape: Shape, members: Vec<Arc<Member>>) -> Group {
+    pub(crate) fn new(shape: Shape, mailboxes: Mailboxes) -> Group {
         let log = Arc::new(CallLog::new(shape.world));
-        Group { shape, members: members.into(), log, membership: None }
+        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, membership: None }
     }
 
     /// One process's view of a group of processes.
     pub(crate) fn of_processes(
         shape: Shape,
-        members: Vec<Arc<Member>>,
+        mailboxes: Mailboxes,
         membership: Membership,
     ) -> Group {
         let log = Arc::new(CallLog::shared(shape.world, membership.segment.clone()));
-        Group { shape, members: members.into(), log, membership: Some(Arc::new(membership)) }
+        let membership = Some(Arc::new(membership));
+        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, membership }
     }
 
-    /// The process of `rank`, if the ranks are processes.
-    pub(crate) fn pid(&self, rank: u32) -> Option<u32> {
-        self.membership.as_ref().map(|membership| membership.segment.pid(rank))
+    /// What carries data from one rank to another.
+    pub(crate) fn transport(&self, from: u32, to: u32) -> Transport {
+        if self.mailboxes.pairs.by_host(from, to) { Transport::Host } else { Transport::P2p }
+    }
+
+    /// What `rank` knows of itself.
+    pub(crate) fn member(&self, rank: u32) -> &Member {
+        &self.mailboxes.members[rank as usize]
+    }
+
+    /// What the ranks share if they are processes.
+    pub(crate) fn segment(&self) -> Option<&Arc<Segment>> {
+        self.membership.as_ref().map(|membership| &membership.segment)
     }
 
     /// What can stop every rank's waits for as long as the group lasts.
     pub(crate) fn aborter(&self) -> Aborter {
-        Aborter { members: Arc::downgrade(&self.members) }
+        Aborter { members: Arc::downgrade(&self.mailboxes.members) }
     }
 
     /// The ordinal of the GPU that holds `rank`.
     pub(crate) fn ordinal(&self, rank: u32) -> u32 {
-        self.members[rank as usize].ordinal
+        self.member(rank).ordinal
     }
+}
+
+/// The shape, now that it is known what carries the data.
+fn shape_with(shape: Shape, mailboxes: &Mailboxes) -> Shape {
+    let host = mailboxes.pairs.any();
+    Shape { host, class: if host { LinkClass::Host } else { shape.class }, ..shape }
 }
 
 /// Stops a group's waits, from any thread and while its communicators are in use or being closed.

@@ -7,10 +7,13 @@ use crate::choice::Known;
 use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::GpuRef;
-use crate::group::{Agreement, Card, Group};
+use crate::group::{Agreement, Card, Group, Mailboxes};
+use crate::host_mailbox::HostMailbox;
 use crate::mailbox::{Member, Offer};
-use crate::probe;
+use crate::plan::Shape;
+use crate::probe::Probe;
 use crate::rendezvous::{Processes, Seat};
+use crate::transport::{Pairs, Transport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -27,18 +30,17 @@ pub(crate) fn join(
 ) -> Result<(Group, Known)> {
     let seat = meeting.enter(rank)?;
     let segment = seat.segment.clone();
-    let cards: Vec<Card> =
-        share(&seat, rank, Card::prepare(gpu, config), None)?.into_iter().map(|(c, _)| c).collect();
+    let cards: Vec<Card> = values(share(&seat, rank, Card::prepare(gpu, config), None)?);
     let agreement = Agreement::of(&cards, config)?;
     let known = share(&seat, rank, agreement.known(rank, &cards, config), None)?.swap_remove(0).0;
     let (own, offer, file) = match agreement.offer(gpu, config, &segment, rank) {
         Ok((own, offer, file)) => (Some(own), Ok(offer), file),
         Err(error) => (None, Err(error), None),
     };
-    let entered = Entered { seat: &seat, agreement: &agreement, cards: &cards, rank, gpu };
+    let entered = Entered { seat: &seat, agreement: &agreement, cards: &cards, rank, gpu, config };
     match (entered.map_and_probe(own.as_ref(), offer, file), own) {
-        (Ok(members), Some(own)) => {
-            Ok((Group::of_processes(agreement.shape, members, seat.join(own)?), known))
+        (Ok(mailboxes), Some(own)) => {
+            Ok((Group::of_processes(agreement.shape, mailboxes, seat.join(own)?), known))
         }
         (Err(error), Some(own)) => {
             seat.abandon(own);
@@ -56,6 +58,7 @@ struct Entered<'a> {
     cards: &'a [Card],
     rank: u32,
     gpu: &'a GpuRef,
+    config: &'a Config,
 }
 
 impl Entered<'_> {
@@ -64,25 +67,102 @@ impl Entered<'_> {
     fn map_and_probe(
         &self,
         own: Option<&Arc<Member>>,
-        offer: Result<Offer>,
+        offer: Result<Option<Offer>>,
         file: Option<OwnedFd>,
-    ) -> Result<Vec<Arc<Member>>> {
-        let Entered { seat, agreement, cards, rank, gpu } = *self;
+    ) -> Result<Mailboxes> {
+        let Entered { seat, agreement, cards, rank, gpu, config } = *self;
         let offers = share(seat, rank, offer, file)?;
         // It is there, or sharing the failure would have returned.
         let Some(own) = own else { return Err(Error::Closed { op: "join", rank }) };
-        let mapped = agreement.accept(gpu, &seat.segment, (rank, own), cards, offers);
-        let (members, mapped) = match mapped {
-            Ok(members) => (members, Ok(())),
+        let segment = &seat.segment;
+        let mapped = agreement.accept(gpu, segment, (rank, own), cards, offers, config.transport);
+        let (members, unreached) = match mapped {
+            Ok((members, unreached)) => (members, Ok(unreached)),
             Err(error) => (Vec::new(), Err(error)),
         };
-        share(seat, rank, mapped, None)?;
-        let probe = probe::Probe { gpu, rank, shape: agreement.shape, members: &members };
-        for step in 0..probe::steps(agreement.shape.world) {
-            share(seat, rank, probe.run(step), None)?;
+        let unreached: Vec<u16> = values(share(seat, rank, unreached, None)?);
+        let mut mailboxes = Mailboxes::new(members, Pairs::of(&unreached));
+        // Every pass but the last demotes at least one pair, so they end.
+        for pass in 0.. {
+            self.share_hosts(&mut mailboxes)?;
+            let before = mailboxes.pairs;
+            mailboxes.pairs = self.probe(&mailboxes, pass)?;
+            if mailboxes.pairs == before {
+                break;
+            }
         }
-        Ok(members)
+        Ok(mailboxes)
     }
+
+    /// Makes and maps the host mailboxes that are needed and not there yet.
+    fn share_hosts(&self, mailboxes: &mut Mailboxes) -> Result<()> {
+        let Entered { seat, agreement, rank, gpu, config, .. } = *self;
+        let Mailboxes { hosts, pairs, .. } = mailboxes;
+        if !pairs.any() {
+            return Ok(());
+        }
+        let Shape { world, layout, .. } = agreement.shape;
+        let own = &mut hosts[rank as usize];
+        let made = match own {
+            None if pairs.senders(rank) != 0 => {
+                HostMailbox::create(gpu, layout, world, config.first_slot)
+                    .map(|made| *own = Some(Arc::new(made)))
+            }
+            _ => Ok(()),
+        };
+        let file = made.and_then(|()| own.as_ref().map_or(Ok(None), |own| own.file()));
+        let (made, file) = match file {
+            Ok(file) => (Ok(()), file),
+            Err(error) => (Err(error), None),
+        };
+        let offered = share(seat, rank, made, file)?;
+        let open = |(peer, (_, file)): (usize, ((), Option<OwnedFd>))| {
+            let needed = pairs.by_host(rank, peer as u32) && hosts[peer].is_none();
+            if let Some(file) = file.filter(|_| needed) {
+                hosts[peer] = Some(Arc::new(HostMailbox::open(gpu, layout, world, file)?));
+            }
+            Ok(())
+        };
+        let opened = offered.into_iter().enumerate().try_for_each(open);
+        share(seat, rank, opened, None).map(drop)
+    }
+
+    /// Every pair exchanges patterns. Returns the pairs with those demoted to host memory between
+    /// which they did not arrive.
+    fn probe(&self, mailboxes: &Mailboxes, pass: u32) -> Result<Pairs> {
+        let Entered { seat, agreement, rank, gpu, config, .. } = *self;
+        let probe = Probe { gpu, rank, shape: agreement.shape, mailboxes };
+        let mut pairs = mailboxes.pairs;
+        let may_demote = config.transport == Transport::Auto;
+        for step in 0..probe.steps() {
+            let verdict = probe.run(pass, step).and_then(|failure| match failure {
+                None => Ok(None),
+                Some((peer, _)) if may_demote && !pairs.by_host(peer, rank) => Ok(Some(peer)),
+                Some((_, error)) => Err(error),
+            });
+            let verdicts: Vec<Option<u32>> = values(share(seat, rank, verdict, None)?);
+            let failures = (0..).zip(&verdicts).filter_map(|(to, from)| Some(((*from)?, to)));
+            failures.for_each(|(from, to)| pairs.demote(from, to));
+            if verdicts.iter().any(Option::is_some) {
+                share(seat, rank, self.forget_failures(mailboxes), None)?;
+            }
+        }
+        Ok(pairs)
+    }
+
+    /// Makes this rank's words as if no probe had failed. All ranks do so before the next step.
+    fn forget_failures(&self, mailboxes: &Mailboxes) -> Result<()> {
+        let rank = self.rank as usize;
+        if let Some(host) = &mailboxes.hosts[rank] {
+            host.forget_failures();
+        }
+        mailboxes.members[rank].forget_failures()
+    }
+}
+
+/// What the ranks brought to a round without files.
+fn values<T>(all: Vec<(T, Option<OwnedFd>)>) -> Vec<T> {
+    all.into_iter().map(|(value, _)| value).collect()
 }
 
 /// Brings `outcome` to the next round. If any rank brings a failure, all return the first one.

@@ -1,12 +1,14 @@
-//! The memory that peers write to: whose it is, how another rank reaches it, when it goes.
+//! The memory of a rank's GPU that peers write to, mailbox and staging area: whose it is, how another
+//! rank reaches it, when it goes. What lies in host memory is in `host_mailbox.rs`.
 //!
 //! Invariant: a mailbox belongs to Peerlane and lives until no rank can write to it any more. What
 //! another process offers is mapped here, never owned.
 
 use crate::error::Result;
 use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
+use crate::plan::steps::FLAG_BYTES;
 use crate::rendezvous::{PAGE, Segment};
-use peerlane_device::abi::{FREE, Layout, Status};
+use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout, Status, state};
 use serde::{Deserialize, Serialize};
 use std::hash::BuildHasher;
 use std::os::fd::OwnedFd;
@@ -16,51 +18,105 @@ use std::sync::{Arc, OnceLock};
 pub(crate) struct Member {
     gpu: GpuRef,
     pub(crate) ordinal: u32,
+    /// 0 for a rank that this process reaches through host memory.
     pub(crate) mailbox: DevicePtr,
+    /// Its staging area for scheduled calls, behind the mailbox in the same memory.
+    pub(crate) staging: DevicePtr,
     pub(crate) status: HostMemory,
     holds: Holds,
     /// Keeps the status page mapped, if it lies in memory that processes share.
     _segment: Option<Arc<Segment>>,
 }
 
+/// What a rank's streams tell its host about scheduled calls, in its status page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Board {
+    /// 1 while a call is under way.
+    pub(crate) busy: u32,
+    /// The number of the last call that is done, captured ones not counted.
+    pub(crate) done: u32,
+    /// What each stream waits for; 0 for nothing.
+    pub(crate) notes: [u32; 32],
+}
+
+impl Board {
+    /// Where it lies in a status page: behind what kernels use, before what processes use.
+    pub(crate) const OFFSET: usize = 1024;
+
+    /// The note that a stream waits for `peer` in `phase` of turn `turn`.
+    pub(crate) const fn note(turn: u32, phase: u32, peer: u32) -> u32 {
+        1 << 31 | (turn & 0x3f_ffff) << 8 | phase << 4 | peer
+    }
+
+    /// The phase and the peer of the wait that is first in the order of the steps, if any.
+    pub(crate) fn waits(&self) -> Option<(u32, u32)> {
+        let first = self.notes.iter().filter(|note| **note != 0).min()?;
+        Some((first >> 4 & 0xf, first & 0xf))
+    }
+}
+
+const _: () = assert!(size_of::<Status>() <= Board::OFFSET);
+
 /// What a member gives back in the end.
 enum Holds {
     /// Memory of this process alone.
     Private,
-    /// Memory that other processes map.
+    /// As a process of several: other processes may map it, and share the status page.
     Shared,
     /// Another process's memory, mapped into this rank's GPU.
     Imported,
-    /// The memory of a rank of this process, which gives it back itself.
-    Neighbour,
+    /// Nothing: the memory of a rank of this process, which gives it back itself, or none.
+    Nothing,
+}
+
+/// How large the memory of a rank is that others write to, and where its staging area begins.
+#[derive(Clone, Copy)]
+pub(crate) struct Extent {
+    layout: Layout,
+    mailbox_bytes: usize,
+    staging_bytes: usize,
+}
+
+impl Extent {
+    /// A mailbox for `world` ranks and `staging_bytes` bytes.
+    pub(crate) fn new(layout: Layout, world: u32, staging_bytes: usize) -> Extent {
+        // Staging areas begin aligned as allocations do.
+        let mailbox_bytes = layout.mailbox_bytes(world).next_multiple_of(256);
+        Extent { layout, mailbox_bytes, staging_bytes }
+    }
+
+    fn bytes(&self) -> usize {
+        self.mailbox_bytes + self.staging_bytes
+    }
 }
 
 impl Member {
     /// Allocates and clears the memory of a rank on `gpu`.
-    pub(crate) fn new(gpu: &GpuRef, layout: Layout, world: u32) -> Result<Member> {
-        let mailbox = gpu.alloc(layout.mailbox_bytes(world))?;
-        let status = gpu.alloc_host(size_of::<Status>());
-        Member::with(gpu, mailbox, status, None)?.cleared(layout, world)
+    pub(crate) fn new(gpu: &GpuRef, extent: Extent) -> Result<Member> {
+        let mailbox = gpu.alloc(extent.bytes())?;
+        let status = gpu.alloc_host(PAGE);
+        Member::with(gpu, (mailbox, extent), status, None)?.cleared(extent)
     }
 
-    /// As `new`, for `rank` of a group of processes.
+    /// As `new`, for `rank` of a group of processes; `exported` if others shall map the mailbox.
     pub(crate) fn shared(
         gpu: &GpuRef,
-        layout: Layout,
-        world: u32,
+        extent: Extent,
         segment: &Arc<Segment>,
-        rank: u32,
+        (rank, exported): (u32, bool),
     ) -> Result<Member> {
-        let mailbox = gpu.alloc_shared(layout.mailbox_bytes(world))?;
+        let bytes = extent.bytes();
+        let mailbox = if exported { gpu.alloc_shared(bytes)? } else { gpu.alloc(bytes)? };
         // SAFETY: the page is whole, and the member keeps it mapped.
         let status = unsafe { gpu.register_host(segment.page(rank), PAGE) };
-        Member::with(gpu, mailbox, status, Some(segment.clone()))?.cleared(layout, world)
+        Member::with(gpu, (mailbox, extent), status, Some(segment.clone()))?.cleared(extent)
     }
 
     /// Holds `mailbox` and `status`, or frees the first if there is no second.
     fn with(
         gpu: &GpuRef,
-        mailbox: DevicePtr,
+        (mailbox, extent): (DevicePtr, Extent),
         status: Result<HostMemory>,
         segment: Option<Arc<Segment>>,
     ) -> Result<Member> {
@@ -69,6 +125,7 @@ impl Member {
                 gpu: gpu.clone(),
                 ordinal: gpu.properties().ordinal,
                 mailbox,
+                staging: mailbox.offset(extent.mailbox_bytes),
                 status,
                 holds: if segment.is_some() { Holds::Shared } else { Holds::Private },
                 _segment: segment,
@@ -81,52 +138,66 @@ impl Member {
         }
     }
 
-    /// Empties the mailbox.
-    fn cleared(self, layout: Layout, world: u32) -> Result<Member> {
-        let (words, bytes) = (layout.first_slot as usize, layout.mailbox_bytes(world));
+    /// Empties the mailbox and takes all flags down.
+    fn cleared(self, extent: Extent) -> Result<Member> {
+        let words = extent.layout.first_slot as usize;
         let own = OwnStream::new(&self.gpu)?;
-        // SAFETY: both ranges lie in the mailbox.
+        // SAFETY: the ranges lie in the mailbox and in the staging area.
         unsafe {
             self.gpu.fill(self.mailbox, 0, words, own.stream)?;
             let slots = self.mailbox.offset(words);
-            self.gpu.fill(slots, FREE as u8, bytes - words, own.stream)?;
+            self.gpu.fill(slots, FREE as u8, extent.mailbox_bytes - words, own.stream)?;
+            let flags = extent.staging_bytes.min(FLAG_BYTES);
+            if flags != 0 {
+                self.gpu.fill(self.staging, 0, flags, own.stream)?;
+            }
         }
         self.gpu.stream_synchronize(own.stream)?;
         drop(own);
         Ok(self)
     }
 
+    /// What a rank on `gpu` knows of `peer` on the GPU `ordinal`, whose mailbox there it does not
+    /// reach.
+    pub(crate) fn distant(gpu: &GpuRef, segment: &Arc<Segment>, peer: u32, ordinal: u32) -> Member {
+        let status = HostMemory { host: segment.page(peer), device: DevicePtr(0), bytes: PAGE };
+        let (mailbox, holds) = (DevicePtr(0), Holds::Nothing);
+        let _segment = Some(segment.clone());
+        let staging = DevicePtr(0);
+        Member { gpu: gpu.clone(), ordinal, mailbox, staging, status, holds, _segment }
+    }
+
     /// The memory of `peer` on the GPU `ordinal`, as a rank on `gpu` reaches it.
     pub(crate) fn remote(
         gpu: &GpuRef,
         segment: &Arc<Segment>,
-        peer: u32,
-        ordinal: u32,
+        (peer, ordinal): (u32, u32),
+        extent: Extent,
         (offer, file): (Offer, Option<OwnedFd>),
     ) -> Result<Member> {
+        let mut member = Member::distant(gpu, segment, peer, ordinal);
         // The driver opens no IPC handle in the process that made it.
         let is_neighbour = offer.process == this_process();
         let (mailbox, holds) = if is_neighbour && offer.handle != MemoryHandle::File {
             if ordinal != gpu.properties().ordinal {
                 gpu.enable_peer(ordinal)?;
             }
-            (DevicePtr(offer.address), Holds::Neighbour)
+            (DevicePtr(offer.address), Holds::Nothing)
         } else {
             let exported = Exported { handle: offer.handle, file };
             let mapped = gpu.import(exported, offer.bytes, ordinal)?;
             (mapped, Holds::Imported)
         };
-        let host = segment.page(peer);
-        let status = HostMemory { host, device: DevicePtr(0), bytes: PAGE };
-        let _segment = Some(segment.clone());
-        Ok(Member { gpu: gpu.clone(), ordinal, mailbox, status, holds, _segment })
+        (member.mailbox, member.holds) = (mailbox, holds);
+        member.staging = mailbox.offset(extent.mailbox_bytes);
+        Ok(member)
     }
 
     /// Offers the mailbox to the other processes.
-    pub(crate) fn offer(&self, bytes: usize) -> Result<(Offer, Option<OwnedFd>)> {
+    pub(crate) fn offer(&self, extent: Extent) -> Result<(Offer, Option<OwnedFd>)> {
         let Exported { handle, file } = self.gpu.export(self.mailbox)?;
         let (address, process) = (self.mailbox.0, this_process());
-        Ok((Offer { handle, bytes, address, process }, file))
+        Ok((Offer { handle, bytes: extent.bytes(), address, process }, file))
     }
 
     /// Lets all counters begin at `first` instead of 0.
@@ -139,6 +210,19 @@ impl Member {
             self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
         };
         self.gpu.stream_synchronize(own.stream)
+    }
+
+    /// Takes back what a failed probe has left in the control block and in the status page. Only
+    /// while no kernel runs.
+    pub(crate) fn forget_failures(&self) -> Result<()> {
+        let own = OwnStream::new(&self.gpu)?;
+        // SAFETY: inside the mailbox.
+        unsafe { self.gpu.fill(self.mailbox, 0, CONTROL_BYTES, own.stream)? };
+        self.gpu.stream_synchronize(own.stream)?;
+        let page = self.status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the member; only this rank's kernels store this word.
+        unsafe { (&raw mut (*page).state).write_volatile(state::OK) };
+        Ok(())
     }
 }
 
@@ -160,7 +244,7 @@ impl Drop for Member {
                 Holds::Imported => {
                     let _ = self.gpu.release(self.mailbox);
                 }
-                Holds::Neighbour => {}
+                Holds::Nothing => {}
             }
         }
     }

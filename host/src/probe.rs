@@ -2,14 +2,16 @@
 //!
 //! Drivers have been seen that offer peer access and copy zeros. So every pair of ranks exchanges
 //! patterns both ways, with the instructions and fences that the collectives use, and compares them
-//! bit by bit. Pairs take turns, because a mailbox has one probe area.
+//! bit by bit, over what carries the pair's data. Pairs take turns, because a mailbox has one probe
+//! area. A rank that receives nothing, or something else, tells its partner, so each direction of a
+//! pair gets a verdict of its own.
 
 use crate::error::{Error, Result};
 use crate::gpu::GpuRef;
-use crate::mailbox::{Member, OwnStream};
+use crate::group::Mailboxes;
+use crate::mailbox::OwnStream;
 use crate::plan::Shape;
-use peerlane_device::abi::{Args, Kernel, MAX_RANKS, Operation, Status, probe, state};
-use std::sync::Arc;
+use peerlane_device::abi::{Args, Kernel, Operation, Status, probe, state};
 use std::time::Duration;
 
 /// Patterns that each pair exchanges.
@@ -22,11 +24,11 @@ pub(crate) struct Probe<'a> {
     pub(crate) gpu: &'a GpuRef,
     pub(crate) rank: u32,
     pub(crate) shape: Shape,
-    pub(crate) members: &'a [Arc<Member>],
+    pub(crate) mailboxes: &'a Mailboxes,
 }
 
 /// Steps in which `world` ranks meet in all pairs.
-pub(crate) fn steps(world: u32) -> u32 {
+fn steps(world: u32) -> u32 {
     if world < 2 { 0 } else { world.next_multiple_of(2) - 1 }
 }
 
@@ -46,51 +48,49 @@ fn partner(world: u32, rank: u32, step: u32) -> Option<u32> {
 }
 
 impl Probe<'_> {
-    /// Meets this step's partner, if there is one.
-    pub(crate) fn run(&self, step: u32) -> Result<()> {
-        let Some(peer) = partner(self.shape.world, self.rank, step) else { return Ok(()) };
-        let mut peers = [0; MAX_RANKS];
-        for (address, member) in peers.iter_mut().zip(self.members) {
-            *address = member.mailbox.0;
-        }
-        let own = &self.members[self.rank as usize];
-        let args = Args {
+    /// Steps in which every pair meets once.
+    pub(crate) fn steps(&self) -> u32 {
+        steps(self.shape.world)
+    }
+
+    /// Meets this step's partner, if there is one. Returns the partner and what is wrong with what
+    /// comes from it, if anything is.
+    pub(crate) fn run(&self, pass: u32, step: u32) -> Result<Option<(u32, Error)>> {
+        let Some(peer) = partner(self.shape.world, self.rank, step) else { return Ok(None) };
+        let mut args = Args {
             operation: Operation::Probe as u32,
-            peers,
             peer,
-            status: own.status.device.0,
             deadline_ns: DEADLINE.as_nanos() as u64,
             mode: probe::PING_PONG,
             rounds: ROUNDS,
-            rows: u64::from(1 + step * ROUNDS),
+            rows: u64::from(1 + (pass * self.steps() + step) * ROUNDS),
             ..Args::new(self.rank, self.shape.world, self.shape.layout)
         };
+        self.mailboxes.address(&mut args);
         let stream = OwnStream::new(self.gpu)?;
-        // SAFETY: all mailboxes are mapped, and both ranks pass the same rounds, above all earlier.
+        // SAFETY: what the pair uses is mapped, and both ranks pass the same rounds, above all earlier.
         unsafe { self.gpu.launch(Kernel::Probe, 1, 32, &args, stream.stream)? };
         self.gpu.stream_synchronize(stream.stream)?;
-        self.verdict(peer)
+        Ok(self.verdict(peer).map(|error| (peer, error)))
     }
 
     /// What the kernel recorded.
-    fn verdict(&self, peer: u32) -> Result<()> {
-        let own = &self.members[self.rank as usize];
+    fn verdict(&self, peer: u32) -> Option<Error> {
+        let members = &self.mailboxes.members;
+        let own = &members[self.rank as usize];
         let page = own.status.host.cast::<Status>();
         // SAFETY: the page is alive as long as the member, and the kernel is over.
         let found = unsafe { (&raw const (*page).state).read_volatile() };
-        let (from, to) = (self.members[peer as usize].ordinal, own.ordinal);
+        let (from, to) = (members[peer as usize].ordinal, own.ordinal);
         let reason = match found {
-            state::OK => return Ok(()),
             state::CORRUPT => "what arrives is not what was stored".to_owned(),
             state::TIMED_OUT => format!("what it stores does not arrive within {DEADLINE:?}"),
-            // Another pair has failed and says so in this round.
-            _ => return Ok(()),
+            // Nothing, or the partner has failed and says so itself.
+            _ => return None,
         };
-        Err(Error::Unreachable {
-            from,
-            to,
-            reason: format!("the driver offers access, but {reason}"),
-        })
+        let by_host = self.mailboxes.pairs.by_host(peer, self.rank);
+        let way = if by_host { "through host memory" } else { "the driver offers access, but" };
+        Some(Error::Unreachable { from, to, reason: format!("{way} {reason}") })
     }
 }
 

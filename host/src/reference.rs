@@ -85,7 +85,7 @@ impl Reduction<'_> {
         &self,
         range: Range<usize>,
         takes: impl Fn(usize) -> bool,
-        partial: Option<(usize, &dyn Fn(usize) -> Vec<f32>)>,
+        partial: Option<Partial<'_>>,
     ) -> Vec<f32> {
         let adds = matches!(self.op, ReduceOp::Sum | ReduceOp::Avg);
         // -0.0 and NaN change nothing, where 0.0 would turn -0.0 into 0.0.
@@ -189,6 +189,9 @@ impl Reduction<'_> {
         travelled(self.dtype, self.wire, value(self.dtype, bytes))
     }
 }
+
+/// A rank, and what any other has summed up so far.
+type Partial<'a> = (usize, &'a dyn Fn(usize) -> Vec<f32>);
 
 /// Half a unit in the last place of 1.0f32.
 const EPSILON: f64 = 1.0 / (1u32 << 24) as f64;

@@ -4,7 +4,7 @@
 //! not. Every rank that takes part must bring the same sizes, types, root and options.
 
 use crate::algorithm::{Algorithm, Route};
-use crate::gpu::DevicePtr;
+use crate::gpu::{DevicePtr, Event};
 use peerlane_device::abi::{DType, ReduceOp, Wire};
 
 /// Every rank ends with the reduction of all ranks' tensors.
@@ -43,6 +43,17 @@ impl AllReduce {
             algorithm: None,
         }
     }
+}
+
+/// A part of a tensor that becomes ready by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Its first element.
+    pub first: usize,
+    /// Its elements: some rows, usually.
+    pub count: usize,
+    /// Recorded where the producer has finished it.
+    pub ready: Event,
 }
 
 /// Rank r ends with the reduction of all ranks' r-th parts.

@@ -29,6 +29,7 @@ _Algorithm: TypeAlias = Literal[
 ]
 _Route: TypeAlias = Literal["auto", "direct", "hub", "chain", "tree", "double-tree"]
 _Tuning: TypeAlias = str | PathLike[str]  # "auto", "off" or a file
+_Transport: TypeAlias = Literal["auto", "p2p", "host"]
 
 class Communicator:
     """One rank of a group of GPUs. The calls queue work on a stream and return at once.
@@ -53,13 +54,15 @@ class Communicator:
         fixed: bool = False,
         exact: bool = True,
         tuning: _Tuning = "auto",
+        transport: _Transport | None = None,
     ) -> None:
         """Joins the group called name and returns once all world_size ranks have.
 
         device is the index of a GPU, "cuda:0", a torch.device, or "sim:3/8" for GPU 3 of a
         simulated machine of 8. Waits on the GPU end after deadline seconds, the wait for the
-        other ranks to join after patience seconds. What is left out of algorithm, route, fixed,
-        exact and tuning the environment may say (docs/tuning.md).
+        other ranks to join after patience seconds. transport says what carries data: "p2p", "host"
+        (pinned host memory), or "auto", each pair's better one. What is left out of algorithm, route,
+        fixed, exact, tuning and transport the environment may say (docs/tuning.md).
         """
 
     @staticmethod
@@ -74,6 +77,7 @@ class Communicator:
         fixed: bool = False,
         exact: bool = True,
         tuning: _Tuning = "auto",
+        transport: _Transport | None = None,
     ) -> list[Communicator]:
         """All ranks of a group in this process, rank r on devices[r], for one thread to drive."""
 
@@ -92,6 +96,9 @@ class Communicator:
     @property
     def mailbox_bytes(self) -> int:
         """Bytes of device memory that this rank's mailbox takes."""
+
+    def transport(self, from_rank: int, to_rank: int) -> Literal["p2p", "host"]:
+        """What carries data from one rank to another."""
 
     def all_reduce(
         self,

@@ -10,7 +10,7 @@ use crate::options::{self, Given};
 use crate::prepared::PreparedAllReduce;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Aborter, Algorithm, Config, Error, Processes, Route};
+use peerlane::{Aborter, Algorithm, Config, Error, Processes, Route, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyString, PyTuple};
@@ -40,8 +40,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto')"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -59,6 +59,7 @@ impl Communicator {
         fixed: Given<'_, '_>,
         exact: Given<'_, '_>,
         tuning: Given<'_, '_>,
+        transport: Given<'_, '_>,
     ) -> PyResult<Communicator> {
         const CALL: &str = "Communicator";
         let rank = options::whole32(CALL, "rank", rank)?;
@@ -69,8 +70,17 @@ impl Communicator {
             Some(seconds) => options::seconds(CALL, "patience", seconds)?,
             None => PATIENCE,
         };
-        let agreed =
-            Agreed { deadline, mailbox_bytes, max_blocks, algorithm, route, fixed, exact, tuning };
+        let agreed = Agreed {
+            deadline,
+            mailbox_bytes,
+            max_blocks,
+            algorithm,
+            route,
+            fixed,
+            exact,
+            tuning,
+            transport,
+        };
         let config = config(py, CALL, &agreed)?;
         let device = Device::open(CALL, "device", device)?;
         let meeting = Processes { name, world, patience };
@@ -83,8 +93,8 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto')"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn connect(
@@ -98,10 +108,20 @@ impl Communicator {
         fixed: Given<'_, '_>,
         exact: Given<'_, '_>,
         tuning: Given<'_, '_>,
+        transport: Given<'_, '_>,
     ) -> PyResult<Vec<Communicator>> {
         const CALL: &str = "connect";
-        let agreed =
-            Agreed { deadline, mailbox_bytes, max_blocks, algorithm, route, fixed, exact, tuning };
+        let agreed = Agreed {
+            deadline,
+            mailbox_bytes,
+            max_blocks,
+            algorithm,
+            route,
+            fixed,
+            exact,
+            tuning,
+            transport,
+        };
         let config = config(py, CALL, &agreed)?;
         let devices = Device::open_all(CALL, devices)?;
         let gpus: Vec<_> = devices.iter().map(|device| device.gpu.clone()).collect();
@@ -133,6 +153,20 @@ impl Communicator {
     #[getter]
     fn mailbox_bytes(&self) -> usize {
         self.mailbox
+    }
+
+    /// What carries data from rank `from_rank` to rank `to_rank`: 'p2p' or 'host'.
+    fn transport(
+        &self,
+        py: Python<'_>,
+        from_rank: &Bound<'_, PyAny>,
+        to_rank: &Bound<'_, PyAny>,
+    ) -> PyResult<&'static str> {
+        const CALL: &str = "transport";
+        let from = options::whole32(CALL, "from_rank", from_rank)?;
+        let to = options::whole32(CALL, "to_rank", to_rank)?;
+        let found = self.queue(py, CALL, |rank| rank.transport(from, to))?;
+        Ok(found.name())
     }
 
     /// Every rank ends with the reduction of all ranks' tensors, in place unless there is an out.
@@ -392,6 +426,7 @@ struct Agreed<'a, 'py> {
     fixed: Given<'a, 'py>,
     exact: Given<'a, 'py>,
     tuning: Given<'a, 'py>,
+    transport: Given<'a, 'py>,
 }
 
 /// The configuration: what the caller says, else what the environment says, else the default.
@@ -424,6 +459,10 @@ fn config(py: Python<'_>, call: &str, given: &Agreed<'_, '_>) -> PyResult<Config
     }
     if let Some(tuning) = given.tuning {
         config.tuning = options::tuning(call, tuning)?;
+    }
+    if let Some(name) = given.transport {
+        let choices = Transport::ALL.map(|transport| (transport.name(), transport));
+        config.transport = options::choose(call, "transport", name, &choices)?;
     }
     Ok(config)
 }

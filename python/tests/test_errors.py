@@ -289,6 +289,12 @@ def test_a_tensor_of_another_gpu(group: Group) -> None:
         (TypeError, "Communicator: fixed: expected a bool, got int", {"fixed": 1}),
         (ValueError, "Communicator: tuning: expected 'auto', 'off' or a path", {"tuning": ""}),
         (TypeError, "Communicator: tuning: expected 'auto', 'off' or a path, got int", {"tuning": 7}),
+        (
+            ValueError,
+            "Communicator: transport: expected one of 'auto', 'p2p', 'host', got 'nvlink'",
+            {"transport": "nvlink"},
+        ),
+        (TypeError, "Communicator: transport: expected one of", {"transport": 1}),
         (ValueError, "Communicator: max_blocks: expected at most", {"max_blocks": 1 << 40}),
     ],
 )

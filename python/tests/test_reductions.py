@@ -69,6 +69,34 @@ def test_every_algorithm(group: Group, algorithm: str) -> None:
         np.testing.assert_array_equal(array.astype(np.float32), reference(values, "sum"))
 
 
+@pytest.mark.parametrize("transport", ["auto", "p2p", "host"])
+def test_every_transport(group: Group, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERLANE_TRANSPORT", transport)
+    inherited = group(2, max_blocks=2)
+    monkeypatch.setenv("PEERLANE_TRANSPORT", "ignored where the caller chooses")
+    for ranks in (inherited, group(2, max_blocks=2, transport=transport)):
+        used = "host" if transport == "host" else "p2p"
+        assert [ranks[0].transport(0, 1), ranks[1].transport(1, 0)] == [used, used]
+        values = [integers(rank, (40_000,)) for rank in range(2)]
+        arrays = [store(rank, mine, "float32") for rank, mine in zip(ranks, values)]
+        for rank, array in zip(ranks, arrays):
+            rank.all_reduce(array)
+        synchronize(ranks)
+        for array in arrays:
+            np.testing.assert_array_equal(array, reference(values, "sum"))
+
+
+def test_a_transport_that_does_not_exist(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERLANE_TRANSPORT", "nvlink")
+    with pytest.raises(
+        ValueError, match="PEERLANE_TRANSPORT: expected auto, p2p, host, got nvlink"
+    ):
+        group(2)
+    monkeypatch.delenv("PEERLANE_TRANSPORT")
+    with pytest.raises(ValueError, match="transport: from and to: expected a rank from 0 to 1"):
+        group(2)[0].transport(0, 2)
+
+
 def test_a_rank_without_contribution_receives(group: Group) -> None:
     ranks = group(3)
     arrays = [store(rank, np.full(33, np.nan, np.float32), "float32") for rank in ranks]

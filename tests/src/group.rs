@@ -8,7 +8,7 @@ use crate::machine::Machine;
 use crate::script::{Place, Script};
 use peerlane::gpu::{DevicePtr, GpuRef, Graph, Stream};
 use peerlane::{
-    AllGather, AllReduce, Broadcast, Communicator, Config, Error, Gather, ReduceScatter,
+    AllGather, AllReduce, Broadcast, Communicator, Config, Error, Gather, ReduceScatter, Transport,
 };
 
 /// A range of a GPU's memory.
@@ -150,11 +150,17 @@ impl Group {
         Group::on(&machine.gpus(world), config)
     }
 
-    /// Connects one rank per GPU given.
+    /// Connects one rank per GPU given. Where the configuration leaves the transport open, the
+    /// environment may choose it, so that the suite can be run over each.
     ///
     /// # Panics
     /// If they cannot be connected.
     pub fn on(gpus: &[GpuRef], config: &Config) -> Group {
+        let transport = match config.transport {
+            Transport::Auto => Transport::from_environment().expect("a transport"),
+            chosen => chosen,
+        };
+        let config = &Config { transport, ..config.clone() };
         let communicators = Communicator::connect(gpus, config).expect("the ranks connect");
         let ranks = communicators.into_iter().map(Rank::new).collect::<Result<_, _>>();
         Group { ranks: ranks.expect("the GPUs have streams") }

@@ -14,7 +14,7 @@ pub mod suite;
 
 pub use group::{Group, Memory, Rank};
 pub use job::{Call, Job, moves, random_jobs, reductions};
-pub use machine::{Machine, small};
+pub use machine::{Links, Machine, small};
 pub use script::Script;
 
 /// The number in an environment variable, or `default`.

@@ -5,6 +5,41 @@ use peerlane::gpu::{Backend, GpuRef, cuda, sim};
 use peerlane::{Config, layout};
 use std::time::Duration;
 
+/// Which simulated GPUs reach which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Links {
+    /// Every GPU reaches every other.
+    All,
+    /// No GPU reaches another.
+    None,
+    /// 0 and 1 reach each other, so do 2 and 3, and so on. A last one without a partner is alone.
+    Pairs,
+    /// A third of the ordered pairs is missing.
+    OneWay,
+}
+
+impl Links {
+    /// All of them.
+    pub const ALL: [Links; 4] = [Links::All, Links::None, Links::Pairs, Links::OneWay];
+
+    /// Whether `from` reaches `to`.
+    pub fn reach(self, from: u32, to: u32) -> bool {
+        match self {
+            _ if from == to => true,
+            Links::All => true,
+            Links::None => false,
+            Links::Pairs => from / 2 == to / 2,
+            Links::OneWay => (2 * from + to) % 3 != 1,
+        }
+    }
+
+    /// The ordered pairs of `devices` GPUs that are missing.
+    pub fn missing(self, devices: u32) -> Vec<(u32, u32)> {
+        let pairs = (0..devices).flat_map(|from| (0..devices).map(move |to| (from, to)));
+        pairs.filter(|(from, to)| !self.reach(*from, *to)).collect()
+    }
+}
+
 /// A machine with GPUs.
 pub struct Machine {
     gpus: Vec<GpuRef>,
@@ -14,6 +49,12 @@ impl Machine {
     /// `devices` simulated GPUs.
     pub fn sim(devices: u32, seed: u64) -> Machine {
         Machine::simulated(&sim::Config { devices, seed, ..Default::default() })
+    }
+
+    /// `devices` simulated GPUs with these links only.
+    pub fn linked(devices: u32, seed: u64, links: Links) -> Machine {
+        let one_way = links.missing(devices);
+        Machine::simulated(&sim::Config { devices, seed, one_way, ..Default::default() })
     }
 
     /// The simulated machine that `config` describes.

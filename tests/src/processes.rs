@@ -6,11 +6,11 @@
 
 use crate::group::{Memory, Rank};
 use crate::job::{Call, random_jobs};
-use crate::machine::small;
+use crate::machine::{Links, small};
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, cuda, sim};
-use peerlane::{AllReduce, Communicator, Config, DType, Error, Processes};
+use peerlane::{Algorithm, AllReduce, Communicator, Config, DType, Error, Processes, Transport};
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
@@ -28,10 +28,10 @@ pub enum Gpus {
     Sim {
         /// How many GPUs the machine has.
         devices: u32,
-        /// A pair that cannot reach each other.
-        unreachable: Option<(u32, u32)>,
-        /// An ordered pair whose stores get lost.
-        lossy: Option<(u32, u32)>,
+        /// Ordered pairs of which the first cannot reach the second.
+        missing: Vec<(u32, u32)>,
+        /// Ordered pairs whose stores get lost.
+        lossy: Vec<(u32, u32)>,
     },
     /// The real ones, as many as there are.
     Cuda(u32),
@@ -40,14 +40,22 @@ pub enum Gpus {
 impl Gpus {
     /// A simulated machine of 4 GPUs.
     pub fn sim() -> Gpus {
-        Gpus::Sim { devices: 4, unreachable: None, lossy: None }
+        Gpus::linked(4, Links::All)
+    }
+
+    /// A simulated machine with these links only.
+    pub fn linked(devices: u32, links: Links) -> Gpus {
+        Gpus::Sim { devices, missing: links.missing(devices), lossy: Vec::new() }
     }
 
     fn text(&self) -> String {
-        let pair = |p: &Option<(u32, u32)>| p.map_or("-".into(), |(a, b)| format!("{a}-{b}"));
+        let pairs = |pairs: &[(u32, u32)]| {
+            let texts: Vec<_> = pairs.iter().map(|(a, b)| format!("{a}-{b}")).collect();
+            texts.join(",")
+        };
         match self {
-            Gpus::Sim { devices, unreachable, lossy } => {
-                format!("sim:{devices}:{}:{}", pair(unreachable), pair(lossy))
+            Gpus::Sim { devices, missing, lossy } => {
+                format!("sim:{devices}:{}:{}", pairs(missing), pairs(lossy))
             }
             Gpus::Cuda(count) => format!("cuda:{count}"),
         }
@@ -60,14 +68,15 @@ impl Gpus {
             let (from, to) = text.split_once('-')?;
             Some((from.parse().ok()?, to.parse().ok()?))
         };
+        let pairs = |text: &str| text.split(',').filter_map(pair).collect();
         if parts[0] == "cuda" {
             return cuda::device(rank % count);
         }
         let config = sim::Config {
             devices: count,
             autonomous: true,
-            unreachable: pair(parts[2]).into_iter().collect(),
-            lossy: pair(parts[3]).into_iter().collect(),
+            one_way: pairs(parts[2]),
+            lossy: pairs(parts[3]),
             ..Default::default()
         };
         Ok(sim::devices(&config)[(rank % count) as usize].clone())
@@ -91,6 +100,8 @@ pub struct Start {
     pub patience: Duration,
     /// What its environment says beside the test's.
     pub environment: Vec<(&'static str, String)>,
+    /// What is to carry data.
+    pub transport: Transport,
 }
 
 /// A rank, from the outside.
@@ -110,6 +121,7 @@ impl Process {
             .args([RANK, &start.name, &start.rank.to_string(), &start.world.to_string()])
             .arg(start.gpus.text())
             .args([start.deadline, start.patience].map(|d| d.as_millis().to_string()))
+            .arg(start.transport.name())
             .envs(start.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -184,8 +196,15 @@ pub fn serve(arguments: &[String]) -> ExitCode {
     let (rank, world) = (number(1) as u32, number(2) as u32);
     let joined = Gpus::open(&arguments[3], rank).and_then(|gpu| {
         let Config { mailbox_bytes, max_blocks, .. } = small(world);
-        let deadline = Duration::from_millis(number(4));
-        let config = Config { deadline, mailbox_bytes, max_blocks, ..Config::from_environment()? };
+        let config = Config {
+            deadline: Duration::from_millis(number(4)),
+            mailbox_bytes,
+            max_blocks,
+            transport: arguments[6].parse()?,
+            staging_bytes: Some(96 << 10),
+            chunk_bytes: Some(512),
+            ..Config::from_environment()?
+        };
         let patience = Duration::from_millis(number(5));
         let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };
         servant.joined("", &arguments[0])
@@ -250,8 +269,13 @@ impl Servant {
         let rank = self.ranks.get_mut(word).ok_or("no such communicator")?;
         match parts[0] {
             "script" => run_script(rank, number(1)?, number(2)? as usize, number(3)? as usize),
-            "reduce" => reduce(rank, number(1)? as usize).map_err(text),
+            "reduce" => reduce(rank, number(1)? as usize, None).map_err(text),
+            "steps" => {
+                let algorithm = parts[1].parse::<Algorithm>().map_err(|e| e.to_string())?;
+                reduce(rank, number(2)? as usize, Some(algorithm)).map_err(text)
+            }
             "health" => rank.communicator.health().map(|()| "well".into()).map_err(text),
+            "transports" => transports(rank).map_err(text),
             "abort" => {
                 rank.communicator.abort();
                 Ok("aborted".into())
@@ -262,15 +286,35 @@ impl Servant {
     }
 }
 
-/// An all-reduce of `count` numbers, waited for.
-fn reduce(rank: &mut Rank, count: usize) -> Result<String, Error> {
-    let memory = Memory::with_image(&rank.gpu, rank.stream, &vec![0; 4 * count])?;
+/// The ordered pairs between which host memory carries the data.
+fn transports(rank: &Rank) -> Result<String, Error> {
+    let ranks = 0..rank.communicator.world_size();
+    let mut found = Vec::new();
+    for (from, to) in ranks.clone().flat_map(|from| ranks.clone().map(move |to| (from, to))) {
+        if from != to && rank.communicator.transport(from, to)? == Transport::Host {
+            found.push(format!("{from}-{to}"));
+        }
+    }
+    Ok(format!("by host: {}", found.join(",")))
+}
+
+/// An all-reduce of `count` numbers, waited for and compared.
+fn reduce(rank: &mut Rank, count: usize, algorithm: Option<Algorithm>) -> Result<String, Error> {
+    let (number, world) = (rank.communicator.rank(), rank.communicator.world_size());
+    // Small whole numbers, whose sums no order of additions changes.
+    let tensor = |value: &dyn Fn(usize) -> u32| -> Vec<u8> {
+        (0..count).flat_map(|index| (value(index) as f32).to_le_bytes()).collect()
+    };
+    let before = tensor(&|index| number + 1 + (index % 7) as u32);
+    let memory = Memory::with_image(&rank.gpu, rank.stream, &before)?;
     // A call that is refused must not free what is still being written.
     rank.gpu.stream_synchronize(rank.stream)?;
-    let call = AllReduce::in_place(memory.base, count, DType::F32);
+    let call = AllReduce { algorithm, ..AllReduce::in_place(memory.base, count, DType::F32) };
     // SAFETY: the memory has that size and lives until the stream is done.
     unsafe { rank.communicator.all_reduce(&call, rank.stream)? };
     rank.finish()?;
+    let after = tensor(&|index| world * (world + 1) / 2 + world * (index % 7) as u32);
+    assert!(memory.read(after.len())? == after, "rank {number} holds another sum");
     Ok("reduced".into())
 }
 

@@ -4,7 +4,7 @@
 //! the switch is on, and passes under all of them when it is off.
 
 use peerlane::cases::Values;
-use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Wire};
+use peerlane::{Algorithm, Config, DType, Format, ReduceOp, Route, Transport, Wire};
 use peerlane_device::abi::flags;
 use peerlane_tests::{Call, Group, Job, Machine, Script, small};
 use std::time::Duration;
@@ -16,9 +16,9 @@ const SEEDS: u64 = 12;
 const DEADLINE: Duration = Duration::from_millis(100);
 
 /// Under which seeds `jobs` fail with the switches in `broken` on, and how.
-fn failures(broken: u32, world: u32, jobs: &[Job]) -> Vec<String> {
+fn failures(broken: u32, world: u32, jobs: &[Job], transport: Transport) -> Vec<String> {
     let fails = |seed| {
-        let config = Config { broken, deadline: DEADLINE, ..small(world) };
+        let config = Config { broken, deadline: DEADLINE, transport, ..small(world) };
         let mut group = Group::connect(&Machine::sim(world, seed), world, &config);
         let outcome = group.run(&Script::new(world, jobs, seed));
         outcome.err().map(|reason| format!("seed {seed}: {reason}"))
@@ -26,13 +26,19 @@ fn failures(broken: u32, world: u32, jobs: &[Job]) -> Vec<String> {
     (1..=SEEDS).filter_map(fails).collect()
 }
 
-/// That leaving out what `switch` names shows in `jobs`; returns how.
+/// That leaving out what `switch` names shows in `jobs`, over either transport; returns how.
 fn assert_needed(switch: u32, world: u32, jobs: &[Job]) -> Vec<String> {
-    let whole = failures(0, world, jobs);
-    assert!(whole.is_empty(), "the whole protocol fails: {whole:#?}");
-    let broken = failures(switch, world, jobs);
-    assert!(!broken.is_empty(), "{SEEDS} seeds do not notice switch {switch:#x}");
-    broken
+    let over = |transport| {
+        let whole = failures(0, world, jobs, transport);
+        assert!(whole.is_empty(), "the whole protocol fails over {transport}: {whole:#?}");
+        let broken = failures(switch, world, jobs, transport);
+        assert!(
+            !broken.is_empty(),
+            "{SEEDS} seeds do not notice switch {switch:#x} over {transport}"
+        );
+        broken
+    };
+    [Transport::P2p, Transport::Host].into_iter().flat_map(over).collect()
 }
 
 fn all_reduce(count: usize, algorithm: Algorithm, values: Values) -> Job {
@@ -65,8 +71,16 @@ fn without_cleaning_old_data_are_taken_as_new() {
 fn without_seals_payload_that_looks_free_is_waited_for_in_vain() {
     let jobs = [broadcast(40_000, Values::Free)];
     let broken = assert_needed(flags::BREAK_SEAL, 2, &jobs);
-    assert_eq!(broken.len(), SEEDS as usize, "{broken:#?}");
+    assert_eq!(broken.len(), 2 * SEEDS as usize, "{broken:#?}");
     assert!(broken.iter().all(|reason| reason.contains("waited 100ms")), "{broken:#?}");
+}
+
+#[test]
+fn without_seals_streams_through_host_memory_are_waited_for_in_vain() {
+    let jobs = [all_reduce(9000, FULL, Values::Ordinary)];
+    assert!(failures(0, 2, &jobs, Transport::Host).is_empty());
+    let broken = failures(flags::BREAK_SEAL, 2, &jobs, Transport::Host);
+    assert_eq!(broken.len(), SEEDS as usize, "{broken:#?}");
 }
 
 /// Moves at full width whose payload looks free here and there, so that chunks are sealed.
@@ -117,4 +131,53 @@ fn without_the_fence_a_credit_overtakes_the_cleaning() {
 #[test]
 fn without_the_block_barrier_a_credit_overtakes_other_threads_cleaning() {
     assert_needed(flags::BREAK_SYNC, 2, &streamed_calls());
+}
+
+/// Calls of many chunks by `algorithm`, and some of one.
+fn stepped_calls(algorithm: Algorithm) -> Vec<Job> {
+    let counts = [9000, 300, 20_000, 40, 80];
+    counts.map(|count| all_reduce(count, algorithm, Values::Ordinary)).into()
+}
+
+/// That every switch in `switches` shows in calls by `algorithm`.
+fn assert_all_needed(algorithm: Algorithm, switches: &[u32]) {
+    for switch in switches {
+        assert_needed(*switch, 4, &stepped_calls(algorithm));
+    }
+}
+
+/// Not those of the credits: sums wait for every rank, so that none runs ahead by the slots of a
+/// lane, and a credit that comes too early is seldom used too early. Broadcasts show them.
+const OF_REDUCTIONS: [u32; 2] = [flags::BREAK_CLEAN, flags::BREAK_TEAR];
+
+#[test]
+fn trees_need_cleaning_and_whole_units() {
+    assert_all_needed(Algorithm::Tree, &OF_REDUCTIONS);
+    assert_all_needed(Algorithm::DoubleTree, &OF_REDUCTIONS);
+}
+
+#[test]
+fn islands_need_cleaning_and_whole_units() {
+    assert_all_needed(Algorithm::Hierarchical, &OF_REDUCTIONS);
+}
+
+#[test]
+fn rings_and_stages_need_cleaning_and_whole_units() {
+    assert_all_needed(Algorithm::Ring, &OF_REDUCTIONS);
+    assert_all_needed(Algorithm::Staged, &OF_REDUCTIONS);
+}
+
+#[test]
+fn broadcasts_along_trees_need_their_seals_and_credits() {
+    for route in [Route::Chain, Route::DoubleTree] {
+        let along = |values| {
+            let call = Call::Broadcast { bytes: 30_000, root: 1, route: Some(route) };
+            Job { call, values, shift: 0 }
+        };
+        assert_needed(flags::BREAK_SEAL, 4, &[along(Values::Free)]);
+        for switch in [flags::BREAK_FENCE, flags::BREAK_SYNC] {
+            assert_needed(switch, 4, &[along(Values::Special), along(Values::Free)]);
+        }
+        assert_needed(flags::BREAK_CREDIT, 4, &[along(Values::Ordinary), along(Values::Ordinary)]);
+    }
 }

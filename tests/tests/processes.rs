@@ -2,9 +2,11 @@
 //!
 //! The program starts itself as each rank. Its own `main`, since libtest's cannot do that.
 
+use peerlane::Transport;
 use peerlane::choice::{Entry, TuningTable, VERSION};
 use peerlane::gpu::sim;
 use peerlane::links::Key;
+use peerlane_tests::Links;
 use peerlane_tests::processes::{Gpus, Process, RANK, Start, serve};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -16,9 +18,16 @@ type Test = (&'static str, fn(&Gpus));
 /// On any GPUs.
 const EVERYWHERE: &[Test] = &[
     ("every_collective_is_right", every_collective_is_right),
+    ("every_collective_is_right_through_host_memory", every_collective_by_host),
     ("ranks_may_start_apart", ranks_may_start_apart),
     ("a_rank_that_never_comes_is_named", a_rank_that_never_comes_is_named),
     ("a_killed_rank_is_an_error_at_once", a_killed_rank_is_an_error_at_once),
+    ("scheduled_calls_are_right", scheduled_calls_are_right),
+    (
+        "a_rank_killed_in_a_scheduled_call_is_an_error",
+        a_rank_killed_in_a_scheduled_call_is_an_error,
+    ),
+    ("a_rank_that_does_not_call_steps_is_named", a_rank_that_does_not_call_steps_is_named),
     ("a_rank_killed_between_calls_is_an_error", a_rank_killed_between_calls_is_an_error),
     ("a_rank_killed_while_they_meet_is_named", a_rank_killed_while_they_meet_is_named),
     ("a_rank_that_does_not_call_is_named", a_rank_that_does_not_call_is_named),
@@ -37,6 +46,9 @@ const SIMULATED: &[Test] = &[
     ("gpus_without_access_are_named_on_every_rank", gpus_without_access_are_named),
     ("a_link_that_loses_stores_is_found", a_link_that_loses_stores_is_found),
     ("tuning_tables_are_compared", tuning_tables_are_compared),
+    ("a_rank_that_gives_up_stops_the_others_through_host_memory", one_gives_up_by_host),
+    ("pairs_without_access_use_host_memory", pairs_without_access_use_host_memory),
+    ("pairs_that_lose_stores_use_host_memory", pairs_that_lose_stores_use_host_memory),
 ];
 
 fn main() -> ExitCode {
@@ -85,6 +97,7 @@ fn start(gpus: &Gpus, world: u32) -> Start {
         deadline: Duration::from_secs(50),
         patience: Duration::from_secs(50),
         environment: Vec::new(),
+        transport: Transport::Auto,
     }
 }
 
@@ -131,8 +144,16 @@ fn worlds(gpus: &Gpus) -> Vec<u32> {
 }
 
 fn every_collective_is_right(gpus: &Gpus) {
+    every_collective_is_right_over(gpus, Transport::Auto);
+}
+
+fn every_collective_by_host(gpus: &Gpus) {
+    every_collective_is_right_over(gpus, Transport::Host);
+}
+
+fn every_collective_is_right_over(gpus: &Gpus, transport: Transport) {
     for world in worlds(gpus) {
-        let mut ranks = joined(&start(gpus, world));
+        let mut ranks = joined(&Start { transport, ..start(gpus, world) });
         for seed in 1..=4 {
             all_agree(&mut ranks, &format!("script {seed} 12 3000"));
         }
@@ -190,6 +211,50 @@ fn a_killed_rank_is_an_error_at_once(gpus: &Gpus) {
     }
     assert!(begin.elapsed() < Duration::from_secs(2), "it took {:?}", begin.elapsed());
     end(ranks);
+}
+
+const PATTERNS: [&str; 5] =
+    ["copy-two-shot", "copy-ring", "copy-tree", "copy-double-tree", "copy-hierarchical"];
+
+fn scheduled_calls_are_right(gpus: &Gpus) {
+    for world in worlds(gpus) {
+        let mut ranks = joined(&start(gpus, world));
+        for (pattern, seed) in PATTERNS.iter().zip(1..) {
+            all_agree(&mut ranks, &format!("steps {pattern} {}", 1000 + seed));
+            all_agree(&mut ranks, &format!("script {seed} 4 2000"));
+            all_agree(&mut ranks, &format!("steps {pattern} 9001"));
+        }
+        end(ranks);
+    }
+}
+
+fn a_rank_killed_in_a_scheduled_call_is_an_error(gpus: &Gpus) {
+    for pattern in PATTERNS {
+        let mut ranks = joined(&start(gpus, worlds(gpus)[1..].first().copied().unwrap_or(2)));
+        let mut victim = ranks.pop().expect("a rank");
+        ranks.iter_mut().for_each(|rank| rank.tell(&format!("steps {pattern} 5000")));
+        std::thread::sleep(Duration::from_millis(300));
+        victim.kill();
+        let begin = Instant::now();
+        for rank in &mut ranks {
+            let (number, peer, pid) = (rank.start.rank, victim.start.rank, victim.pid());
+            let expected = format!(
+                "error: all_reduce: rank {number} lost rank {peer}: its process (pid {pid}) has ended"
+            );
+            assert_eq!(rank.answer(), expected, "{pattern}");
+            assert_eq!(rank.ask("reduce 8"), expected);
+            assert!(rank.ask("close").starts_with("error: "));
+        }
+        assert!(begin.elapsed() < Duration::from_secs(3), "it took {:?}", begin.elapsed());
+        end(ranks);
+    }
+}
+
+fn a_rank_that_does_not_call_steps_is_named(gpus: &Gpus) {
+    let start = Start { deadline: Duration::from_millis(500), ..start(gpus, 2) };
+    let mut ranks = joined(&start);
+    let answer = ranks[1].ask("steps copy-tree 4000");
+    assert!(answer.starts_with("error: all_reduce: rank 1 waited 500ms for rank 0"), "{answer}");
 }
 
 fn a_rank_killed_between_calls_is_an_error(gpus: &Gpus) {
@@ -321,6 +386,7 @@ fn tuning_tables_are_compared(gpus: &Gpus) {
         version: VERSION,
         world: 2,
         simulated: true,
+        host: false,
         key: Key::simulated(machine[..2].iter().map(identity).collect()),
         all_reduce: entry("two-shot"),
         all_reduce_any: entry("ring"),
@@ -352,19 +418,67 @@ fn tuning_tables_are_compared(gpus: &Gpus) {
     }
 }
 
+fn one_gives_up_by_host(gpus: &Gpus) {
+    let (transport, deadline) = (Transport::Host, Duration::from_secs(3));
+    let mut ranks = joined(&Start { transport, deadline, ..start(gpus, 3) });
+    ranks[2].tell("reduce 64");
+    std::thread::sleep(Duration::from_secs(1));
+    // It would wait a second longer than rank 2, whose kernel stops it with a word in its host
+    // mailbox.
+    let answer = ranks[1].ask("reduce 64");
+    assert!(answer.starts_with("error: all_reduce: rank 1 was aborted"), "{answer}");
+    let answer = ranks[2].answer();
+    assert!(answer.starts_with("error: all_reduce: rank 2 waited 3s for rank 0"), "{answer}");
+}
+
 fn gpus_without_access_are_named(_: &Gpus) {
-    let gpus = Gpus::Sim { devices: 3, unreachable: Some((1, 2)), lossy: None };
-    let answers: Vec<String> = launch(&start(&gpus, 3)).iter().map(Process::answer).collect();
+    let missing = vec![(1, 2), (2, 1)];
+    let gpus = Gpus::Sim { devices: 3, missing, lossy: vec![] };
+    let start = Start { transport: Transport::P2p, ..start(&gpus, 3) };
+    let answers: Vec<String> = launch(&start).iter().map(Process::answer).collect();
     assert!(answers[0].starts_with("error: GPU 1 cannot reach GPU 2"), "{answers:?}");
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
 }
 
 fn a_link_that_loses_stores_is_found(_: &Gpus) {
-    let gpus = Gpus::Sim { devices: 4, unreachable: None, lossy: Some((3, 2)) };
-    let answers: Vec<String> = launch(&start(&gpus, 4)).iter().map(Process::answer).collect();
+    let gpus = Gpus::Sim { devices: 4, missing: vec![], lossy: vec![(3, 2)] };
+    let start = Start { transport: Transport::P2p, ..start(&gpus, 4) };
+    let answers: Vec<String> = launch(&start).iter().map(Process::answer).collect();
     assert!(answers[0].starts_with("error: GPU 3 cannot reach GPU 2"), "{answers:?}");
     assert!(answers[0].contains("what it stores does not arrive"), "{answers:?}");
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
+
+/// The answer of ranks between which exactly `pairs` use host memory.
+fn by_host(pairs: &[(u32, u32)]) -> String {
+    let pairs: Vec<_> = pairs.iter().map(|(from, to)| format!("{from}-{to}")).collect();
+    format!("ok by host: {}", pairs.join(","))
+}
+
+/// That a group joins in which exactly `pairs` use host memory, and is right.
+fn assert_mixed(start: &Start, pairs: &[(u32, u32)]) {
+    let mut ranks = joined(start);
+    all_agree(&mut ranks, "transports");
+    assert_eq!(ranks[0].ask("transports"), by_host(pairs));
+    all_agree(&mut ranks, "script 1 8 2000");
+    all_agree(&mut ranks, "script 2 3 60000");
+    end(ranks);
+}
+
+fn pairs_without_access_use_host_memory(_: &Gpus) {
+    for (world, links) in
+        [(4, Links::Pairs), (5, Links::Pairs), (3, Links::OneWay), (6, Links::OneWay)]
+    {
+        let gpus = Gpus::linked(world, links);
+        assert_mixed(&start(&gpus, world), &links.missing(world));
+    }
+}
+
+fn pairs_that_lose_stores_use_host_memory(_: &Gpus) {
+    for lossy in [vec![(3, 2)], vec![(0, 1), (1, 0), (2, 3)]] {
+        let gpus = Gpus::Sim { devices: 4, missing: vec![], lossy: lossy.clone() };
+        assert_mixed(&start(&gpus, 4), &lossy);
+    }
 }
 
 /// Names in the file system and in the socket namespace that a group has made.

@@ -3,9 +3,9 @@
 //! `PEERLANE_SEEDS` says how many seeds each world size gets (default 800, fewer for large worlds); `PEERLANE_SEED` runs one
 //! only, as a failure tells.
 
-use peerlane::Config;
 use peerlane::cases::Rng;
-use peerlane_tests::{Group, Machine, Script, number_from_environment, random_jobs, small};
+use peerlane::{Config, Transport};
+use peerlane_tests::{Group, Links, Machine, Script, number_from_environment, random_jobs, small};
 
 /// The group that a seed describes, and what it is to do.
 fn scene(world: u32, seed: u64) -> (Group, Script) {
@@ -14,11 +14,14 @@ fn scene(world: u32, seed: u64) -> (Group, Script) {
     let devices = if rng.below(3) > 0 { world } else { 1 + rng.below(world.into()) as u32 };
     let first_slot = if rng.below(4) == 0 { u32::MAX - rng.below(12) as u32 } else { 0 };
     let max_blocks = Some(1 + rng.below(2) as u32);
-    let config = Config { first_slot, max_blocks, ..small(world) };
+    // Half the machines have all links.
+    let links = Links::ALL[(rng.below(6) as usize).saturating_sub(2)];
+    let transport = if rng.below(8) == 0 { Transport::Host } else { Transport::Auto };
+    let config = Config { first_slot, max_blocks, transport, ..small(world) };
     let calls = 4 + rng.below(12) as usize;
     let most = 1 << (6 + rng.below(8));
     let jobs = random_jobs(world, calls, most, &mut rng);
-    let group = Group::connect(&Machine::sim(devices, seed), world, &config);
+    let group = Group::connect(&Machine::linked(devices, seed, links), world, &config);
     (group, Script::new(world, &jobs, seed))
 }
 

@@ -85,7 +85,7 @@ unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
     unsafe {
         let mut call = Call::<L, F>::begin(lane, args, everyone);
         // With several chunks, reducing stays one behind sending, so that the link never idles.
-        let lag = src.has(1) as u32;
+        let lag = (src.has(1) || call.seals_all()) as u32;
         let mut turn = 0;
         while turn < lag || src.has(turn - lag) {
             send::<L, E, F>(&mut call, args, src.chunk(turn), turn);

@@ -4,11 +4,9 @@
 //! One block of one warp. The pattern of a unit depends on who wrote it, in which round and where,
 //! so a stale, misplaced or zeroed unit is seen. A wrong one is recorded as `state::CORRUPT`.
 
-use crate::abi::{
-    Args, CONTROL_BYTES, Control, PROBE_BYTES, Status, UNIT, phase, probe as mode, state,
-};
+use crate::abi::{Args, CONTROL_BYTES, PROBE_BYTES, Status, UNIT, phase, probe as mode, state};
 use crate::lane::{Lane, Unit};
-use crate::pipe::fail;
+use crate::pipe::{HOST_LOOK_SHIFT, aborted, record, stop};
 use core::mem::offset_of;
 
 /// Units of the pattern.
@@ -27,8 +25,10 @@ const _: () = assert!(FLAG as usize + UNIT <= PROBE_BYTES);
 /// As for [`super::run`]. `args.dst` has room for the pattern in mode LOAD.
 #[inline(always)]
 pub unsafe fn probe<L: Lane>(lane: L, args: &Args) {
-    let area = |rank| lane.peer(rank) + CONTROL_BYTES as u64;
-    let (mine, theirs) = (area(args.rank), area(args.peer));
+    let by_host = args.host_senders >> args.peer & 1 != 0;
+    let inbox = if by_host { args.host_mailbox } else { lane.peer(args.rank) };
+    let (mine, theirs) =
+        (inbox + CONTROL_BYTES as u64, lane.peer(args.peer) + CONTROL_BYTES as u64);
     // SAFETY: passed on to the caller.
     unsafe {
         match args.mode {
@@ -44,9 +44,7 @@ pub unsafe fn probe<L: Lane>(lane: L, args: &Args) {
             _ => {
                 let start = lane.clock_ns();
                 let mut round = 0;
-                while round < args.rounds
-                    && exchange(lane, args, mine, theirs, args.rows as u32 + round)
-                {
+                while round < args.rounds && exchange(lane, args, mine, theirs, round) {
                     round += 1;
                 }
                 if lane.thread() == 0 {
@@ -78,9 +76,13 @@ unsafe fn write_pattern<L: Lane>(lane: L, area: u64, writer: u32, round: u32) {
     }
 }
 
-/// One round: data, then a flag; the peer's flag, then its data. False once it failed.
+/// One round, the `turn`-th: data, then a flag; the peer's flag, then its data. False once it failed.
 #[inline(always)]
-unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round: u32) -> bool {
+unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, turn: u32) -> bool {
+    let round = args.rows as u32 + turn;
+    // A rank whose peer gave up in the first round, because nothing arrived there, is stopped by it
+    // before it could take the same view of the other direction.
+    let deadline = args.deadline_ns.saturating_mul(1 + (turn != 0) as u64);
     // SAFETY: both probe areas hold `UNITS` units and the flag.
     unsafe {
         let half = (round & 1) as u64 * HALF;
@@ -90,7 +92,7 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round:
             lane.fence_system();
             lane.put_word(theirs + FLAG, round);
         }
-        let came = wait_flag(lane, args, mine + FLAG, round);
+        let came = wait_flag(lane, args, mine + FLAG, round, deadline);
         let mut wrong = false;
         let mut index = lane.thread();
         while came && index < UNITS {
@@ -99,7 +101,7 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round:
             index += lane.threads();
         }
         if wrong {
-            fail(lane, args, state::CORRUPT, args.peer, phase::PROBE);
+            give_up(lane, args, state::CORRUPT);
         }
         // Also keeps this round's reads before this rank's next flag.
         !lane.sync_threads_or(wrong || !came)
@@ -108,22 +110,34 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, round:
 
 /// Waits for the peer's flag of `round`; false if the deadline or an abort came first.
 #[inline(always)]
-unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32) -> bool {
+unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32, deadline: u64) -> bool {
     let since = lane.clock_ns();
-    // SAFETY: the flag and the abort word lie in this rank's mailbox.
+    let mut host_looks = 0;
+    // SAFETY: the flag lies in this rank's mailbox for the peer.
     unsafe {
         while (lane.poll_word(flag).wrapping_sub(round) as i32) < 0 {
             lane.pause();
             let waited = lane.clock_ns() - since;
-            let aborted =
-                lane.poll_word(lane.peer(args.rank) + offset_of!(Control, abort) as u64) != 0;
-            if aborted || waited > args.deadline_ns {
-                let state = if aborted { state::ABORTED } else { state::TIMED_OUT };
-                fail(lane, args, state, args.peer, phase::PROBE);
+            let due = waited >> HOST_LOOK_SHIFT;
+            let stopped = aborted(lane, args, due > host_looks);
+            host_looks = due;
+            if stopped || waited > deadline {
+                give_up(lane, args, if stopped { state::ABORTED } else { state::TIMED_OUT });
                 return false;
             }
         }
         lane.fence_system();
     }
     true
+}
+
+/// Records that the probe failed and stops the peer. No other rank: each pair has its own verdict.
+#[inline(always)]
+unsafe fn give_up<L: Lane>(lane: L, args: &Args, state: u32) {
+    // SAFETY: the status page and both mailboxes are alive.
+    unsafe {
+        if record(lane, args, state, args.peer, phase::PROBE) {
+            stop(lane, args.peer);
+        }
+    }
 }

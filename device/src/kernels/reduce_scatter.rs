@@ -23,7 +23,7 @@ pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) 
     unsafe {
         let mut call = Call::<L, Full>::begin(lane, args, everyone);
         let (own, dst) = (part(args.rank), message(args.dst).share(lane, args));
-        let lag = own.has(1) as u32;
+        let lag = (own.has(1) || call.seals_all()) as u32;
         let mut turn = 0;
         while turn < lag || own.has(turn - lag) {
             if own.has(turn) {

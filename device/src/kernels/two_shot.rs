@@ -53,8 +53,9 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
                 taken = slot + 1;
             }
             // The last turn sends nothing, and leaves returning its slots to the next call.
-            if taken != 0 && full.has(turn - 1) {
-                call.turn(0, 0, false, everyone, taken);
+            let last = !full.has(turn.max(1) - 1);
+            if (taken != 0 || call.seals_all()) && !last {
+                call.turn(everyone, 2 * turn + sends as u32, false, everyone, taken);
             }
             turn += 1;
         }

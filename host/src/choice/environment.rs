@@ -6,6 +6,7 @@
 use crate::algorithm::UnknownName;
 use crate::communicator::Config;
 use crate::error::{Error, Result};
+use crate::transport::Transport;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
@@ -48,13 +49,14 @@ impl fmt::Display for Tuning {
 
 impl Config {
     /// The default configuration, as the environment changes it: `PEERLANE_ALGORITHM`,
-    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`. A variable that is not set or empty
-    /// changes nothing.
+    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`. A variable that is
+    /// not set changes nothing.
     ///
     /// # Errors
     /// A variable holds what it cannot mean: which one, and what it may hold.
     pub fn from_environment() -> Result<Config> {
-        read(|variable| std::env::var_os(variable))
+        let config = read(|variable| std::env::var_os(variable))?;
+        Ok(Config { transport: Transport::from_environment()?, ..config })
     }
 }
 

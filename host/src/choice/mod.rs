@@ -84,11 +84,25 @@ impl Choice {
     /// What `config` asks for, from what the ranks know.
     pub(crate) fn settle(config: &Config, shape: &Shape, known: &Known) -> Result<Choice> {
         check_fixed(config, shape.world)?;
-        let links = known.links.unwrap_or_else(|| Links::of(shape.class));
+        // What was measured of links says nothing of host memory.
+        let links = known.links.filter(|_| !shape.host);
+        let links = links.unwrap_or_else(|| Links::of(shape.class));
+        let modelled = || Choice::modelled(shape, &links, config.exact);
+        let mut notes = known.notes.clone();
         let mut choice = match &known.table {
             _ if config.fixed => Choice::fixed(shape),
-            Some(table) => Choice::tuned(table, config.exact),
-            None => Choice::modelled(shape, &links, config.exact),
+            Some(table) => match (table.is_over(shape.host), &config.tuning) {
+                (Ok(()), _) => Choice::tuned(table, config.exact),
+                (Err(flaw), Tuning::File(path)) => {
+                    let got = format!("{}: {}", path.display(), flaw.1);
+                    return Err(settle::refused((flaw.0, got)));
+                }
+                (Err((expected, got)), _) => {
+                    notes.push(format!("tuning: expected {expected}, got {got}: ignored"));
+                    modelled()
+                }
+            },
+            None => modelled(),
         };
         if let Some(algorithm) = config.algorithm {
             choice.all_reduce = Limits::always(algorithm);
@@ -96,7 +110,7 @@ impl Choice {
         if let Some(route) = config.route {
             choice.broadcast = Limits::always(route);
         }
-        choice.notes.clone_from(&known.notes);
+        choice.notes = notes;
         Ok(choice)
     }
 

@@ -36,7 +36,7 @@ fn hash(table: &TuningTable) -> String {
     bytes.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn refused((expected, got): (String, String)) -> Error {
+pub(super) fn refused((expected, got): (String, String)) -> Error {
     Error::InvalidArgument { op: "connect", argument: "tuning", expected, got }
 }
 

@@ -25,6 +25,8 @@ pub struct TuningTable {
     pub world: u32,
     /// Whether the GPUs were simulated.
     pub simulated: bool,
+    /// Whether some ranks reached each other through host memory.
+    pub host: bool,
     /// The ranks' GPUs, the driver and the version of Peerlane.
     pub key: Key,
     /// All-reduces whose sums are taken in rank order and rounded once.
@@ -97,6 +99,16 @@ impl TuningTable {
         self.key.differs(key).map_or(Ok(()), |(expected, got)| {
             Err((format!("a tuning table for {expected}"), format!("one for {got}")))
         })
+    }
+
+    /// That it was measured over what carries the data of these ranks.
+    pub(super) fn is_over(&self, host: bool) -> Result<(), Flaw> {
+        let means = |host| if host { "host memory" } else { "peer-to-peer access" };
+        if self.host == host {
+            return Ok(());
+        }
+        let expected = format!("a tuning table for {}", means(host));
+        Err((expected, format!("one for {}", means(self.host))))
     }
 
     /// A table from a file.

@@ -179,6 +179,7 @@ fn table(gpus: &[GpuRef]) -> TuningTable {
     TuningTable {
         version: VERSION,
         world: gpus.len() as u32,
+        host: false,
         simulated: true,
         key: key(gpus),
         all_reduce: vec![entry(Some(4096), "full"), entry(None, "staged")],
@@ -428,5 +429,43 @@ fn fixed_is_one_algorithm_and_refuses_those_whose_bits_depend_on_size() {
         } else {
             assert!(ring.is_ok());
         }
+    }
+}
+
+#[test]
+fn what_was_measured_over_other_transports_is_not_used() {
+    let gpus = gpus(3);
+    let slow = Links { step_us: 1.0, store_gbps: 1.0, single_gbps: 1000.0, copy_gbps: 1.0 };
+    let known = Known { table: Some(table(&gpus)), links: Some(slow), ..Known::default() };
+    let host = Shape { host: true, class: LinkClass::Host, ..shape(3) };
+    let auto = Config::default();
+    let settled = Choice::settle(&auto, &host, &known).unwrap();
+    assert_eq!(settled.source(), Source::Model);
+    let expected = modelled(3, LinkClass::Host, true);
+    assert_eq!(settled.all_reduces(), expected.all_reduces());
+    assert_eq!(settled.broadcasts(), expected.broadcasts());
+    assert!(settled.notes()[0].contains("expected a tuning table for host memory"));
+    let file = Config { tuning: Tuning::File("x.json".into()), ..auto.clone() };
+    let refused = Choice::settle(&file, &host, &known).unwrap_err().to_string();
+    assert!(refused.contains("x.json: one for peer-to-peer access"), "{refused}");
+    let table = TuningTable { host: true, ..table(&gpus) };
+    let known = Known { table: Some(table), ..Known::default() };
+    assert_eq!(Choice::settle(&file, &host, &known).unwrap().source(), Source::Table);
+    let peer_to_peer = Choice::settle(&auto, &shape(3), &known).unwrap();
+    assert_eq!(peer_to_peer.source(), Source::Model);
+}
+
+#[test]
+fn ranks_that_meet_in_host_memory_choose_by_its_figures() {
+    let config = Config {
+        transport: crate::Transport::Host,
+        mailbox_bytes: 1 << 20,
+        max_blocks: Some(2),
+        ..Config::default()
+    };
+    for rank in Communicator::connect(&gpus(4), &config).unwrap() {
+        // 5 us and 20 GB/s: S = 100 kB x n / ((n-1)(n-2)).
+        let limit = last_one_shot(rank.choice()) as f64;
+        assert!((limit / 66_667.0 - 1.0).abs() < 0.05, "{limit}");
     }
 }

@@ -7,7 +7,7 @@
 use super::arguments::{items, place, present, stream, text};
 use super::gpu::peerlane_gpu;
 use super::status::{guard, peerlane_status};
-use super::types::peerlane_config;
+use super::types::{peerlane_config, peerlane_transport};
 use crate::collectives::invalid;
 use crate::communicator::Communicator;
 use crate::error::Result;
@@ -150,6 +150,24 @@ pub unsafe extern "C" fn peerlane_comm_world_size(
         let (comm, world_size) =
             unsafe { (present(op, "comm", comm)?, place(op, "world_size", world_size, 0)?) };
         *world_size = comm.shared().world_size();
+        Ok(())
+    })
+}
+
+/// What carries data from rank `from` to rank `to`: PEERLANE_TRANSPORT_P2P or PEERLANE_TRANSPORT_HOST.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerlane_comm_transport(
+    comm: *const peerlane_comm,
+    from: u32,
+    to: u32,
+    transport: *mut peerlane_transport,
+) -> peerlane_status {
+    guard("comm_transport", |op| {
+        let before = peerlane_transport::PEERLANE_TRANSPORT_AUTO;
+        // SAFETY: the header asks for a handle, and room for a transport.
+        let (comm, transport) =
+            unsafe { (present(op, "comm", comm)?, place(op, "transport", transport, before)?) };
+        *transport = comm.shared().transport(from, to)?.into();
         Ok(())
     })
 }

@@ -9,6 +9,7 @@ use crate::algorithm::{Algorithm, Pattern, Route};
 use crate::collectives::invalid;
 use crate::communicator::Config;
 use crate::error::Result;
+use crate::transport::Transport;
 use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
 use std::ffi::{c_char, c_int};
 use std::mem::MaybeUninit;
@@ -102,6 +103,18 @@ pub enum peerlane_route {
     PEERLANE_ROUTE_DOUBLE_TREE = 5,
 }
 
+/// What carries data from rank to rank.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_transport {
+    /// For each ordered pair of ranks, peer-to-peer where that works, else host memory.
+    PEERLANE_TRANSPORT_AUTO = 0,
+    /// The sender's GPU writes into the receiver's; a pair that cannot do that is an error.
+    PEERLANE_TRANSPORT_P2P = 1,
+    /// The sender's GPU writes into pinned host memory, which the receiver's reads.
+    PEERLANE_TRANSPORT_HOST = 2,
+}
+
 /// What all ranks of a group agree on when they meet. `peerlane_config_init` fills it.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -126,6 +139,8 @@ pub struct peerlane_config {
     /// The table of measured choices: "auto" or NULL for the one in the user's cache, "off" for
     /// none, or the name of a file.
     pub tuning: *const c_char,
+    /// What carries data from rank to rank.
+    pub transport: MaybeUninit<peerlane_transport>,
 }
 
 /// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -144,9 +159,10 @@ pub struct peerlane_reduce_options {
 }
 
 /// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
-/// blocks as fit, and algorithms by size unless the environment says otherwise (PEERLANE_ALGORITHM,
-/// PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT, PEERLANE_TUNING; the last is read again where
-/// `tuning` stays NULL). `size` is sizeof(peerlane_config).
+/// blocks as fit, and algorithms by size and the transport that suits each pair unless the
+/// environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
+/// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+/// NULL). `size` is sizeof(peerlane_config).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_config_init(
     config: *mut peerlane_config,
@@ -176,6 +192,7 @@ pub unsafe extern "C" fn peerlane_reduce_options_init(
     })
 }
 
+/// What is not said otherwise.
 const DTYPES: [(peerlane_dtype, DType); 3] = [
     (peerlane_dtype::PEERLANE_F32, DType::F32),
     (peerlane_dtype::PEERLANE_F16, DType::F16),
@@ -232,6 +249,22 @@ fn spelled<E: Copy, T: PartialEq>(choices: &[(E, T)], wanted: &T) -> MaybeUninit
     MaybeUninit::new(found.unwrap_or(&choices[0]).0)
 }
 
+const TRANSPORTS: [(peerlane_transport, Transport); 3] = [
+    (peerlane_transport::PEERLANE_TRANSPORT_AUTO, Transport::Auto),
+    (peerlane_transport::PEERLANE_TRANSPORT_P2P, Transport::P2p),
+    (peerlane_transport::PEERLANE_TRANSPORT_HOST, Transport::Host),
+];
+
+impl From<Transport> for peerlane_transport {
+    fn from(transport: Transport) -> peerlane_transport {
+        match transport {
+            Transport::Auto => peerlane_transport::PEERLANE_TRANSPORT_AUTO,
+            Transport::P2p => peerlane_transport::PEERLANE_TRANSPORT_P2P,
+            Transport::Host => peerlane_transport::PEERLANE_TRANSPORT_HOST,
+        }
+    }
+}
+
 /// The element type that C means.
 pub(super) fn dtype(op: &'static str, value: MaybeUninit<peerlane_dtype>) -> Result<DType> {
     choose(op, "dtype", value, &DTYPES)
@@ -254,6 +287,7 @@ impl peerlane_config {
             fixed: c_int::from(config.fixed),
             inexact: c_int::from(!config.exact),
             tuning: std::ptr::null(),
+            transport: MaybeUninit::new(config.transport.into()),
         }
     }
 
@@ -283,6 +317,7 @@ impl peerlane_config {
             fixed: config.fixed != 0,
             exact: config.inexact == 0,
             tuning,
+            transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
             ..Config::default()
         })
     }

@@ -99,6 +99,18 @@ pub struct PeerAccess {
     pub performance_rank: i32,
 }
 
+/// Something that a stream does to a word of memory by itself, without a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryOp {
+    /// Holds the stream until the word at the address is the value.
+    Wait(DevicePtr, u32),
+    /// Stores the value once everything queued before is done and visible to all who can see the
+    /// word: memory of this GPU, of a peer that is mapped into it, or mapped host memory.
+    Write(DevicePtr, u32),
+    /// Stores the value in the order of the stream, and says nothing about other memory.
+    Note(DevicePtr, u32),
+}
+
 /// Which kind of GPU a result came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -123,7 +135,8 @@ pub trait Gpu: Send + Sync {
     /// # Safety
     /// No queued work uses the memory any more, and no peer does.
     unsafe fn free(&self, memory: DevicePtr) -> Result<()>;
-    /// Allocates pinned host memory mapped into this GPU, zeroed.
+    /// Allocates pinned host memory, zeroed. It is mapped into every GPU of this process, at the
+    /// same address.
     fn alloc_host(&self, bytes: usize) -> Result<HostMemory>;
     /// Frees what [`Gpu::alloc_host`] returned.
     ///
@@ -193,6 +206,8 @@ pub trait Gpu: Send + Sync {
 
     /// Makes a stream that does not wait for the default stream.
     fn stream_create(&self) -> Result<Stream>;
+    /// As `stream_create`; where the GPU has to choose, the stream's work goes first.
+    fn stream_create_urgent(&self) -> Result<Stream>;
     /// Destroys a stream; work queued on it still completes.
     ///
     /// # Safety
@@ -204,6 +219,15 @@ pub trait Gpu: Send + Sync {
     fn synchronize(&self) -> Result<()>;
     /// Whether everything queued on `stream` is done.
     fn stream_query(&self, stream: Stream) -> Result<bool>;
+    /// Queues operations on words of memory, one after the other. A wait has no deadline.
+    ///
+    /// # Safety
+    /// Every address is that of an aligned word that this GPU may access.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the driver has no such operations, or
+    /// cannot capture them.
+    unsafe fn stream_memory(&self, stream: Stream, operations: &[MemoryOp]) -> Result<()>;
     /// Makes an event that can be timed.
     fn event_create(&self) -> Result<Event>;
     /// Destroys an event.
@@ -215,6 +239,10 @@ pub trait Gpu: Send + Sync {
     fn event_record(&self, event: Event, stream: Stream) -> Result<()>;
     /// Makes `stream` wait for the event's latest record.
     fn stream_wait(&self, stream: Stream, event: Event) -> Result<()>;
+    /// Whether the event's latest record is done; true if it has none.
+    fn event_query(&self, event: Event) -> Result<bool>;
+    /// Waits until the event's latest record is done.
+    fn event_synchronize(&self, event: Event) -> Result<()>;
     /// Milliseconds between two events that are done.
     fn event_elapsed_ms(&self, start: Event, end: Event) -> Result<f32>;
 

@@ -67,7 +67,7 @@ pub struct Places {
 impl Places {
     /// The places of `rank`.
     pub fn of(shape: &Shape, rank: u32) -> Places {
-        let islands = &shape.islands[..shape.world as usize];
+        let islands = shape.by_island();
         let patterns = Pattern::ALL.iter().map(|p| Roles::of(&forest(islands, *p), rank)).collect();
         let each =
             |r: Route| (0..shape.world).map(move |root| Roles::of(&route(shape, r, root), rank));

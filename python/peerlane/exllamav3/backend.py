@@ -108,6 +108,7 @@ class TPBackendP2P:
                 self.options.device_format.format(device=device),
                 deadline=max(self.options.first_deadline, self.options.deadline),
                 patience=self.options.patience,
+                transport=self.options.transport,
             )
         except _IMPOSSIBLE as reason:
             self._fall_back(native, reason)

@@ -19,8 +19,13 @@ ENVIRONMENT = {
     "check": "PEERLANE_TP_CHECK",
     "deadline": "PEERLANE_TP_DEADLINE",
     "patience": "PEERLANE_TP_PATIENCE",
+    "transport": "PEERLANE_TRANSPORT",
 }
-CHOICES = {"wire": ("bf16", "native"), "check": ("sync", "late")}
+CHOICES = {
+    "wire": ("bf16", "native"),
+    "check": ("sync", "late"),
+    "transport": ("p2p", "auto", "host"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,16 @@ class Options:
     """The same until the first pass is done: ExLlamaV3 1.4.1 compiles kernels in the middle of it."""
     patience: float = 120.0
     """Seconds to wait for the other processes at the start."""
+    transport: str = "p2p"
+    """What carries the data: `p2p`, with native taking over where the machine cannot do that; `auto`,
+    with Peerlane's own way through host memory where a pair cannot; `host`, that way for all."""
     device_format: str = "cuda:{device}"
     """The device's name for Peerlane; `sim:{device}/8` runs ranks on simulated GPUs."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{_said(name)}: expected {' or '.join(choices)}, got {value!r}")
+                raise ValueError(f"{_said(name)}: expected {_either(choices)}, got {value!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, float) and not 0 < value < float("inf"):
@@ -65,6 +73,11 @@ def _seconds(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{_said(name)}: expected seconds above 0, got {text!r}") from None
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}"
 
 
 def _said(name: str) -> str:

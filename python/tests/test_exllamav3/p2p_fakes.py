@@ -88,6 +88,7 @@ class FileCommunicator(Prepares):
         *,
         deadline: float = 10,
         patience: float = 120,
+        transport: str = "auto",
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.folder = Path(os.environ["PEERLANE_TEST_FOLDER"]) / name

@@ -211,7 +211,21 @@ def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         "PATIENCE": "30",
     }.items():
         monkeypatch.setenv(f"PEERLANE_TP_{key}", value)
-    assert Options.from_env() == Options(wire="native", check="late", deadline=12.5, patience=30.0)
+    monkeypatch.setenv("PEERLANE_TRANSPORT", "host")
+    expected = Options("native", "late", deadline=12.5, patience=30.0, transport="host")
+    assert Options.from_env() == expected
+
+
+def test_the_transport_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, recorder: type[Recorder]
+) -> None:
+    assert make().communicator.options["transport"] == "p2p"
+    monkeypatch.setenv("PEERLANE_TRANSPORT", "auto")
+    assert make().communicator.options["transport"] == "auto"
+    monkeypatch.setenv("PEERLANE_TRANSPORT", "nvlink")
+    message = r"transport \(PEERLANE_TRANSPORT\): expected p2p, auto or host, got 'nvlink'"
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

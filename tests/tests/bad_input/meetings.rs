@@ -1,7 +1,7 @@
 //! Groups that cannot come about.
 
 use peerlane::gpu::{cuda, sim};
-use peerlane::{Communicator, Config, Error, Meeting};
+use peerlane::{Communicator, Config, Error, Meeting, Transport};
 use peerlane_tests::{Machine, small};
 use std::time::Duration;
 
@@ -46,11 +46,12 @@ fn gpus_that_cannot_reach_each_other_are_named() {
     let unreachable = vec![(1, 2)];
     let config = sim::Config { devices: 3, unreachable, ..Default::default() };
     let machine = Machine::simulated(&config);
-    let error = connect(&machine, 3, &Config::default());
+    let config = Config { transport: Transport::P2p, ..Config::default() };
+    let error = connect(&machine, 3, &config);
     assert!(matches!(error, Error::Unreachable { from: 1, to: 2, .. }), "{error:?}");
     assert!(error.to_string().contains("GPU 1 cannot reach GPU 2"), "{error}");
     let pair = &machine.gpus(2);
-    let mut ranks = Communicator::connect(pair, &Config::default()).expect("these two can");
+    let mut ranks = Communicator::connect(pair, &config).expect("these two can");
     ranks.iter_mut().for_each(|rank| rank.close().expect("nothing has failed"));
 }
 

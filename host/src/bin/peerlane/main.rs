@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod devices;
 mod drawing;
+mod model;
 mod output;
 mod parse;
 mod topo;
@@ -44,6 +45,8 @@ enum Command {
     Tune(tune::Options),
     /// Writes Markdown tables of results that `bench --json` wrote.
     Report(bench::report::Options),
+    /// Writes what a model of other machines predicts, beside what was measured.
+    Model(model::Options),
 }
 
 /// Options that every command has.
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Tune(options) => tune::run(&options),
         Command::Report(options) => bench::report::run(&options),
+        Command::Model(options) => model::run(&options),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -5,6 +5,7 @@
 
 use crate::devices::Devices;
 use indicatif::{ProgressBar, ProgressStyle};
+use peerlane::{Communicator, Result, Transport};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -23,8 +24,22 @@ pub(crate) fn provenance(devices: &Devices) -> Value {
     })
 }
 
+/// What carries the data of a group: p2p, host, or both between different pairs.
+pub(crate) fn transport(rank: &Communicator) -> Result<&'static str> {
+    let ranks = 0..rank.world_size();
+    let pairs = ranks.clone().flat_map(|from| ranks.clone().map(move |to| (from, to)));
+    let pairs = pairs.filter(|(from, to)| from != to).map(|(from, to)| rank.transport(from, to));
+    let used: Vec<Transport> = pairs.collect::<Result<_>>()?;
+    let has = |transport| used.contains(&transport);
+    Ok(match (has(Transport::P2p), has(Transport::Host)) {
+        (true, true) => "p2p and host",
+        (false, true) => "host",
+        (_, false) => "p2p",
+    })
+}
+
 /// Writes `value` to `path`.
-pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), String> {
+pub(crate) fn write_json(path: &Path, value: &Value) -> std::result::Result<(), String> {
     let text = format!("{value:#}\n");
     std::fs::write(path, text).map_err(|e| format!("--json: cannot write {}: {e}", path.display()))
 }

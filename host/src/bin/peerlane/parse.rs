@@ -3,7 +3,8 @@
 //! Invariant: a value that does not parse names what was expected and what came.
 
 use peerlane::algorithm::UnknownName;
-use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
+use peerlane::model::Preset;
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Transport, Wire};
 use std::time::Duration;
 
 /// The collectives, in the order in which they are reported.
@@ -29,9 +30,9 @@ fn choose<T: Copy>(
     })
 }
 
-/// A collective.
+/// A collective, with dashes or underscores.
 pub(crate) fn operation(text: &str) -> Result<Operation, String> {
-    choose(text, &OPERATIONS, Operation::name)
+    choose(&text.replace('-', "_"), &OPERATIONS, Operation::name)
 }
 
 /// An element type.
@@ -65,17 +66,31 @@ pub(crate) const fn algorithm_name(algorithm: Option<Algorithm>) -> &'static str
     }
 }
 
-/// The value of `--algorithm`. (An `Option` inside would make clap take the option as optional.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Choice(pub(crate) Option<Algorithm>);
+/// The value of `--algorithm`: ways to carry out an all-reduce, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Choice(pub(crate) Vec<Option<Algorithm>>);
 
-/// A way to carry out an all-reduce.
+/// A way to carry out an all-reduce, or all of them.
 pub(crate) fn algorithm(text: &str) -> Result<Choice, String> {
-    if text == "auto" {
-        return Ok(Choice(None));
+    match text {
+        "auto" => Ok(Choice(vec![None])),
+        "all" => Ok(Choice(Algorithm::ALL.map(Some).into())),
+        _ => {
+            let known =
+                |error: UnknownName| error.to_string().replacen("one of ", "one of auto, all, ", 1);
+            text.parse().map(|algorithm| Choice(vec![Some(algorithm)])).map_err(known)
+        }
     }
-    let known = |error: UnknownName| error.to_string().replacen("one of ", "one of auto, ", 1);
-    text.parse().map(|algorithm| Choice(Some(algorithm))).map_err(known)
+}
+
+/// A machine that the model knows.
+pub(crate) fn fabric(text: &str) -> Result<Preset, String> {
+    text.parse().map_err(|error: UnknownName| error.to_string())
+}
+
+/// What carries data from rank to rank.
+pub(crate) fn transport(text: &str) -> Result<Transport, String> {
+    choose(text, &Transport::ALL, Transport::name)
 }
 
 /// A time in seconds, with an optional suffix s.
@@ -139,9 +154,13 @@ mod tests {
     #[test]
     fn names() {
         assert_eq!(operation("gather"), Ok(Operation::Gather));
-        assert_eq!(algorithm("auto"), Ok(Choice(None)));
-        assert_eq!(algorithm("two-shot"), Ok(Choice(Some(Algorithm::TwoShot))));
-        assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, packet, "));
+        assert_eq!(transport("host"), Ok(Transport::Host));
+        assert_eq!(operation("all-reduce"), operation("all_reduce"));
+        assert_eq!(algorithm("auto"), Ok(Choice(vec![None])));
+        assert_eq!(algorithm("two-shot"), Ok(Choice(vec![Some(Algorithm::TwoShot)])));
+        assert_eq!(algorithm("all").unwrap().0.len(), Algorithm::ALL.len());
+        assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, all, packet, "));
+        assert_eq!(fabric("pcie"), Ok(Preset::Pcie));
         assert_eq!(
             dtype("f64").unwrap_err(),
             "expected one of f32, f16, bf16, got f64".to_string()

@@ -18,6 +18,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 /// A real GPU. [`devices`](super::devices) and [`open`](super::open) make them.
 pub struct CudaGpu {
     pub(super) properties: Properties,
+    /// A wait for a word can also wait for what a peer wrote before the word.
+    pub(super) can_flush: bool,
     pub(super) kernels: OnceLock<Kernels>,
     /// The contexts of the GPUs whose memory is mapped here. They are kept alive because a mapping
     /// ends with the context it leads to. Held while kernels are loaded, too.
@@ -31,8 +33,10 @@ impl CudaGpu {
     pub(super) fn open(ordinal: u32) -> Result<CudaGpu> {
         let context = Context::of(ordinal)?;
         let properties = properties::read(&context)?;
+        let can_flush = properties::can_flush(&context)?;
         Ok(CudaGpu {
             properties,
+            can_flush,
             kernels: OnceLock::new(),
             peers: Mutex::default(),
             shared: Mutex::default(),

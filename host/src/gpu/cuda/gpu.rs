@@ -14,7 +14,8 @@ use super::modules::Kernels;
 use super::shared::{EXPORT_VARIABLE, wants_parts};
 use crate::error::{Error, Result};
 use crate::gpu::{
-    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, PeerAccess, Properties, Stream,
+    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess, Properties,
+    Stream,
 };
 use cust::sys::{self, CUdevice_P2PAttribute as P2p};
 use peerlane_device::abi::{Args, Kernel};
@@ -168,6 +169,23 @@ impl Gpu for CudaGpu {
         Ok(Stream(stream as u64))
     }
 
+    fn stream_create_urgent(&self) -> Result<Stream> {
+        let _entered = self.enter()?;
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let (mut stream, mut greatest) = (null_mut(), 0);
+        // SAFETY: both places outlive the calls; the first takes null for what is not asked.
+        unsafe {
+            cu!(self.ordinal(), cuCtxGetStreamPriorityRange(null_mut(), &mut greatest))?;
+            cu!(self.ordinal(), cuStreamCreateWithPriority(&mut stream, flags, greatest))?;
+        }
+        Ok(Stream(stream as u64))
+    }
+
+    unsafe fn stream_memory(&self, stream: Stream, operations: &[MemoryOp]) -> Result<()> {
+        // SAFETY: the caller answers for the addresses.
+        unsafe { self.queue_memory_ops(stream, operations) }
+    }
+
     unsafe fn stream_destroy(&self, stream: Stream) -> Result<()> {
         let _entered = self.enter()?;
         // SAFETY: the caller says that the stream is ours and not used again.
@@ -222,6 +240,21 @@ impl Gpu for CudaGpu {
         let _entered = self.enter()?;
         // SAFETY: the call takes handles and no pointer.
         unsafe { cu!(self.ordinal(), cuStreamWaitEvent(raw_stream(stream), raw_event(event), 0)) }
+    }
+
+    fn event_query(&self, event: Event) -> Result<bool> {
+        let _entered = self.enter()?;
+        // SAFETY: the call takes an event and no pointer.
+        match unsafe { code!(cuEventQuery(raw_event(event))) } {
+            NOT_READY => Ok(false),
+            code => check(self.ordinal(), "cuEventQuery", code).map(|()| true),
+        }
+    }
+
+    fn event_synchronize(&self, event: Event) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: the call takes an event and no pointer.
+        unsafe { cu!(self.ordinal(), cuEventSynchronize(raw_event(event))) }
     }
 
     fn event_elapsed_ms(&self, start: Event, end: Event) -> Result<f32> {

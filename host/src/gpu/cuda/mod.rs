@@ -6,13 +6,15 @@
 //!
 //! `driver` finds the library, `call` is the one way to call it, `context` makes a device current,
 //! `modules` loads the kernels, `device` holds one GPU, `gpu` implements [`Gpu`](super::Gpu) for it,
-//! `shared` what that says about memory of several processes.
+//! `memory_ops` what streams do to words by themselves, `shared` what is said about memory of several
+//! processes.
 
 mod call;
 mod context;
 mod device;
 mod driver;
 mod gpu;
+mod memory_ops;
 mod modules;
 mod properties;
 mod shared;

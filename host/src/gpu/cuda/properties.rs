@@ -37,6 +37,11 @@ pub(super) fn read(context: &Context) -> Result<Properties> {
     })
 }
 
+/// Whether a wait for a word can also wait for what a peer wrote before the word.
+pub(super) fn can_flush(context: &Context) -> Result<bool> {
+    attribute(context, Attribute::CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES).map(|can| can != 0)
+}
+
 fn attribute(context: &Context, attribute: Attribute) -> Result<u32> {
     let mut value = 0;
     // SAFETY: `value` outlives the call.

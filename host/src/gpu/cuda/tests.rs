@@ -3,6 +3,7 @@
 //!
 //! Invariant: a test leaves no error on the device, so their order does not matter.
 
+mod memory_ops;
 mod shared;
 
 use super::call::code;

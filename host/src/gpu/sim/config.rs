@@ -25,6 +25,8 @@ pub struct Config {
     pub autonomous: bool,
     /// Pairs of GPUs that cannot reach each other, in either direction.
     pub unreachable: Vec<(u32, u32)>,
+    /// Ordered pairs of GPUs of which the first cannot reach the second, whatever the second can.
+    pub one_way: Vec<(u32, u32)>,
     /// Ordered pairs of GPUs: what the first stores into the memory of the second, in units or
     /// words, is lost, though access is offered. Drivers have been seen that do this.
     pub lossy: Vec<(u32, u32)>,
@@ -40,6 +42,7 @@ impl Default for Config {
             memory_bytes: 8 << 30,
             autonomous: false,
             unreachable: Vec::new(),
+            one_way: Vec::new(),
             lossy: Vec::new(),
         }
     }
@@ -48,7 +51,8 @@ impl Default for Config {
 impl Config {
     /// Whether one GPU can map another's memory.
     pub(super) fn reaches(&self, from: u32, to: u32) -> bool {
-        !self.unreachable.iter().any(|&(a, b)| (a, b) == (from, to) || (b, a) == (from, to))
+        let either_way = |&(a, b): &(u32, u32)| (a, b) == (from, to) || (b, a) == (from, to);
+        !self.unreachable.iter().any(either_way) && !self.one_way.contains(&(from, to))
     }
 }
 

@@ -62,6 +62,8 @@ pub(super) struct Engine {
     /// The error of each device whose kernel did something forbidden.
     failed: Vec<Option<Error>>,
     running_graphs: Vec<Option<GraphRun>>,
+    /// Waits for a word of memory that are under way.
+    awaiting: Vec<(u32, u64, u32, Owner)>,
     startable: VecDeque<(u32, Work, Owner)>,
     launches: u64,
     next_handle: u64,
@@ -97,6 +99,7 @@ impl Engine {
             completed: 0,
             failed: vec![None; config.devices as usize],
             running_graphs: Vec::new(),
+            awaiting: Vec::new(),
             startable: VecDeque::new(),
             launches: 0,
             next_handle: WORLDS.fetch_add(1, Ordering::Relaxed) << 32,
@@ -147,7 +150,8 @@ impl Engine {
 
     /// Whether nothing moves until something is queued.
     pub(super) fn is_at_rest(&self) -> bool {
-        !self.stirred && self.startable.is_empty() && self.scheduler.is_empty()
+        let nothing_waits = self.awaiting.is_empty() && self.scheduler.is_empty();
+        !self.stirred && self.startable.is_empty() && nothing_waits
     }
 
     /// Moves the world for about `turns` turns, or until an operation of a stream completes.
@@ -163,7 +167,8 @@ impl Engine {
             match self.scheduler.run(if held { HOLD_TURNS } else { turns }) {
                 Event::Spent | Event::Empty | Event::Idle(_) if held => {}
                 Event::Spent => return Outcome::Spent,
-                Event::Empty => return Outcome::Nothing,
+                Event::Empty if self.awaiting.is_empty() => return Outcome::Nothing,
+                Event::Empty => return Outcome::Idle(self.scheduler.jump()),
                 Event::Idle(ns) => return Outcome::Idle(ns),
                 Event::Finished(owner) => self.complete(owner),
                 Event::Failed(device, reason) => self.fail(device, reason),
@@ -182,12 +187,35 @@ impl Engine {
         if self.scheduler.advance(ns) < HANG_NS || !self.is_alone() {
             return;
         }
-        let hung: Vec<_> = self.scheduler.running().collect();
-        for (name, device) in hung {
-            self.fail(
-                device,
-                format!("kernel {name}: nothing has happened for five minutes of simulated time"),
-            );
+        const LONG: &str = "nothing has happened for five minutes of simulated time";
+        let kernels = self.scheduler.running().map(|(name, at)| (format!("kernel {name}"), at));
+        let waits = self.awaiting.iter().map(|&(device, at, value, _)| {
+            (format!("a stream waits for {value} in the word at {at:#x}"), device)
+        });
+        let hung: Vec<_> = kernels.chain(waits).collect();
+        for (what, device) in hung {
+            self.fail(device, format!("{what}: {LONG}"));
+        }
+    }
+
+    /// Ends the waits whose words have their values.
+    fn look(&mut self) {
+        let mut index = 0;
+        while let Some(&(device, at, value, owner)) = self.awaiting.get(index) {
+            let found = self.machine().memory.borrow().holds(device, at, value);
+            match found {
+                Ok(false) => index += 1,
+                Ok(true) => {
+                    self.awaiting.swap_remove(index);
+                    self.scheduler.happened();
+                    self.complete(owner);
+                }
+                // Ends all waits of the device, this one among them.
+                Err(reason) => {
+                    self.fail(device, reason);
+                    index = 0;
+                }
+            }
         }
     }
 
@@ -199,8 +227,11 @@ impl Engine {
                 self.pump_stream(key);
             }
         }
+        self.look();
         while let Some((device, work, owner)) = self.startable.pop_front() {
             self.start(device, work, owner);
+            // A node of a graph that waits for no more lets others start.
+            self.look();
         }
     }
 
@@ -215,6 +246,7 @@ impl Engine {
                 self.scheduler.launch(&launch, self.launches, owner);
             }
             Work::Graph(plan) => self.start_graph(plan, owner),
+            Work::Await { at, value } => self.awaiting.push((device, at, value, owner)),
             immediate => {
                 if let Err(reason) = self.scheduler.transfer(device, &immediate) {
                     self.fail(device, reason);
@@ -275,7 +307,9 @@ impl Engine {
     fn fail(&mut self, device: u32, reason: String) {
         let error = Error::Simulated { device, reason, seed: self.seed };
         self.failed[device as usize].get_or_insert(error);
-        for owner in self.scheduler.remove_device(device) {
+        let waits = self.awaiting.extract_if(.., |wait| wait.0 == device);
+        let waits: Vec<Owner> = waits.map(|wait| wait.3).collect();
+        for owner in self.scheduler.remove_device(device).into_iter().chain(waits) {
             self.complete(owner);
         }
     }

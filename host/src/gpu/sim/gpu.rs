@@ -10,7 +10,8 @@ use super::stream::{EventState, Queue};
 use super::work::Work;
 use crate::error::{Error, Result};
 use crate::gpu::{
-    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, PeerAccess, Properties, Stream,
+    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess, Properties,
+    Stream,
 };
 use peerlane_device::abi::{Args, Kernel, MAX_THREADS};
 use std::sync::Arc;
@@ -155,6 +156,25 @@ impl Gpu for SimGpu {
         Ok(Stream(key))
     }
 
+    fn stream_create_urgent(&self) -> Result<Stream> {
+        self.stream_create()
+    }
+
+    unsafe fn stream_memory(&self, stream: Stream, operations: &[MemoryOp]) -> Result<()> {
+        let engine = &mut self.world.enter().engine;
+        let key = self.stream(engine, "cuStreamBatchMemOp", stream)?;
+        for operation in operations {
+            let work = match *operation {
+                MemoryOp::Wait(at, value) => Work::Await { at: at.0, value },
+                MemoryOp::Write(to, value) | MemoryOp::Note(to, value) => {
+                    Work::Store { dst: to.0, value }
+                }
+            };
+            engine.queue(key, work);
+        }
+        Ok(())
+    }
+
     unsafe fn stream_destroy(&self, stream: Stream) -> Result<()> {
         let engine = &mut self.world.enter().engine;
         match engine.streams.get_mut(&stream.0) {
@@ -221,6 +241,32 @@ impl Gpu for SimGpu {
         let engine = &mut self.world.enter().engine;
         let key = self.stream(engine, "cuStreamWaitEvent", stream)?;
         engine.wait(self.ordinal(), key, event.0)
+    }
+
+    fn event_query(&self, event: Event) -> Result<bool> {
+        const CALL: &str = "cuEventQuery";
+        let is_done = || {
+            let engine = &self.world.enter().engine;
+            engine.check(self.ordinal())?;
+            engine.event_is_done(CALL, self.ordinal(), event.0)
+        };
+        if is_done()? {
+            return Ok(true);
+        }
+        self.world.nudge();
+        is_done()
+    }
+
+    fn event_synchronize(&self, event: Event) -> Result<()> {
+        self.world.wait(self.ordinal(), |engine| {
+            let checked = engine.check(self.ordinal());
+            let is_done = checked
+                .and_then(|()| engine.event_is_done("cuEventSynchronize", self.ordinal(), event.0));
+            match is_done {
+                Ok(false) => None,
+                answer => Some(answer.map(drop)),
+            }
+        })
     }
 
     fn event_elapsed_ms(&self, start: Event, end: Event) -> Result<f32> {

@@ -267,6 +267,12 @@ impl Lane for SimLane {
         word
     }
 
+    unsafe fn poll_word_acquire(self, address: u64) -> u32 {
+        // Loads of simulated lanes are in order, and acquire what other worlds have released.
+        // SAFETY: passed on to the caller.
+        unsafe { self.poll_word(address) }
+    }
+
     unsafe fn add_word(self, address: u64, value: u32) {
         self.plain("add", address, 4);
         // SAFETY: `plain` has checked it.

@@ -13,6 +13,7 @@ use super::work::Work;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// What fresh device memory holds: a value that no kernel may take for a result.
 const UNDEFINED: u8 = 0xa5;
@@ -220,8 +221,12 @@ impl Memory {
             let (what, offset) = (below.describe(), address - range.start);
             return Err(format!("it runs over the end of {what} at offset {offset}"));
         }
-        if below.user == device || !below.origin.is_host() && self.peer_enabled(device, below.owner)
-        {
+        let mapped = match below.origin {
+            Origin::AllocHost => true,
+            Origin::RegisterHost => false,
+            Origin::Alloc | Origin::Import => self.peer_enabled(device, below.owner),
+        };
+        if below.user == device || mapped {
             return Ok(range);
         }
         let what = below.describe();
@@ -232,7 +237,23 @@ impl Memory {
         })
     }
 
-    /// Does a write, a fill or a copy for `device`; returns how many bytes it moved.
+    /// Whether `device` finds `value` in the word at `at`.
+    pub(super) fn holds(&self, device: u32, at: u64, value: u32) -> Result<bool, String> {
+        self.word(device, at)?;
+        // SAFETY: checked; an atomic, since another world or the host may store there meanwhile.
+        Ok(unsafe { AtomicU32::from_ptr(at as *mut u32) }.load(Ordering::Acquire) == value)
+    }
+
+    /// Checks that `device` may access the word at `at`.
+    fn word(&self, device: u32, at: u64) -> Result<(), String> {
+        if !at.is_multiple_of(4) {
+            return Err(format!("memory operation at {at:#x}: it is not aligned to 4 bytes"));
+        }
+        let found = self.find(device, at, 4);
+        found.map(drop).map_err(|reason| format!("memory operation at {at:#x}: {reason}"))
+    }
+
+    /// Does a write, a fill, a copy or a store for `device`; returns how many bytes it moved.
     pub(super) fn transfer(&self, device: u32, work: &Work) -> Result<usize, String> {
         let check = |what: &str, address: u64, bytes: usize| {
             let found = self.find(device, address, bytes);
@@ -258,7 +279,13 @@ impl Memory {
                 unsafe { std::ptr::copy(src as *const u8, dst as *mut u8, bytes) };
                 Ok(bytes)
             }
-            Work::Launch(_) | Work::Graph(_) => Ok(0),
+            Work::Store { dst, value } => {
+                self.word(device, dst)?;
+                // SAFETY: checked; an atomic, since another world may look at the word meanwhile.
+                unsafe { AtomicU32::from_ptr(dst as *mut u32) }.store(value, Ordering::Release);
+                Ok(4)
+            }
+            Work::Await { .. } | Work::Launch(_) | Work::Graph(_) => Ok(0),
         }
     }
 }

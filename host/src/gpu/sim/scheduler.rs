@@ -149,6 +149,17 @@ impl Scheduler {
         Some(kernel.owner)
     }
 
+    /// Something outside the kernels happened: who waits may find what it waits for.
+    pub(super) fn happened(&mut self) {
+        self.idle = 0;
+        self.machine.progress.set(true);
+    }
+
+    /// How much time may be skipped while nothing happens.
+    pub(super) fn jump(&self) -> u64 {
+        (self.idle / JUMP_FRACTION).max(FIRST_JUMP_NS)
+    }
+
     /// Lets `ns` nanoseconds pass in which nothing happens; returns for how long nothing has.
     pub(super) fn advance(&mut self, ns: u64) -> u64 {
         self.machine.clock.set(self.machine.clock.get() + ns);
@@ -348,7 +359,7 @@ impl Scheduler {
             }
             return None;
         }
-        let jump = (self.idle / JUMP_FRACTION).max(FIRST_JUMP_NS);
+        let jump = self.jump();
         let wake = self
             .sleeping
             .peek()

@@ -117,6 +117,24 @@ impl Engine {
         }
     }
 
+    /// Whether the event's latest record is done, if it has one.
+    pub(super) fn event_is_done(
+        &self,
+        call: &'static str,
+        device: u32,
+        event: u64,
+    ) -> Result<bool> {
+        match self.events.get(&event) {
+            Some((of, _)) if *of != device => Err(fail::handle(call, device)),
+            Some((_, EventState::New)) => Ok(true),
+            Some((_, EventState::Recorded(mark))) => Ok(mark.is_set()),
+            Some((_, EventState::Captured(..))) => {
+                Err(fail::driver(call, device, fail::CAPTURED_EVENT))
+            }
+            None => Err(fail::handle(call, device)),
+        }
+    }
+
     /// Milliseconds between the latest records of two events.
     pub(super) fn elapsed_ms(&self, device: u32, start: u64, end: u64) -> Result<f32> {
         const CALL: &str = "cuEventElapsedTime";

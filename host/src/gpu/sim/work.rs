@@ -21,9 +21,30 @@ pub(super) struct Launch {
 #[derive(Clone)]
 pub(super) enum Work {
     Launch(Arc<Launch>),
-    Write { dst: u64, data: Arc<[u8]> },
-    Fill { dst: u64, value: u8, bytes: usize },
-    Copy { dst: u64, src: u64, bytes: usize },
+    Write {
+        dst: u64,
+        data: Arc<[u8]>,
+    },
+    Fill {
+        dst: u64,
+        value: u8,
+        bytes: usize,
+    },
+    Copy {
+        dst: u64,
+        src: u64,
+        bytes: usize,
+    },
+    /// Stores a word.
+    Store {
+        dst: u64,
+        value: u32,
+    },
+    /// Lasts until the word has the value.
+    Await {
+        at: u64,
+        value: u32,
+    },
     Graph(Arc<GraphPlan>),
 }
 

@@ -2,16 +2,18 @@
 //! asked.
 //!
 //! Invariant: a size whose result is wrong is not timed, and fails the run. Every line says whether
-//! it ran on real GPUs; simulated times mean nothing and the output says so.
+//! it ran on real GPUs. Simulated times mean nothing: where the model knows a collective, its prediction
+//! stands in their place, and the output says so.
 
 pub(crate) mod job;
 pub(crate) mod measure;
 mod nccl;
 mod ours;
-mod plot;
+pub(crate) mod plot;
+mod predict;
 pub(crate) mod rank;
 pub(crate) mod report;
-mod results;
+pub(crate) mod results;
 
 use crate::devices::Devices;
 use crate::parse::{self, Choice};
@@ -21,9 +23,13 @@ use job::Job;
 use measure::Ranks;
 use nccl::Nccl;
 use ours::Ours;
-use peerlane::{Communicator, Config, DType, Operation, ReduceOp, Tuning, Wire};
+use peerlane::model::Preset;
+use peerlane::{
+    Algorithm, Communicator, Config, DType, Operation, ReduceOp, Transport, Tuning, Wire,
+};
 use rank::{Fail, Rank, Timing};
 use results::{Results, Row, Series};
+use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -32,7 +38,8 @@ use std::sync::Arc;
 pub(crate) struct Options {
     #[command(flatten)]
     common: Common,
-    /// The collective: all_reduce, reduce_scatter, all_gather, broadcast, gather, barrier, or all.
+    /// The collective: all_reduce, reduce_scatter, all_gather, broadcast, gather, barrier, or all. Dashes
+    /// are as good as underscores.
     #[arg(value_name = "OP", value_parser = operations)]
     operations: Operations,
     /// Ranks. Left out: one per GPU. More ranks than GPUs share them round robin.
@@ -41,7 +48,7 @@ pub(crate) struct Options {
     /// Smallest size, with K, M or G.
     #[arg(long, default_value = "1K", value_parser = parse::bytes)]
     min: usize,
-    /// Largest size. Left out: cuda 64M, sim 64K.
+    /// Largest size. Left out: cuda 64M, sim 64K, or 64M where times are predicted.
     #[arg(long, value_parser = parse::bytes)]
     max: Option<usize>,
     /// Each size is this many times the one before. Left out: cuda 2, sim 4.
@@ -56,11 +63,28 @@ pub(crate) struct Options {
     /// How values are combined: sum, max, min or avg.
     #[arg(long, default_value = "sum", value_parser = parse::reduce_op)]
     op_type: ReduceOp,
-    /// How an all-reduce is carried out: auto, or the name of an algorithm.
+    /// How an all-reduce is carried out: auto, all, or one of packet, full, two-shot, staged, ring, tree,
+    /// double-tree, hierarchical, and copy-two-shot to copy-hierarchical.
     #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
     algorithm: Choice,
     #[command(flatten)]
     choosing: Choosing,
+    /// The machine that all-reduces and broadcasts on simulated GPUs are predicted for: nvswitch,
+    /// nvlink-pairs, pcie or two-sockets.
+    #[arg(long, default_value = "nvswitch", value_parser = parse::fabric)]
+    fabric: Preset,
+    /// Largest size that simulated GPUs carry out where times are predicted; larger ones are predicted only.
+    #[arg(long, default_value = "64K", value_parser = parse::bytes)]
+    check_max: usize,
+    /// What carries data from rank to rank: auto, p2p or host. Left out: PEERLANE_TRANSPORT, else auto.
+    #[arg(long, value_parser = parse::transport)]
+    transport: Option<Transport>,
+    /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 32M for those.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    staging: Option<usize>,
+    /// Bytes that algorithms named copy-... copy at once. Left out: an eighth of a part, at least 256K.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    chunk: Option<usize>,
     /// Root of broadcast and gather.
     #[arg(long, default_value_t = 0)]
     root: u32,
@@ -134,13 +158,23 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let rival = options.compare.map(|Rival::Nccl| Nccl::load()).transpose()?;
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
-    let mut ranks = plan.connect(&devices, rival.as_ref())?;
+    let (mut ranks, used) = plan.connect(&devices, rival.as_ref())?;
+    println!("# transport: {} ({used})", plan.config.transport);
     let mut series = Vec::new();
-    for operation in &options.operations.0 {
-        series.push(plan.measure(*operation, &mut ranks, &devices)?);
+    for job in plan.jobs() {
+        match plan.measure(&job, &mut ranks, &devices) {
+            // Of several algorithms, one that this communicator refuses does not stop the others.
+            Err(error) if plan.has_more_algorithms(&job) && is_refused(&error) => {
+                println!("# not run: {error}");
+            }
+            measured => series.push(measured?),
+        }
     }
+    print!("{}", report::comparison(&series));
     let right = series.iter().flat_map(|s: &Series| &s.rows).all(|row| row.failure.is_none());
-    let provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
+    let mut provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
+    let transport = json!({ "asked": plan.config.transport, "used": used });
+    provenance.insert("transport".into(), transport);
     let results = Results { provenance, nccl_version, series };
     if let Some(path) = &options.common.json {
         output::write_json(path, &serde_json::to_value(&results)?)?;
@@ -154,6 +188,12 @@ pub(crate) fn run(options: &Options) -> Outcome {
     Ok(right)
 }
 
+/// Whether an error says that this communicator does not have an algorithm.
+fn is_refused(error: &Fail) -> bool {
+    let error = error.downcast_ref::<peerlane::Error>();
+    matches!(error, Some(peerlane::Error::InvalidArgument { argument: "algorithm", .. }))
+}
+
 fn print_head(plan: &Plan<'_>, devices: &Devices, nccl: Option<&str>) {
     let Timing { calls, replays, eager } = plan.timing;
     let how = if eager { "issued one by one" } else { "in a graph" };
@@ -165,7 +205,12 @@ fn print_head(plan: &Plan<'_>, devices: &Devices, nccl: Option<&str>) {
         );
     }
     if devices.simulated_only() {
+        let Options { fabric, check_max, .. } = plan.options;
+        let checked = parse::bytes_name(*check_max);
         println!("# simulated GPUs: the results are checked, but the times mean nothing");
+        println!(
+            "# all-reduce and broadcast: times of a model of {fabric}; checked up to {checked}"
+        );
     }
 }
 
@@ -173,7 +218,7 @@ fn print_head(plan: &Plan<'_>, devices: &Devices, nccl: Option<&str>) {
 struct Plan<'a> {
     options: &'a Options,
     world: u32,
-    sizes: Vec<usize>,
+    sim: bool,
     timing: Timing,
     config: Config,
 }
@@ -187,10 +232,9 @@ impl Plan<'_> {
                 format!("--root: expected a rank below {world}, got {}", options.root).into()
             );
         }
-        let (min, max) =
-            (options.min, options.max.unwrap_or(if sim { 64 << 10 } else { 64 << 20 }));
-        if min == 0 || min > max {
-            return Err(format!("--min: expected 1 to {max}, got {min}").into());
+        let max = options.max.unwrap_or(if sim { 64 << 10 } else { 64 << 20 });
+        if options.min == 0 || options.min > max {
+            return Err(format!("--min: expected 1 to {max}, got {}", options.min).into());
         }
         let shared = world as usize > devices.gpus.len();
         if options.compare.is_some() && (sim || shared) {
@@ -199,31 +243,89 @@ impl Plan<'_> {
             )
             .into());
         }
-        let factor = options.factor.unwrap_or(if sim { 4 } else { 2 }) as usize;
-        let next = |size: &usize| size.checked_mul(factor).filter(|next| *next <= max);
-        let sizes = std::iter::successors(Some(min), next).collect();
         let usual = if sim { 2 } else { 20 };
         let calls = options.calls.unwrap_or(usual) as usize;
         let replays = options.replays.unwrap_or(usual) as usize;
         let timing = Timing { calls, replays, eager: options.eager };
-        Ok(Plan { options, world, sizes, timing, config: options.choosing.config()? })
+        let config = Plan::config(options, sim)?;
+        Ok(Plan { options, world, sim, timing, config })
     }
 
-    fn job(&self, op: Operation) -> Job {
-        let Options { dtype, wire, op_type: reduce, algorithm, root, .. } = *self.options;
-        let Choice(algorithm) = algorithm;
-        Job { op, dtype, wire, reduce, algorithm, root, world: self.world, count: 0 }
+    /// What is asked for, without sizes.
+    fn jobs(&self) -> Vec<Job> {
+        let Options { dtype, wire, op_type: reduce, root, .. } = *self.options;
+        let Choice(algorithms) = &self.options.algorithm;
+        let job = |op, algorithm| Job {
+            op,
+            dtype,
+            wire,
+            reduce,
+            algorithm,
+            root,
+            world: self.world,
+            count: 0,
+        };
+        let ways = |op: &Operation| match op {
+            Operation::AllReduce => algorithms.iter().map(|way| job(*op, *way)).collect(),
+            _ => vec![job(*op, None)],
+        };
+        self.options.operations.0.iter().flat_map(ways).collect()
     }
 
-    /// Makes the ranks, with buffers for the largest job.
-    fn connect(&self, devices: &Devices, rival: Option<&Arc<Nccl>>) -> Result<Ranks, Fail> {
+    /// Whether the job's algorithm is one of several.
+    fn has_more_algorithms(&self, job: &Job) -> bool {
+        job.op == Operation::AllReduce && self.options.algorithm.0.len() > 1
+    }
+
+    /// Whether the job's times are predicted.
+    fn is_predicted(&self, job: &Job) -> bool {
+        self.sim && predict::knows(job)
+    }
+
+    /// The sizes of a job. A barrier has one: none.
+    fn sizes(&self, job: &Job) -> Vec<usize> {
+        if job.op == Operation::Barrier {
+            return vec![0];
+        }
+        let usual = if self.sim && !self.is_predicted(job) { 64 << 10 } else { 64 << 20 };
+        let max = self.options.max.unwrap_or(usual);
+        let factor = self.options.factor.unwrap_or(if self.sim { 4 } else { 2 }) as usize;
+        let next = |size: &usize| size.checked_mul(factor).filter(|next| *next <= max);
+        std::iter::successors(Some(self.options.min), next).collect()
+    }
+
+    /// Whether the job, with its size, is carried out.
+    fn is_carried_out(&self, job: &Job) -> bool {
+        !self.is_predicted(job) || job.bytes() <= self.options.check_max
+    }
+
+    fn config(options: &Options, sim: bool) -> peerlane::Result<Config> {
+        let Options { staging, chunk: chunk_bytes, transport, .. } = *options;
+        let is_scheduled = |way: &Option<Algorithm>| matches!(way, Some(Algorithm::Scheduled(_)));
+        let usual = if sim { 1 << 20 } else { 32 << 20 };
+        let wanted = options.algorithm.0.iter().any(is_scheduled).then_some(usual);
+        let config = options.choosing.config()?;
+        let transport = transport.unwrap_or(config.transport);
+        Ok(Config { transport, staging_bytes: staging.or(wanted), chunk_bytes, ..config })
+    }
+
+    /// Makes the ranks, with buffers for the largest job; says what carries their data.
+    fn connect(
+        &self,
+        devices: &Devices,
+        rival: Option<&Arc<Nccl>>,
+    ) -> Result<(Ranks, &'static str), Fail> {
         let gpus = devices.for_ranks(self.world);
-        let largest = *self.sizes.last().unwrap_or(&0);
-        let jobs = self.options.operations.0.iter().map(|op| self.job(*op).sized(largest));
-        let (src, dst) = jobs
+        let all = self.jobs().into_iter();
+        let sized =
+            all.flat_map(|job| self.sizes(&job).into_iter().map(move |size| job.sized(size)));
+        let (src, dst) = sized
+            .filter(|job| self.is_carried_out(job))
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
-        for communicator in Communicator::connect(&gpus, &self.config)? {
+        let communicators = Communicator::connect(&gpus, &self.config)?;
+        let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
+        for communicator in communicators {
             let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;
             rank.contenders.push(Box::new(Ours(communicator)));
             ranks.push(rank);
@@ -234,20 +336,21 @@ impl Plan<'_> {
                 rank.contenders.push(Box::new(contender));
             }
         }
-        Ok(Ranks { ranks, threads: !devices.simulated_only() })
+        Ok((Ranks { ranks, threads: !devices.simulated_only() }, used))
     }
 
-    fn measure(&self, op: Operation, ranks: &mut Ranks, devices: &Devices) -> Result<Series, Fail> {
-        let job = self.job(op);
-        let mut series = self.series(&job);
+    fn measure(&self, job: &Job, ranks: &mut Ranks, devices: &Devices) -> Result<Series, Fail> {
+        let mut series = self.series(job);
         println!("#\n# {}", series.title());
-        println!("{}", report::line_head(self.options.compare.is_some()));
-        // A barrier has one size: none.
-        let sizes = if op == Operation::Barrier { &[0] } else { &self.sizes[..] };
+        let compared = self.options.compare.is_some();
+        let predicted = self.is_predicted(job);
+        let head = if predicted { report::predicted_head() } else { report::line_head(compared) };
+        println!("{head}");
+        let sizes = self.sizes(job);
         let progress = output::progress(sizes.len());
         for size in sizes {
-            progress.set_message(format!("{} {}", op.name(), parse::bytes_name(*size)));
-            let row = self.measure_size(&job.sized(*size), ranks)?;
+            progress.set_message(format!("{} {}", job.op.name(), parse::bytes_name(size)));
+            let row = self.measure_size(&job.sized(size), ranks)?;
             progress.suspend(|| println!("{}", report::line(&row, devices.backend_name())));
             progress.inc(1);
             series.rows.push(row);
@@ -257,15 +360,26 @@ impl Plan<'_> {
     }
 
     fn measure_size(&self, job: &Job, ranks: &mut Ranks) -> Result<Row, Fail> {
-        let inputs = job.inputs(self.options.common.seed);
+        let checked = self.is_carried_out(job);
+        let verdict = match checked {
+            true => ranks.verify(job, &job.inputs(self.options.common.seed))?,
+            false => Ok(()),
+        };
         let mut row = Row {
             bytes: job.bytes(),
             count: job.count,
             ours: None,
             nccl: None,
-            failure: ranks.verify(job, &inputs)?.err(),
+            predicted: None,
+            checked,
+            failure: verdict.err(),
         };
-        if row.failure.is_none() {
+        if row.failure.is_some() {
+            return Ok(row);
+        }
+        if self.is_predicted(job) {
+            row.predicted = predict::predict(job, self.options.fabric);
+        } else {
             let times = ranks.time(job, &self.timing)?;
             let sum_up = |samples| results::Timing::new(samples, job.bytes(), job.bus_factor());
             let mut times = times.into_iter().map(sum_up);
@@ -286,7 +400,57 @@ impl Plan<'_> {
             mode: if self.timing.eager { "eager" } else { "graph" }.into(),
             calls: self.timing.calls,
             replays: self.timing.replays,
+            fabric: self.is_predicted(job).then(|| self.options.fabric.to_string()),
             rows: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use peerlane::Algorithm;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(line: &str) -> Result<Options, clap::Error> {
+        Line::try_parse_from(std::iter::once("bench").chain(line.split(' ')))
+            .map(|line| line.options)
+    }
+
+    #[test]
+    fn all_algorithms_are_checked_and_predicted_on_simulated_gpus() {
+        let file = std::env::temp_dir().join(format!("peerlane-bench-{}.json", std::process::id()));
+        let line = "all-reduce --devices sim:3 --algorithm all --max 4M --factor 64 --fabric pcie";
+        let json = format!("{line} --json {}", file.display());
+        assert!(run(&options(&json).unwrap()).unwrap());
+        let results = report::read(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        // The communicator may refuse those that copy engines carry out.
+        let fused = Algorithm::ALL.iter().filter(|a| !matches!(a, Algorithm::Scheduled(_)));
+        assert!(results.series.len() >= fused.count());
+        for series in &results.series {
+            let sizes: Vec<_> = series.rows.iter().map(|row| (row.bytes, row.checked)).collect();
+            assert_eq!(sizes, [(1 << 10, true), (64 << 10, true), (4 << 20, false)]);
+            assert!(series.rows.iter().all(|row| row.failure.is_none() && row.predicted.is_some()));
+            assert_eq!(series.fabric.as_deref(), Some("pcie"));
+        }
+    }
+
+    #[test]
+    fn names_that_nothing_has_are_answered_with_those_that_exist() {
+        for (line, expected) in [
+            ("all-reduce --algorithm fast", "expected one of auto, all, packet, "),
+            ("all-reduce --fabric star", "expected one of nvswitch, nvlink-pairs, "),
+            ("all-reduced", "expected one of all_reduce, "),
+        ] {
+            let error = options(line).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
         }
     }
 }

@@ -4,7 +4,7 @@
 //! figure in the documentation is without its origin.
 
 use super::plot;
-use super::results::{Results, Row, Series, Timing};
+use super::results::{Predicted, Results, Row, Series, Timing};
 use crate::parse::bytes_name;
 use crate::{Outcome, drawing};
 use std::fmt::Write;
@@ -39,7 +39,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     Ok(true)
 }
 
-fn read(path: &Path) -> Result<Results, String> {
+pub(crate) fn read(path: &Path) -> Result<Results, String> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| format!("report: cannot read {}: {error}", path.display()))?;
     serde_json::from_str(&text).map_err(|error| {
@@ -51,6 +51,12 @@ fn read(path: &Path) -> Result<Results, String> {
 pub(crate) fn write(path: &Path, text: &str) -> Result<(), String> {
     std::fs::write(path, text)
         .map_err(|error| format!("--table: cannot write {}: {error}", path.display()))
+}
+
+/// The heading of the lines that [`line`] makes of predictions.
+pub(crate) fn predicted_head() -> String {
+    let (head, count) = (format!("# {:>7}", "size"), "count");
+    head + &format!(" {count:>10} {:>10} {:>6} {:>12}  check on", "model us", "steps", "sent/rank")
 }
 
 /// The heading of the lines that [`line`] makes.
@@ -70,6 +76,11 @@ pub(crate) fn line(row: &Row, backend: &str) -> String {
     let mut line = format!("{:>9} {:>10}", bytes_name(row.bytes), row.count);
     if let Some(failure) = &row.failure {
         return line + &format!("  FAILED on {backend}: {failure}");
+    }
+    if let Some(Predicted { time_us, steps, sent_bytes }) = &row.predicted {
+        line += &format!(" {time_us:>10.2} {steps:>6} {sent_bytes:>12}");
+        let check = if row.checked { "ok   " } else { "model" };
+        return line + &format!("  {check} {backend}");
     }
     if let Some(Timing { median_us, p99_us, algbw, busbw, .. }) = &row.ours {
         line += &format!(" {median_us:>10.2} {p99_us:>10.2} {algbw:>10.2} {busbw:>10.2}");
@@ -95,15 +106,58 @@ pub(crate) fn markdown(results: &Results) -> String {
     let _ = writeln!(text, "peerlane {version}, {date}.");
     let _ = writeln!(text, "\n    {}", results.provenance("command"));
     if backend == "sim" {
-        let _ = writeln!(text, "\nSimulated GPUs: the times mean nothing.");
+        let _ = writeln!(text, "\nSimulated GPUs: a time is a model's, or means nothing.");
     }
     for series in &results.series {
         text += &table(series);
+    }
+    text + &comparison(&results.series)
+}
+
+/// Series that differ in their algorithm only, as tables with a column for each.
+pub(crate) fn comparison(series: &[Series]) -> String {
+    let mut subjects: Vec<String> = series.iter().map(Series::subject).collect();
+    subjects.dedup();
+    let mut text = String::new();
+    for subject in subjects {
+        let same: Vec<_> = series.iter().filter(|s| s.subject() == subject).collect();
+        let Some(first) = same.first().filter(|_| same.len() > 1) else { continue };
+        let names: Vec<_> = same.iter().map(|s| s.algorithm.as_str()).collect();
+        let _ = writeln!(text, "\n### {subject}: microseconds\n\n| size | {} |", names.join(" | "));
+        let _ = writeln!(text, "|---:|{}", "---:|".repeat(same.len()));
+        for row in 0..first.rows.len() {
+            let time = |series: &&Series| {
+                let us = series.rows.get(row).and_then(Row::time_us);
+                us.map_or("FAILED".into(), |us| format!("{us:.2}"))
+            };
+            let times: Vec<_> = same.iter().map(time).collect();
+            let _ =
+                writeln!(text, "| {} | {} |", bytes_name(first.rows[row].bytes), times.join(" | "));
+        }
+    }
+    text
+}
+
+/// Predictions.
+fn predicted_table(series: &Series) -> String {
+    let mut text = format!("\n### {}\n\n", series.title());
+    text += "| size | model, us | steps | bytes out of a rank |\n|---:|---:|---:|---:|\n";
+    for row in &series.rows {
+        let size = bytes_name(row.bytes);
+        let _ = match &row.predicted {
+            Some(Predicted { time_us, steps, sent_bytes }) => {
+                writeln!(text, "| {size} | {time_us:.2} | {steps} | {sent_bytes} |")
+            }
+            None => writeln!(text, "| {size} | FAILED | | |"),
+        };
     }
     text
 }
 
 fn table(series: &Series) -> String {
+    if series.fabric.is_some() {
+        return predicted_table(series);
+    }
     let compared = series.rows.iter().any(|row| row.nccl.is_some());
     let Series { mode, calls, replays, .. } = series;
     let how = if mode == "eager" { "issued one by one" } else { "in a graph" };
@@ -147,6 +201,8 @@ mod tests {
             count: 1 << 19,
             ours: Some(timing(10.0)),
             nccl: Some(timing(15.0)),
+            predicted: None,
+            checked: true,
             failure: None,
         };
         let series = Series {
@@ -160,6 +216,7 @@ mod tests {
             mode: "graph".into(),
             calls: 20,
             replays: 20,
+            fabric: None,
             rows: vec![row],
         };
         let provenance = serde_json::json!({
@@ -184,6 +241,19 @@ mod tests {
         assert!(text.starts_with(head), "{text}");
         assert!(text.contains("### all_reduce bf16 sum, auto, 2 ranks"), "{text}");
         assert!(text.contains("| 1M | 10.00 | 10.00 | 104.86 | 104.86 | 15.00 | 15.00 | 1.50 |"));
+    }
+
+    #[test]
+    fn algorithms_are_compared_in_columns() {
+        let mut series = results().series;
+        assert_eq!(comparison(&series), "");
+        series.push(Series { algorithm: "ring".into(), ..series[0].clone() });
+        series[1].rows[0].ours = None;
+        series[1].rows[0].predicted = Some(Predicted { time_us: 3.0, steps: 2, sent_bytes: 9 });
+        let text = comparison(&series);
+        assert!(text.contains("### all_reduce bf16 sum, 2 ranks: microseconds"), "{text}");
+        assert!(text.contains("| size | auto | ring |\n"), "{text}");
+        assert!(text.contains("| 1M | 10.00 | 3.00 |\n"), "{text}");
     }
 
     #[test]

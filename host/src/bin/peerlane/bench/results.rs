@@ -39,6 +39,17 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
+/// What the model says of a call on a machine that is not here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Predicted {
+    /// Microseconds on the virtual clock.
+    pub(crate) time_us: f64,
+    /// Transfers that follow one another.
+    pub(crate) steps: u32,
+    /// Bytes out of the rank that sends most.
+    pub(crate) sent_bytes: u64,
+}
+
 /// One size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Row {
@@ -50,11 +61,27 @@ pub(crate) struct Row {
     pub(crate) ours: Option<Timing>,
     /// NCCL, where it was asked for.
     pub(crate) nccl: Option<Timing>,
+    /// The model's answer, on simulated GPUs, whose own times mean nothing.
+    pub(crate) predicted: Option<Predicted>,
+    /// Whether the call was made and its result looked at. (Files from before there were predictions
+    /// hold only such rows.)
+    #[serde(default = "yes")]
+    pub(crate) checked: bool,
     /// What was wrong with a result.
     pub(crate) failure: Option<String>,
 }
 
+fn yes() -> bool {
+    true
+}
+
 impl Row {
+    /// Microseconds, measured or predicted.
+    pub(crate) fn time_us(&self) -> Option<f64> {
+        let measured = self.ours.as_ref().map(|timing| timing.median_us);
+        measured.or(self.predicted.as_ref().map(|predicted| predicted.time_us))
+    }
+
     /// How many times faster Peerlane is than NCCL.
     pub(crate) fn ratio(&self) -> Option<f64> {
         let (ours, nccl) = (self.ours.as_ref()?, self.nccl.as_ref()?);
@@ -85,6 +112,8 @@ pub(crate) struct Series {
     pub(crate) calls: usize,
     /// Samples.
     pub(crate) replays: usize,
+    /// The machine that times are predicted for.
+    pub(crate) fabric: Option<String>,
     /// The sizes, in order.
     pub(crate) rows: Vec<Row>,
 }
@@ -92,6 +121,15 @@ pub(crate) struct Series {
 impl Series {
     /// For example `all_reduce f32 sum, wire bf16, two-shot, 4 ranks`.
     pub(crate) fn title(&self) -> String {
+        self.title_of(&format!(", {}", self.algorithm))
+    }
+
+    /// The same without the algorithm: what series that can be compared have in common.
+    pub(crate) fn subject(&self) -> String {
+        self.title_of("")
+    }
+
+    fn title_of(&self, algorithm: &str) -> String {
         let mut title = self.op.clone();
         if self.op != "barrier" {
             title += &format!(" {}", self.dtype);
@@ -103,12 +141,13 @@ impl Series {
             }
         }
         if self.op == "all_reduce" {
-            title += &format!(", {}", self.algorithm);
+            title += algorithm;
         }
         if matches!(self.op.as_str(), "broadcast" | "gather") {
             title += &format!(", root {}", self.root);
         }
-        title + &format!(", {} rank{}", self.world, if self.world == 1 { "" } else { "s" })
+        title += &format!(", {} rank{}", self.world, if self.world == 1 { "" } else { "s" });
+        self.fabric.iter().fold(title, |title, fabric| title + &format!(", model of {fabric}"))
     }
 }
 

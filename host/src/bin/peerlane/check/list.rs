@@ -23,10 +23,12 @@ pub(crate) struct Filter<'a> {
     pub(crate) seed: u64,
 }
 
-/// Every way to carry out an all-reduce in one kernel, and the plan's choice.
-fn algorithms() -> Vec<Option<Algorithm>> {
-    let fused = Algorithm::ALL.into_iter().filter(|a| !matches!(a, Algorithm::Scheduled(_)));
-    fused.map(Some).chain([None]).collect()
+/// Every way to carry out an all-reduce whose elements travel as `wire`, and the plan's choice.
+fn algorithms(wire: Wire) -> impl Iterator<Item = Option<Algorithm>> {
+    let is_possible = move |algorithm: &Algorithm| {
+        wire == Wire::Native || !matches!(algorithm, Algorithm::Scheduled(_))
+    };
+    Algorithm::ALL.into_iter().filter(is_possible).map(Some).chain([None])
 }
 
 impl Filter<'_> {
@@ -67,7 +69,6 @@ impl Filter<'_> {
             Operation::ReduceScatter => false,
             other => return vec![Family::Moves(other)],
         };
-        let algorithms = if all { algorithms() } else { vec![None] };
         let mut families = Vec::new();
         for dtype in self.dtypes {
             let wires: &[Wire] = match dtype {
@@ -75,9 +76,8 @@ impl Filter<'_> {
                 _ => &[Wire::Native],
             };
             for wire in wires {
-                for algorithm in &algorithms {
-                    families.push(Family::Reduces(all, *dtype, *wire, *algorithm));
-                }
+                let algorithms = algorithms(*wire).filter(|algorithm| all || algorithm.is_none());
+                families.extend(algorithms.map(|a| Family::Reduces(all, *dtype, *wire, a)));
             }
         }
         families

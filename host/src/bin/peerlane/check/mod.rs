@@ -14,7 +14,7 @@ use crate::devices::Devices;
 use crate::{Common, Outcome, output, parse};
 use case::Case;
 use list::Filter;
-use peerlane::{Config, DType, Operation};
+use peerlane::{Config, DType, Operation, Transport};
 pub(crate) use round::POISON;
 use run::{Group, Verdict};
 use serde_json::{Value, json};
@@ -50,6 +50,9 @@ pub(crate) struct Options {
     /// Most bytes of device memory for one rank's mailbox.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     mailbox: Option<usize>,
+    /// What carries data from rank to rank: auto, p2p or host. Left out: PEERLANE_TRANSPORT, else auto.
+    #[arg(long, value_parser = parse::transport)]
+    transport: Option<Transport>,
     /// Seconds that a rank waits for another before the case fails.
     #[arg(long, default_value_t = 10)]
     deadline: u64,
@@ -69,8 +72,10 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let devices = Devices::open(options.common.devices.as_ref(), options.common.seed)?;
     let (worlds, sizes) = (worlds(options, &devices), sizes(options, &devices));
     let filter = filter(options, &devices, &sizes);
-    println!("checking on {devices}, seed {}", options.common.seed);
-    let mut session = Session { options, devices, rows: Vec::new(), failed: 0, cases: 0 };
+    let transport = options.transport.map_or_else(Transport::from_environment, Ok)?;
+    println!("checking on {devices}, seed {}, transport {transport}", options.common.seed);
+    let mut session =
+        Session { options, devices, transport, rows: Vec::new(), failed: 0, cases: 0 };
     let started = Instant::now();
     for world in worlds {
         session.check_world(world, &filter.cases(world))?;
@@ -85,6 +90,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     if let Some(path) = &options.common.json {
         let mut value = output::provenance(&devices);
         value["seed"] = json!(options.common.seed);
+        value["transport"] = json!({ "asked": transport });
         value["seconds"] = json!(seconds);
         value["families"] = json!(rows);
         output::write_json(path, &value)?;
@@ -144,6 +150,7 @@ fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Fi
 struct Session<'a> {
     options: &'a Options,
     devices: Devices,
+    transport: Transport,
     rows: Vec<Value>,
     cases: usize,
     failed: usize,
@@ -194,8 +201,14 @@ impl Session<'_> {
     /// New ranks, on simulated GPUs of a new machine: theirs may have ended with an error, and what
     /// happens next must not depend on what happened before.
     fn connect(&mut self, world: u32) -> Result<Group, peerlane::Error> {
-        let mut config =
-            Config { deadline: Duration::from_secs(self.options.deadline), ..Config::default() };
+        // Every connection clears the memory of simulated GPUs, which takes its time.
+        let staging_bytes = if self.devices.simulated_only() { 1 << 20 } else { 32 << 20 };
+        let mut config = Config {
+            deadline: Duration::from_secs(self.options.deadline),
+            transport: self.transport,
+            staging_bytes: Some(staging_bytes),
+            ..Config::default()
+        };
         if let Some(bytes) = self.options.mailbox {
             config.mailbox_bytes = bytes;
         }

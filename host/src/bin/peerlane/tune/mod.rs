@@ -18,7 +18,7 @@ use candidate::{Candidate, Way};
 use peerlane::choice::{Choice, TuningTable};
 use peerlane::gpu::GpuRef;
 use peerlane::links::{Cache, Key};
-use peerlane::{Communicator, Config, Tuning};
+use peerlane::{Communicator, Config, Transport, Tuning};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -74,7 +74,8 @@ pub(crate) fn run(options: &Options) -> Outcome {
         return Ok(true);
     }
     let ways = Way::all();
-    let (mut ranks, default) = connect(&plan, &ways, !devices.simulated_only())?;
+    let (mut ranks, default, used) = connect(&plan, &ways, !devices.simulated_only())?;
+    println!("# transport: {used}");
     let mut sweep = Sweep {
         ranks: &mut ranks,
         world: plan.world,
@@ -97,7 +98,8 @@ pub(crate) fn run(options: &Options) -> Outcome {
     match &plan.place {
         Some(path) if right => {
             let simulated = devices.simulated_only();
-            table::of(&series, &ways, &default, &plan, simulated).write(path)?;
+            let table = table::of(&series, &ways, &default, &plan, (simulated, used != "p2p"));
+            table.write(path)?;
             println!("# table: {}", path.display());
             written = Some(path);
         }
@@ -177,11 +179,17 @@ fn key(gpus: &[GpuRef], devices: &Devices) -> (Key, Option<String>) {
 }
 
 /// Makes the ranks with buffers for the largest size and a contender for each way; and says what is
-/// chosen without a table.
-fn connect(plan: &Plan, ways: &[Way], threads: bool) -> Result<(Ranks, Choice), Fail> {
-    let config = Config { tuning: Tuning::Off, ..Config::default() };
+/// chosen without a table, and what carries their data.
+fn connect(
+    plan: &Plan,
+    ways: &[Way],
+    threads: bool,
+) -> Result<(Ranks, Choice, &'static str), Fail> {
+    let transport = Transport::from_environment()?;
+    let config = Config { tuning: Tuning::Off, transport, ..Config::default() };
     let communicators = Communicator::connect(&plan.gpus, &config)?;
     let default = communicators[0].choice().clone();
+    let used = output::transport(&communicators[0])?;
     let largest = plan.sizes.last().copied().unwrap_or(1);
     let mut ranks = Vec::new();
     for communicator in communicators {
@@ -196,7 +204,7 @@ fn connect(plan: &Plan, ways: &[Way], threads: bool) -> Result<(Ranks, Choice), 
         }
         ranks.push(rank);
     }
-    Ok((Ranks { ranks, threads }, default))
+    Ok((Ranks { ranks, threads }, default, used))
 }
 
 #[cfg(test)]

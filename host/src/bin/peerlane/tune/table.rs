@@ -15,7 +15,7 @@ pub(super) fn of(
     ways: &[Way],
     default: &Choice,
     plan: &Plan,
-    simulated: bool,
+    (simulated, host): (bool, bool),
 ) -> TuningTable {
     let entries = |operation, chosen: &dyn Fn(&Row) -> usize| {
         let rows = series.iter().find(|series| series.operation == operation);
@@ -26,6 +26,7 @@ pub(super) fn of(
         version: VERSION,
         world: plan.world,
         simulated,
+        host,
         key: plan.key.clone(),
         all_reduce: entries(Operation::AllReduce, &|row| row.chosen),
         all_reduce_any: entries(Operation::AllReduce, &|row| row.chosen_any),

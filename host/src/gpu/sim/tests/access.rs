@@ -78,6 +78,22 @@ fn a_peer_without_access() {
 }
 
 #[test]
+fn pinned_host_memory_needs_no_link() {
+    let one_way = vec![(0, 1), (1, 0)];
+    let config = Config { devices: 2, seed: 9, one_way, ..Config::default() };
+    let world = super::World::new(&config);
+    let gpus = vec![world.gpu(0), world.gpu(1)];
+    assert!(gpus.iter().zip([1, 0]).all(|(gpu, to)| !gpu.peer_access(to).unwrap().access));
+    let memory = gpus[1].alloc_host(64).unwrap();
+    let machine = Machine { world, gpus, memory: vec![memory.device; 2] };
+    // SAFETY: 64 bytes long.
+    machine.launch(0, (1, 1), |lane, args| unsafe { lane.put_word(args.peers[1], 5) }).unwrap();
+    machine.gpus[0].stream_synchronize(DEFAULT).unwrap();
+    // SAFETY: the kernel is over.
+    assert_eq!(unsafe { memory.host.cast::<u32>().read() }, 5);
+}
+
+#[test]
 fn freed_memory() {
     let machine = machine();
     // SAFETY: nothing uses it.
