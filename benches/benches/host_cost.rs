@@ -7,6 +7,7 @@
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, criterion_group};
+use peerlane::choice::{Choice, Links};
 use peerlane::gpu::{Gpu, GpuRef, cuda};
 use peerlane::plan::{self, Shape};
 use peerlane::{Config, Kernel, Operation, layout};
@@ -43,15 +44,15 @@ fn planning(criterion: &mut Criterion) {
             continue;
         };
         let shape = Shape::new(world as u32, layout, 132);
+        let choice = Choice::modelled(&shape, &Links::of(shape.class), true);
         for (name, bytes) in [("16KiB", BYTES), ("16MiB", 16 << 20)] {
             let id = BenchmarkId::new(format!("grid/{name}"), world);
             group.bench_function(id, |b| {
                 b.iter(|| plan::grid(black_box(&shape), black_box(bytes / UNIT)))
             });
             let id = BenchmarkId::new(format!("all_reduce/{name}"), world);
-            group.bench_function(id, |b| {
-                b.iter(|| plan::all_reduce(black_box(&shape), black_box(bytes)))
-            });
+            group
+                .bench_function(id, |b| b.iter(|| black_box(&choice).all_reduce(black_box(bytes))));
         }
     }
     group.finish();

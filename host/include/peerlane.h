@@ -76,7 +76,43 @@ typedef enum {
     PEERLANE_ALGORITHM_ONE_SHOT_FULL = 2,
     // Reduce-scatter and all-gather in one kernel.
     PEERLANE_ALGORITHM_TWO_SHOT = 3,
+    // The same, each rank sending to one other at a time.
+    PEERLANE_ALGORITHM_STAGED = 4,
+    // Round the ring; rounded at each step.
+    PEERLANE_ALGORITHM_RING = 5,
+    // Up and down one binomial tree; rounded at each inner rank.
+    PEERLANE_ALGORITHM_TREE = 6,
+    // Up and down two binary trees with half the tensor each; rounded at each inner rank.
+    PEERLANE_ALGORITHM_DOUBLE_TREE = 7,
+    // Inside islands, between them, inside them; rounded once per island.
+    PEERLANE_ALGORITHM_HIERARCHICAL = 8,
+    // The steps of TWO_SHOT as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_TWO_SHOT = 9,
+    // The steps of RING as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_RING = 10,
+    // The steps of TREE as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_TREE = 11,
+    // The steps of DOUBLE_TREE as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_DOUBLE_TREE = 12,
+    // The steps of HIERARCHICAL as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_HIERARCHICAL = 13,
 } peerlane_algorithm;
+
+// How a broadcast is carried out.
+typedef enum {
+    // By size: what is expected to be fastest.
+    PEERLANE_ROUTE_AUTO = 0,
+    // The root sends to every other rank.
+    PEERLANE_ROUTE_DIRECT = 1,
+    // The root sends to one rank, which sends to all others.
+    PEERLANE_ROUTE_HUB = 2,
+    // Rank by rank.
+    PEERLANE_ROUTE_CHAIN = 3,
+    // A binomial tree.
+    PEERLANE_ROUTE_TREE = 4,
+    // Two binary trees with half the tensor each.
+    PEERLANE_ROUTE_DOUBLE_TREE = 5,
+} peerlane_route;
 
 // What carries data from rank to rank.
 typedef enum {
@@ -137,6 +173,15 @@ typedef struct {
     uint32_t max_blocks;
     // How every all-reduce is carried out that does not choose for itself.
     peerlane_algorithm algorithm;
+    // How every broadcast is carried out.
+    peerlane_route route;
+    // If not 0, one algorithm and one route for all sizes.
+    int fixed;
+    // If not 0, algorithms that round more than once may be chosen by size too.
+    int inexact;
+    // The table of measured choices: "auto" or NULL for the one in the user's cache, "off" for
+    // none, or the name of a file.
+    const char *tuning;
     // What carries data from rank to rank.
     peerlane_transport transport;
 } peerlane_config;
@@ -169,9 +214,10 @@ const char *peerlane_status_name(peerlane_status status);
 const char *peerlane_last_error(void);
 
 // Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
-// blocks as fit, algorithms by size, and the transport that the environment variable
-// PEERLANE_TRANSPORT names (auto, p2p or host; auto if it is not set). `size` is
-// sizeof(peerlane_config).
+// blocks as fit, and algorithms by size and the transport that suits each pair unless the
+// environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
+// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+// NULL). `size` is sizeof(peerlane_config).
 peerlane_status peerlane_config_init(peerlane_config *config, size_t size);
 
 // Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.

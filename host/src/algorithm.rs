@@ -139,6 +139,18 @@ pub struct UnknownName {
     got: String,
 }
 
+impl UnknownName {
+    /// What was expected, and what came.
+    pub(crate) fn new(expected: &str, got: &str) -> UnknownName {
+        UnknownName { expected: expected.into(), got: got.into() }
+    }
+
+    /// The names that are known, and the one that came.
+    pub(crate) fn into_parts(self) -> (String, String) {
+        (self.expected, self.got)
+    }
+}
+
 /// The one of `choices` that is called `text`.
 pub(crate) fn named<T: Copy>(
     text: &str,

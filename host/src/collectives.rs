@@ -36,12 +36,7 @@ impl Communicator {
         }
         let expansion = plan::expansion(call.dtype, call.wire);
         let wire_bytes = tensor_bytes / expansion;
-        let algorithm = match call.algorithm.or(self.config().algorithm) {
-            Some(Algorithm::OneShot(format)) => Algorithm::OneShot(format),
-            Some(_) if shape.world == 1 => Algorithm::OneShot(Format::Full),
-            Some(algorithm) => algorithm,
-            None => plan::all_reduce(&shape, wire_bytes),
-        };
+        let algorithm = self.algorithm(call, wire_bytes);
         let Fused { kernel, format, parts, roles } =
             match self.fused(algorithm, call.dtype, call.wire) {
                 Ok(fused) => fused,
@@ -188,7 +183,7 @@ impl Communicator {
             return Ok(());
         }
         present(operation.name(), "data", call.data)?;
-        let route = call.route.or(self.config().route).unwrap_or(Route::Direct);
+        let route = self.route_for(call);
         let roles = *self.places().route(route, call.root);
         let (kernel, format) = match route {
             Route::Direct => {
@@ -310,6 +305,28 @@ impl Communicator {
         }
         // SAFETY: passed on to the caller.
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
+    }
+
+    /// How an all-reduce that sends `wire_bytes` bytes is carried out.
+    #[inline]
+    fn algorithm(&self, call: &AllReduce, wire_bytes: usize) -> Algorithm {
+        match call.algorithm.unwrap_or_else(|| self.choice().all_reduce(wire_bytes)) {
+            Algorithm::OneShot(format) => Algorithm::OneShot(format),
+            _ if self.world_size() == 1 => Algorithm::OneShot(Format::Full),
+            algorithm => algorithm,
+        }
+    }
+
+    /// How `call` would be carried out.
+    pub fn algorithm_for(&self, call: &AllReduce) -> Algorithm {
+        let bytes = call.count.saturating_mul(call.dtype.bytes());
+        self.algorithm(call, bytes / plan::expansion(call.dtype, call.wire))
+    }
+
+    /// How `call` would be carried out.
+    #[inline]
+    pub fn route_for(&self, call: &Broadcast) -> Route {
+        call.route.unwrap_or_else(|| self.choice().broadcast(call.bytes))
     }
 
     /// The kernel that carries out `algorithm`, and how it divides its tensor; or the pattern of the

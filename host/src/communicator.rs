@@ -5,6 +5,7 @@
 //! its own; it never waits. Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
+use crate::choice::{Choice, Known, Tuning};
 use crate::collectives::invalid;
 use crate::error::{self, Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
@@ -34,10 +35,18 @@ pub struct Config {
     /// Most blocks that one call may use. `None`: as many as the smallest GPU holds at once,
     /// divided by the ranks that share it.
     pub max_blocks: Option<u32>,
-    /// Overrides the plan's choice of all-reduce for every call.
+    /// How every all-reduce is carried out that does not choose for itself. `None`: by size.
     pub algorithm: Option<Algorithm>,
-    /// Overrides the plan's choice of broadcast for every call.
+    /// How every broadcast is carried out that does not choose for itself. `None`: by size.
     pub route: Option<Route>,
+    /// Where the table of measured choices comes from.
+    pub tuning: Tuning,
+    /// One algorithm and one route for all sizes, for results that do not depend on how many rows a tensor has:
+    /// `algorithm` and `route` if given, else full-width one-shot for two ranks, two-shot for more, and direct.
+    pub fixed: bool,
+    /// Only algorithms that add in rank order and round once are chosen by size. An algorithm that
+    /// is asked for by name is used in any case.
+    pub exact: bool,
     /// Which island each rank belongs to, by rank: ranks with the same number are near each other.
     /// `None`: two halves.
     pub islands: Option<Vec<u8>>,
@@ -68,6 +77,9 @@ impl Default for Config {
             max_blocks: None,
             algorithm: None,
             route: None,
+            tuning: Tuning::Auto,
+            fixed: false,
+            exact: true,
             islands: None,
             hub: None,
             transport: Transport::Auto,
@@ -102,6 +114,8 @@ pub struct Communicator {
     template: Args,
     /// This rank's places in all trees.
     places: Places,
+    /// What calls take that do not choose for themselves.
+    choice: Choice,
     /// Calls made together with each rank, for the call log.
     calls: [u64; MAX_RANKS],
     last_stream: Option<Stream>,
@@ -119,6 +133,7 @@ impl Communicator {
         let cards: Vec<Card> =
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
         let agreement = Agreement::of(&cards, config)?;
+        let known = agreement.known(0, &cards, config)?;
         let ranks = || (0..).zip(gpus);
         let unreached = ranks().map(|(rank, gpu)| agreement.map_peers(gpu, rank, config.transport));
         let pairs = Pairs::of(&unreached.collect::<Result<Vec<_>>>()?);
@@ -128,7 +143,9 @@ impl Communicator {
         let hosts = ranks().map(|(rank, gpu)| agreement.host_mailbox(gpu, config, (rank, pairs)));
         mailboxes.hosts = hosts.collect::<Result<_>>()?;
         let group = Group::new(agreement.shape, mailboxes);
-        ranks().map(|(rank, gpu)| Communicator::new(rank, gpu, config, group.clone())).collect()
+        ranks()
+            .map(|(rank, gpu)| Communicator::new(rank, gpu, config, (group.clone(), &known)))
+            .collect()
     }
 
     /// Joins a group as `rank` from a thread of its own; returns once all ranks have joined.
@@ -154,8 +171,8 @@ impl Communicator {
         gpu: &GpuRef,
         config: &Config,
     ) -> Result<Communicator> {
-        let group = join::join(meeting, rank, gpu, config)?;
-        Communicator::new(rank, gpu, config, group)
+        let (group, known) = join::join(meeting, rank, gpu, config)?;
+        Communicator::new(rank, gpu, config, (group, &known))
     }
 
     fn join_rounds(
@@ -166,20 +183,26 @@ impl Communicator {
     ) -> Result<Communicator> {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
         let agreement = Agreement::of(&cards, config)?;
+        let known = meeting.exchange(rank, 1, agreement.known(rank, &cards, config)?)?;
         let unreached = agreement.map_peers(gpu, rank, config.transport)?;
         let own = (agreement.member(gpu, config)?, unreached);
         let (members, unreached): (Vec<_>, Vec<_>) =
-            meeting.exchange(rank, 1, own)?.into_iter().unzip();
+            meeting.exchange(rank, 2, own)?.into_iter().unzip();
         let pairs = Pairs::of(&unreached);
         let mut mailboxes = Mailboxes::new(members, pairs);
         let host = agreement.host_mailbox(gpu, config, (rank, pairs))?;
-        mailboxes.hosts = meeting.exchange(rank, 2, host)?;
+        mailboxes.hosts = meeting.exchange(rank, 3, host)?;
         // Rank 0's group is everybody's, so that all share one call log.
-        let groups = meeting.exchange(rank, 3, Group::new(agreement.shape, mailboxes))?;
-        Communicator::new(rank, gpu, config, groups[0].clone())
+        let groups = meeting.exchange(rank, 4, Group::new(agreement.shape, mailboxes))?;
+        Communicator::new(rank, gpu, config, (groups[0].clone(), &known[0]))
     }
 
-    fn new(rank: u32, gpu: &GpuRef, config: &Config, group: Group) -> Result<Communicator> {
+    fn new(
+        rank: u32,
+        gpu: &GpuRef,
+        config: &Config,
+        (group, known): (Group, &Known),
+    ) -> Result<Communicator> {
         let shape = group.shape;
         let Shape { world, layout, .. } = shape;
         let mut template = Args {
@@ -196,6 +219,7 @@ impl Communicator {
             group: Some(group),
             template,
             places: Places::of(&shape, rank),
+            choice: Choice::settle(config, &shape, known)?,
             calls: [0; MAX_RANKS],
             last_stream: None,
             order,
@@ -232,6 +256,11 @@ impl Communicator {
     /// Bytes of device memory that this rank's mailbox takes.
     pub fn mailbox_bytes(&self) -> usize {
         self.layout().mailbox_bytes(self.world_size())
+    }
+
+    /// What calls take that do not choose for themselves.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// The ordinals of all ranks' GPUs, in rank order.

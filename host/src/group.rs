@@ -3,6 +3,7 @@
 //! Invariant: what cards decide is the same on every rank. Nothing here is on the path of a call.
 
 use crate::call_log::CallLog;
+use crate::choice::{Known, LinkClass, Shown, Tuning};
 use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::{Backend, GpuRef, cuda};
@@ -24,11 +25,18 @@ use std::sync::{Arc, Weak};
 pub(crate) struct Card {
     ordinal: u32,
     uuid: String,
+    pci_bus_id: String,
+    /// The generation of PCIe that GPUs of its age have.
+    pcie: u8,
+    /// The GPUs whose memory it can use, and whether over NVLink. None are named if it is simulated.
+    peers: Vec<(String, bool)>,
     backend: Backend,
     /// Blocks of any kernel that its GPU holds at once.
     resident_blocks: u32,
     /// The configuration, as text: it is only compared.
     config: String,
+    /// The file of measured choices that it was told to use.
+    tuning: Option<Shown>,
     version: u32,
 }
 
@@ -43,9 +51,13 @@ impl Card {
         Ok(Card {
             ordinal: gpu.properties().ordinal,
             uuid: gpu.properties().uuid.clone(),
+            pci_bus_id: gpu.properties().pci_bus_id.clone(),
+            pcie: pcie_generation(gpu.properties().compute_capability),
+            peers: peers(gpu)?,
             backend: gpu.backend(),
             resident_blocks,
-            config: format!("{config:?}"),
+            config: comparable(config),
+            tuning: Shown::of(config)?,
             version: ABI_VERSION,
         })
     }
@@ -97,6 +109,9 @@ impl Agreement {
                 ));
             }
         }
+        if let Some(reason) = different_tables(cards) {
+            return fail(reason);
+        }
         let Some(layout) = layout::choose(world, config.mailbox_bytes) else {
             return Err(Error::InvalidArgument {
                 op: "connect",
@@ -109,10 +124,26 @@ impl Agreement {
         let max_blocks = max_blocks(cards, config);
         let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
-            shape: Shape { islands, hub, ..Shape::new(world, layout, max_blocks) },
+            shape: Shape {
+                islands,
+                hub,
+                class: link_class(cards),
+                ..Shape::new(world, layout, max_blocks)
+            },
             extent: Extent::new(layout, world, config.staging()),
             ordinals: cards.iter().map(|card| card.ordinal).collect(),
         })
+    }
+
+    /// What rank 0 finds out for all; nothing on other ranks.
+    pub(crate) fn known(&self, rank: u32, cards: &[Card], config: &Config) -> Result<Known> {
+        if rank != 0 {
+            return Ok(Known::default());
+        }
+        let identity = |card: &Card| (card.uuid.clone(), card.pci_bus_id.clone());
+        let gpus: Vec<_> = cards.iter().map(identity).collect();
+        let simulated = cards[0].backend == Backend::Sim;
+        Known::find(config, cards[0].tuning.as_ref(), &gpus, (simulated, self.shape.class))
     }
 
     /// Allocates the memory of a rank on `gpu`.
@@ -250,6 +281,71 @@ fn check_staging(config: &Config) -> Result<()> {
     }
 }
 
+/// The configuration as text. Files are compared by what they hold, not by their names.
+fn comparable(config: &Config) -> String {
+    let mut config = config.clone();
+    if let Tuning::File(path) = &mut config.tuning {
+        path.clear();
+    }
+    format!("{config:?}")
+}
+
+/// What two ranks were told that differs, if their files differ.
+fn different_tables(cards: &[Card]) -> Option<String> {
+    let first = cards[0].tuning.as_ref()?;
+    let others = (1..).zip(&cards[1..]);
+    let mut others = others.filter_map(|(rank, card)| Some((rank, card.tuning.as_ref()?)));
+    let (rank, other) = others.find(|(_, other)| other.hash != first.hash)?;
+    Some(format!(
+        "rank 0 and rank {rank} bring different configurations: tuning tables {} ({}) and {} ({})",
+        first.file, first.hash, other.file, other.hash
+    ))
+}
+
+/// The GPUs whose memory `gpu` can use, and whether over NVLink: atomics work over NVLink only.
+fn peers(gpu: &GpuRef) -> Result<Vec<(String, bool)>> {
+    if gpu.backend() == Backend::Sim {
+        return Ok(Vec::new());
+    }
+    let own = gpu.properties().ordinal;
+    let mut peers = Vec::new();
+    for other in cuda::devices()?.iter().map(|other| other.properties()) {
+        if other.ordinal == own {
+            continue;
+        }
+        let link = gpu.peer_access(other.ordinal)?;
+        if link.access {
+            peers.push((other.uuid.clone(), link.native_atomics));
+        }
+    }
+    Ok(peers)
+}
+
+/// The generation of PCIe that GPUs of a compute capability have.
+fn pcie_generation(compute_capability: (u32, u32)) -> u8 {
+    match compute_capability {
+        (..=7, _) => 3,
+        (8, _) => 4,
+        _ => 5,
+    }
+}
+
+/// The kind of the slowest link between two ranks. Simulated GPUs stand for ones with NVLink.
+fn link_class(cards: &[Card]) -> LinkClass {
+    let mut class = LinkClass::NvLink;
+    let oldest = cards.iter().map(|card| card.pcie).min().unwrap_or_default();
+    for from in cards.iter().filter(|card| card.backend != Backend::Sim) {
+        for to in cards.iter().filter(|to| to.uuid != from.uuid) {
+            match from.peers.iter().find(|(uuid, _)| *uuid == to.uuid) {
+                None => return LinkClass::Host,
+                Some((_, false)) => class = LinkClass::Pcie(oldest),
+                Some((_, true)) => {}
+            }
+        }
+    }
+    class
+}
+
 /// Most blocks in a call: ranks that share a GPU wait for each other's blocks, so all must fit.
 fn max_blocks(cards: &[Card], config: &Config) -> u32 {
     let shared = |card: &Card| cards.iter().filter(|other| other.uuid == card.uuid).count() as u32;
@@ -376,7 +472,8 @@ impl Group {
 
 /// The shape, now that it is known what carries the data.
 fn shape_with(shape: Shape, mailboxes: &Mailboxes) -> Shape {
-    Shape { host: mailboxes.pairs.any(), ..shape }
+    let host = mailboxes.pairs.any();
+    Shape { host, class: if host { LinkClass::Host } else { shape.class }, ..shape }
 }
 
 /// Stops a group's waits, from any thread and while its communicators are in use or being closed.

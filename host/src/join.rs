@@ -3,6 +3,7 @@
 //! Invariant: all ranks join or none does, and then all return the same error. So a rank that fails
 //! brings its failure to the round instead of staying away.
 
+use crate::choice::Known;
 use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::GpuRef;
@@ -20,12 +21,18 @@ use std::sync::Arc;
 /// Most characters of a reason that travels. A compiler's log can be longer than a message.
 const LONGEST_REASON: usize = 1000;
 
-/// Joins as `rank`; returns this process's view of the group.
-pub(crate) fn join(meeting: &Processes, rank: u32, gpu: &GpuRef, config: &Config) -> Result<Group> {
+/// Joins as `rank`; returns this process's view of the group, and what rank 0 found out for it.
+pub(crate) fn join(
+    meeting: &Processes,
+    rank: u32,
+    gpu: &GpuRef,
+    config: &Config,
+) -> Result<(Group, Known)> {
     let seat = meeting.enter(rank)?;
     let segment = seat.segment.clone();
     let cards: Vec<Card> = values(share(&seat, rank, Card::prepare(gpu, config), None)?);
     let agreement = Agreement::of(&cards, config)?;
+    let known = share(&seat, rank, agreement.known(rank, &cards, config), None)?.swap_remove(0).0;
     let (own, offer, file) = match agreement.offer(gpu, config, &segment, rank) {
         Ok((own, offer, file)) => (Some(own), Ok(offer), file),
         Err(error) => (None, Err(error), None),
@@ -33,7 +40,7 @@ pub(crate) fn join(meeting: &Processes, rank: u32, gpu: &GpuRef, config: &Config
     let entered = Entered { seat: &seat, agreement: &agreement, cards: &cards, rank, gpu, config };
     match (entered.map_and_probe(own.as_ref(), offer, file), own) {
         (Ok(mailboxes), Some(own)) => {
-            Ok(Group::of_processes(agreement.shape, mailboxes, seat.join(own)?))
+            Ok((Group::of_processes(agreement.shape, mailboxes, seat.join(own)?), known))
         }
         (Err(error), Some(own)) => {
             seat.abandon(own);

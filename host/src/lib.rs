@@ -3,6 +3,7 @@
 pub mod algorithm;
 mod call_log;
 pub mod cases;
+pub mod choice;
 mod collectives;
 pub mod communicator;
 pub mod error;
@@ -28,6 +29,7 @@ pub mod transport;
 pub mod work;
 
 pub use algorithm::{Algorithm, Pattern, Route};
+pub use choice::{Choice, Tuning};
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};
 pub use group::Aborter;

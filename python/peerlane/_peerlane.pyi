@@ -2,6 +2,7 @@
 __cuda_array_interface__ or, on a simulated GPU, a numpy array from Communicator.empty."""
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -10,7 +11,24 @@ _Stream: TypeAlias = int | Any | None  # or torch.cuda.Stream
 _Op: TypeAlias = Literal["sum", "max", "min", "avg"]
 _Wire: TypeAlias = Literal["native", "bf16"]
 _DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
-_Algorithm: TypeAlias = Literal["auto", "packet", "full", "two-shot"]
+_Algorithm: TypeAlias = Literal[
+    "auto",
+    "packet",
+    "full",
+    "two-shot",
+    "staged",
+    "ring",
+    "tree",
+    "double-tree",
+    "hierarchical",
+    "copy-two-shot",
+    "copy-ring",
+    "copy-tree",
+    "copy-double-tree",
+    "copy-hierarchical",
+]
+_Route: TypeAlias = Literal["auto", "direct", "hub", "chain", "tree", "double-tree"]
+_Tuning: TypeAlias = str | PathLike[str]  # "auto", "off" or a file
 _Transport: TypeAlias = Literal["auto", "p2p", "host"]
 
 class Communicator:
@@ -32,6 +50,10 @@ class Communicator:
         mailbox_bytes: int | None = None,
         max_blocks: int | None = None,
         algorithm: _Algorithm | None = None,
+        route: _Route | None = None,
+        fixed: bool = False,
+        exact: bool = True,
+        tuning: _Tuning = "auto",
         transport: _Transport | None = None,
     ) -> None:
         """Joins the group called name and returns once all world_size ranks have.
@@ -39,8 +61,8 @@ class Communicator:
         device is the index of a GPU, "cuda:0", a torch.device, or "sim:3/8" for GPU 3 of a
         simulated machine of 8. Waits on the GPU end after deadline seconds, the wait for the
         other ranks to join after patience seconds. transport says what carries data: "p2p", "host"
-        (pinned host memory), or "auto", each pair's better one. None stands for the environment
-        variable PEERLANE_TRANSPORT, or "auto".
+        (pinned host memory), or "auto", each pair's better one. What is left out of algorithm, route,
+        fixed, exact, tuning and transport the environment may say (docs/tuning.md).
         """
 
     @staticmethod
@@ -51,6 +73,10 @@ class Communicator:
         mailbox_bytes: int | None = None,
         max_blocks: int | None = None,
         algorithm: _Algorithm | None = None,
+        route: _Route | None = None,
+        fixed: bool = False,
+        exact: bool = True,
+        tuning: _Tuning = "auto",
         transport: _Transport | None = None,
     ) -> list[Communicator]:
         """All ranks of a group in this process, rank r on devices[r], for one thread to drive."""

@@ -10,7 +10,7 @@ use crate::options::{self, Given};
 use crate::prepared::PreparedAllReduce;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Aborter, Algorithm, Config, Error, Format, Processes, Transport};
+use peerlane::{Aborter, Algorithm, Config, Error, Processes, Route, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyString, PyTuple};
@@ -40,8 +40,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None)"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -55,6 +55,10 @@ impl Communicator {
         mailbox_bytes: Given<'_, '_>,
         max_blocks: Given<'_, '_>,
         algorithm: Given<'_, '_>,
+        route: Given<'_, '_>,
+        fixed: Given<'_, '_>,
+        exact: Given<'_, '_>,
+        tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
     ) -> PyResult<Communicator> {
         const CALL: &str = "Communicator";
@@ -66,7 +70,18 @@ impl Communicator {
             Some(seconds) => options::seconds(CALL, "patience", seconds)?,
             None => PATIENCE,
         };
-        let config = config(py, CALL, deadline, mailbox_bytes, max_blocks, algorithm, transport)?;
+        let agreed = Agreed {
+            deadline,
+            mailbox_bytes,
+            max_blocks,
+            algorithm,
+            route,
+            fixed,
+            exact,
+            tuning,
+            transport,
+        };
+        let config = config(py, CALL, &agreed)?;
         let device = Device::open(CALL, "device", device)?;
         let meeting = Processes { name, world, patience };
         let joined = py.detach(|| {
@@ -78,9 +93,10 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, transport=None)"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None)"
     )]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn connect(
         py: Python<'_>,
         devices: &Bound<'_, PyAny>,
@@ -88,10 +104,25 @@ impl Communicator {
         mailbox_bytes: Given<'_, '_>,
         max_blocks: Given<'_, '_>,
         algorithm: Given<'_, '_>,
+        route: Given<'_, '_>,
+        fixed: Given<'_, '_>,
+        exact: Given<'_, '_>,
+        tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
     ) -> PyResult<Vec<Communicator>> {
         const CALL: &str = "connect";
-        let config = config(py, CALL, deadline, mailbox_bytes, max_blocks, algorithm, transport)?;
+        let agreed = Agreed {
+            deadline,
+            mailbox_bytes,
+            max_blocks,
+            algorithm,
+            route,
+            fixed,
+            exact,
+            tuning,
+            transport,
+        };
+        let config = config(py, CALL, &agreed)?;
         let devices = Device::open_all(CALL, devices)?;
         let gpus: Vec<_> = devices.iter().map(|device| device.gpu.clone()).collect();
         let ranks = py.detach(|| peerlane::Communicator::connect(&gpus, &config));
@@ -385,43 +416,53 @@ impl Drop for Communicator {
     }
 }
 
-/// What the ranks must agree on.
-fn config(
-    py: Python<'_>,
-    call: &str,
-    deadline: Given<'_, '_>,
-    mailbox_bytes: Given<'_, '_>,
-    max_blocks: Given<'_, '_>,
-    algorithm: Given<'_, '_>,
-    transport: Given<'_, '_>,
-) -> PyResult<Config> {
-    let transport = match transport {
-        Some(name) => {
-            let choices = Transport::ALL.map(|transport| (transport.name(), transport));
-            options::choose(call, "transport", name, &choices)?
-        }
-        None => Transport::from_environment().map_err(|e| error::raise(py, e))?,
-    };
-    let mut config = Config { transport, ..Config::default() };
-    if let Some(seconds) = deadline {
+/// What the ranks must agree on, as the caller put it.
+struct Agreed<'a, 'py> {
+    deadline: Given<'a, 'py>,
+    mailbox_bytes: Given<'a, 'py>,
+    max_blocks: Given<'a, 'py>,
+    algorithm: Given<'a, 'py>,
+    route: Given<'a, 'py>,
+    fixed: Given<'a, 'py>,
+    exact: Given<'a, 'py>,
+    tuning: Given<'a, 'py>,
+    transport: Given<'a, 'py>,
+}
+
+/// The configuration: what the caller says, else what the environment says, else the default.
+fn config(py: Python<'_>, call: &str, given: &Agreed<'_, '_>) -> PyResult<Config> {
+    let mut config = Config::from_environment().map_err(|e| error::raise(py, e))?;
+    if let Some(seconds) = given.deadline {
         config.deadline = options::seconds(call, "deadline", seconds)?;
     }
-    if let Some(bytes) = mailbox_bytes {
+    if let Some(bytes) = given.mailbox_bytes {
         config.mailbox_bytes = options::whole(call, "mailbox_bytes", bytes)?;
     }
-    if let Some(blocks) = max_blocks {
+    if let Some(blocks) = given.max_blocks {
         config.max_blocks = Some(options::whole32(call, "max_blocks", blocks)?);
     }
-    if let Some(name) = algorithm {
-        const PACKET: Algorithm = Algorithm::OneShot(Format::Packet);
-        const FULL: Algorithm = Algorithm::OneShot(Format::Full);
-        let choices = [
-            (Format::Packet.name(), Some(PACKET)),
-            (Format::Full.name(), Some(FULL)),
-            ("two-shot", Some(Algorithm::TwoShot)),
-            ("auto", None),
-        ];
+    if let Some(name) = given.algorithm {
+        let all = Algorithm::ALL.map(|algorithm| (algorithm.name(), Some(algorithm)));
+        let choices: Vec<_> = [("auto", None)].into_iter().chain(all).collect();
         config.algorithm = options::choose(call, "algorithm", name, &choices)?;
+    }
+    if let Some(name) = given.route {
+        let all = Route::ALL.map(|route| (route.name(), Some(route)));
+        let choices: Vec<_> = [("auto", None)].into_iter().chain(all).collect();
+        config.route = options::choose(call, "route", name, &choices)?;
+    }
+    if let Some(fixed) = given.fixed {
+        config.fixed = options::truth(call, "fixed", fixed)?;
+    }
+    if let Some(exact) = given.exact {
+        config.exact = options::truth(call, "exact", exact)?;
+    }
+    if let Some(tuning) = given.tuning {
+        config.tuning = options::tuning(call, tuning)?;
+    }
+    if let Some(name) = given.transport {
+        let choices = Transport::ALL.map(|transport| (transport.name(), transport));
+        config.transport = options::choose(call, "transport", name, &choices)?;
     }
     Ok(config)
 }

@@ -6,10 +6,11 @@
 use crate::error;
 use crate::torch::Torch;
 use peerlane::gpu::Stream;
-use peerlane::{DType, ReduceOp, Wire};
+use peerlane::{DType, ReduceOp, Tuning, Wire};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString, PyTuple};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// An argument that may be left out.
@@ -77,9 +78,29 @@ pub(crate) const fn dtype_name(dtype: DType) -> &'static str {
 /// `contribution`: whether the rank adds its tensor.
 #[inline]
 pub(crate) fn contribution(call: &str, given: Given<'_, '_>) -> PyResult<bool> {
-    let Some(given) = given else { return Ok(true) };
+    given.map_or(Ok(true), |given| truth(call, "contribution", given))
+}
+
+/// True or False.
+#[inline]
+pub(crate) fn truth(call: &str, argument: &str, given: &Bound<'_, PyAny>) -> PyResult<bool> {
     let truth = given.cast::<PyBool>().map(|truth| truth.is_true());
-    truth.map_err(|_| error::wrong_type(call, "contribution", "a bool", error::kind(given)))
+    truth.map_err(|_| error::wrong_type(call, argument, "a bool", error::kind(given)))
+}
+
+/// `tuning`: where the table of measured choices comes from.
+pub(crate) fn tuning(call: &str, given: &Bound<'_, PyAny>) -> PyResult<Tuning> {
+    let expected = "'auto', 'off' or a path";
+    let Ok(path) = given.extract::<PathBuf>() else {
+        return Err(error::wrong_type(call, "tuning", expected, error::kind(given)));
+    };
+    match path.to_str() {
+        Some(text) => {
+            let wrong = |_| error::value(call, "tuning", expected, error::shown(given));
+            text.parse().map_err(wrong)
+        }
+        None => Ok(Tuning::File(path)),
+    }
 }
 
 /// A number that counts or names something.

@@ -284,7 +284,11 @@ def test_a_tensor_of_another_gpu(group: Group) -> None:
         (TypeError, "Communicator: device: expected the index of a GPU", {"device": 0.0}),
         (ValueError, "Communicator: deadline: expected seconds, more than 0", {"deadline": 0}),
         (ValueError, "Communicator: patience: expected seconds", {"patience": float("nan")}),
-        (ValueError, "Communicator: algorithm: expected one of 'packet'", {"algorithm": "ring"}),
+        (ValueError, "Communicator: algorithm: expected one of 'auto', 'packet'", {"algorithm": "rin"}),
+        (ValueError, "Communicator: route: expected one of 'auto', 'direct'", {"route": "ring"}),
+        (TypeError, "Communicator: fixed: expected a bool, got int", {"fixed": 1}),
+        (ValueError, "Communicator: tuning: expected 'auto', 'off' or a path", {"tuning": ""}),
+        (TypeError, "Communicator: tuning: expected 'auto', 'off' or a path, got int", {"tuning": 7}),
         (
             ValueError,
             "Communicator: transport: expected one of 'auto', 'p2p', 'host', got 'nvlink'",
@@ -298,6 +302,33 @@ def test_wrong_ways_to_join(kind: type[Exception], message: str, arguments: dict
     valid = {"rank": 0, "world_size": 2, "name": "nobody", "device": "sim:0/2"}
     with pytest.raises(kind, match="^" + re.escape(message)):
         Communicator(**{**valid, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("PEERLANE_ALGORITHM", "rings", "one of auto, packet, full"),
+        ("PEERLANE_ROUTE", "ring", "one of auto, direct, hub"),
+        ("PEERLANE_FIXED", "maybe", "1, true, on, yes"),
+    ],
+)
+def test_an_environment_that_means_nothing(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    message = f"environment: {variable}: expected {expected}"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        Communicator.connect(["sim:0/2", "sim:1/2"])
+
+
+def test_an_argument_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A ring's bits depend on size, so fixed refuses it; the argument's two-shot it takes.
+    monkeypatch.setenv("PEERLANE_ALGORITHM", "ring")
+    devices = [f"sim:{rank}/3" for rank in range(3)]
+    with pytest.raises(ValueError, match="one whose sums are the same at any size"):
+        Communicator.connect(devices, fixed=True)
+    for rank in Communicator.connect(devices, fixed=True, algorithm="two-shot"):
+        rank.close()
 
 
 @pytest.mark.parametrize(

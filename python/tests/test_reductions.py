@@ -57,7 +57,7 @@ def test_a_bf16_wire_rounds_what_travels(group: Group) -> None:
         np.testing.assert_array_equal(array, np.full(1000, 512, np.float32))
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "packet", "full", "two-shot"])
+@pytest.mark.parametrize("algorithm", ["auto", "packet", "full", "two-shot", "ring", "tree"])
 def test_every_algorithm(group: Group, algorithm: str) -> None:
     ranks = group(3, algorithm=algorithm, max_blocks=2, mailbox_bytes=1 << 20)
     values = [integers(rank, (3001,)) for rank in range(3)]

@@ -98,6 +98,8 @@ pub struct Start {
     pub deadline: Duration,
     /// For how long it waits for the others to come.
     pub patience: Duration,
+    /// What its environment says beside the test's.
+    pub environment: Vec<(&'static str, String)>,
     /// What is to carry data.
     pub transport: Transport,
 }
@@ -120,6 +122,7 @@ impl Process {
             .arg(start.gpus.text())
             .args([start.deadline, start.patience].map(|d| d.as_millis().to_string()))
             .arg(start.transport.name())
+            .envs(start.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -192,12 +195,15 @@ pub fn serve(arguments: &[String]) -> ExitCode {
     let number = |index: usize| -> u64 { arguments[index].parse().expect("a number") };
     let (rank, world) = (number(1) as u32, number(2) as u32);
     let joined = Gpus::open(&arguments[3], rank).and_then(|gpu| {
+        let Config { mailbox_bytes, max_blocks, .. } = small(world);
         let config = Config {
             deadline: Duration::from_millis(number(4)),
+            mailbox_bytes,
+            max_blocks,
             transport: arguments[6].parse()?,
             staging_bytes: Some(96 << 10),
             chunk_bytes: Some(512),
-            ..small(world)
+            ..Config::from_environment()?
         };
         let patience = Duration::from_millis(number(5));
         let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };

@@ -3,6 +3,9 @@
 //! The program starts itself as each rank. Its own `main`, since libtest's cannot do that.
 
 use peerlane::Transport;
+use peerlane::choice::{Entry, TuningTable, VERSION};
+use peerlane::gpu::sim;
+use peerlane::links::Key;
 use peerlane_tests::Links;
 use peerlane_tests::processes::{Gpus, Process, RANK, Start, serve};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,6 +36,7 @@ const EVERYWHERE: &[Test] = &[
     ("calls_that_differ_are_refused", calls_that_differ_are_refused),
     ("two_groups_share_the_processes", two_groups_share_the_processes),
     ("different_configurations_are_named", different_configurations_are_named),
+    ("contradictory_overrides_are_named", contradictory_overrides_are_named),
     ("nothing_stays_behind", nothing_stays_behind),
 ];
 
@@ -41,6 +45,7 @@ const SIMULATED: &[Test] = &[
     ("groups_of_many_ranks_are_right", groups_of_many_ranks_are_right),
     ("gpus_without_access_are_named_on_every_rank", gpus_without_access_are_named),
     ("a_link_that_loses_stores_is_found", a_link_that_loses_stores_is_found),
+    ("tuning_tables_are_compared", tuning_tables_are_compared),
     ("a_rank_that_gives_up_stops_the_others_through_host_memory", one_gives_up_by_host),
     ("pairs_without_access_use_host_memory", pairs_without_access_use_host_memory),
     ("pairs_that_lose_stores_use_host_memory", pairs_that_lose_stores_use_host_memory),
@@ -91,6 +96,7 @@ fn start(gpus: &Gpus, world: u32) -> Start {
         gpus: gpus.clone(),
         deadline: Duration::from_secs(50),
         patience: Duration::from_secs(50),
+        environment: Vec::new(),
         transport: Transport::Auto,
     }
 }
@@ -343,6 +349,72 @@ fn different_configurations_are_named(gpus: &Gpus) {
     for rank in [Process::start(&start), Process::start(&other)] {
         let answer = rank.answer();
         assert!(answer.contains("rank 0 and rank 1 bring different configurations"), "{answer}");
+    }
+}
+
+fn contradictory_overrides_are_named(gpus: &Gpus) {
+    let overrides = [
+        ("PEERLANE_ALGORITHM", "two-shot"),
+        ("PEERLANE_ROUTE", "chain"),
+        ("PEERLANE_TUNING", "off"),
+        ("PEERLANE_FIXED", "1"),
+        ("PEERLANE_EXACT", "0"),
+    ];
+    for (variable, value) in overrides {
+        let start = start(gpus, 2);
+        let environment = vec![(variable, value.to_owned())];
+        let other = Start { rank: 1, environment, ..start.clone() };
+        for rank in [Process::start(&start), Process::start(&other)] {
+            let answer = rank.answer();
+            let expected = "rank 0 and rank 1 bring different configurations";
+            assert!(answer.contains(expected), "{variable}: {answer}");
+        }
+    }
+}
+
+fn tuning_tables_are_compared(gpus: &Gpus) {
+    let file = |name: &str| {
+        std::env::temp_dir().join(format!("peerlane-processes-{}-{name}.json", std::process::id()))
+    };
+    let identity = |gpu: &peerlane::gpu::GpuRef| {
+        let properties = gpu.properties();
+        (properties.uuid.clone(), properties.pci_bus_id.clone())
+    };
+    let machine = sim::devices(&sim::Config { devices: 4, ..Default::default() });
+    let entry = |choice: &str| vec![Entry { up_to: None, choice: choice.into(), us: None }];
+    let table = |broadcast: &str| TuningTable {
+        version: VERSION,
+        world: 2,
+        simulated: true,
+        host: false,
+        key: Key::simulated(machine[..2].iter().map(identity).collect()),
+        all_reduce: entry("two-shot"),
+        all_reduce_any: entry("ring"),
+        broadcast: entry(broadcast),
+    };
+    let (one, other) = (file("one"), file("other"));
+    table("chain").write(&one).expect("a file can be written");
+    table("tree").write(&other).expect("a file can be written");
+    let start = start(gpus, 2);
+    let with = |path: &std::path::Path| vec![("PEERLANE_TUNING", path.display().to_string())];
+    let start = Start { environment: with(&one), ..start };
+    for rank in launch(&start) {
+        assert_eq!(rank.answer(), "ok joined");
+    }
+    let odd = Start { rank: 1, environment: with(&other), ..start.clone() };
+    for rank in [Process::start(&start), Process::start(&odd)] {
+        let answer = rank.answer();
+        assert!(answer.contains("different configurations: tuning tables"), "{answer}");
+        assert!(answer.contains("-one.json") && answer.contains("-other.json"), "{answer}");
+    }
+    // One world's table is not another's: rank 0 says so, on every rank.
+    let three = Start { name: format!("{}-3", start.name), world: 3, ..start };
+    for rank in launch(&three) {
+        let answer = rank.answer();
+        assert!(answer.contains("expected a tuning table for 3 GPUs"), "{answer}");
+    }
+    for path in [one, other] {
+        std::fs::remove_file(path).expect("it is there");
     }
 }
 

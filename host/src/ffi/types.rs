@@ -3,15 +3,15 @@
 //! Invariant: a struct that may grow begins with its size. An enum that C passes is a
 //! [`MaybeUninit`] until [`choose`] has found its number, since C may pass any number.
 
-use super::arguments::{check_size, choose, sized};
+use super::arguments::{check_size, choose, sized, text};
 use super::status::{guard, peerlane_status};
-use crate::algorithm::Algorithm;
+use crate::algorithm::{Algorithm, Pattern, Route};
 use crate::collectives::invalid;
 use crate::communicator::Config;
 use crate::error::Result;
 use crate::transport::Transport;
 use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
-use std::ffi::c_int;
+use std::ffi::{c_char, c_int};
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
@@ -63,6 +63,44 @@ pub enum peerlane_algorithm {
     PEERLANE_ALGORITHM_ONE_SHOT_FULL = 2,
     /// Reduce-scatter and all-gather in one kernel.
     PEERLANE_ALGORITHM_TWO_SHOT = 3,
+    /// The same, each rank sending to one other at a time.
+    PEERLANE_ALGORITHM_STAGED = 4,
+    /// Round the ring; rounded at each step.
+    PEERLANE_ALGORITHM_RING = 5,
+    /// Up and down one binomial tree; rounded at each inner rank.
+    PEERLANE_ALGORITHM_TREE = 6,
+    /// Up and down two binary trees with half the tensor each; rounded at each inner rank.
+    PEERLANE_ALGORITHM_DOUBLE_TREE = 7,
+    /// Inside islands, between them, inside them; rounded once per island.
+    PEERLANE_ALGORITHM_HIERARCHICAL = 8,
+    /// The steps of TWO_SHOT as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_TWO_SHOT = 9,
+    /// The steps of RING as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_RING = 10,
+    /// The steps of TREE as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_TREE = 11,
+    /// The steps of DOUBLE_TREE as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_DOUBLE_TREE = 12,
+    /// The steps of HIERARCHICAL as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_HIERARCHICAL = 13,
+}
+
+/// How a broadcast is carried out.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum peerlane_route {
+    /// By size: what is expected to be fastest.
+    PEERLANE_ROUTE_AUTO = 0,
+    /// The root sends to every other rank.
+    PEERLANE_ROUTE_DIRECT = 1,
+    /// The root sends to one rank, which sends to all others.
+    PEERLANE_ROUTE_HUB = 2,
+    /// Rank by rank.
+    PEERLANE_ROUTE_CHAIN = 3,
+    /// A binomial tree.
+    PEERLANE_ROUTE_TREE = 4,
+    /// Two binary trees with half the tensor each.
+    PEERLANE_ROUTE_DOUBLE_TREE = 5,
 }
 
 /// What carries data from rank to rank.
@@ -92,6 +130,15 @@ pub struct peerlane_config {
     pub max_blocks: u32,
     /// How every all-reduce is carried out that does not choose for itself.
     pub algorithm: MaybeUninit<peerlane_algorithm>,
+    /// How every broadcast is carried out.
+    pub route: MaybeUninit<peerlane_route>,
+    /// If not 0, one algorithm and one route for all sizes.
+    pub fixed: c_int,
+    /// If not 0, algorithms that round more than once may be chosen by size too.
+    pub inexact: c_int,
+    /// The table of measured choices: "auto" or NULL for the one in the user's cache, "off" for
+    /// none, or the name of a file.
+    pub tuning: *const c_char,
     /// What carries data from rank to rank.
     pub transport: MaybeUninit<peerlane_transport>,
 }
@@ -112,9 +159,10 @@ pub struct peerlane_reduce_options {
 }
 
 /// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
-/// blocks as fit, algorithms by size, and the transport that the environment variable
-/// PEERLANE_TRANSPORT names (auto, p2p or host; auto if it is not set). `size` is
-/// sizeof(peerlane_config).
+/// blocks as fit, and algorithms by size and the transport that suits each pair unless the
+/// environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
+/// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+/// NULL). `size` is sizeof(peerlane_config).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_config_init(
     config: *mut peerlane_config,
@@ -122,7 +170,7 @@ pub unsafe extern "C" fn peerlane_config_init(
 ) -> peerlane_status {
     guard("config_init", |op| {
         check_size::<peerlane_config>(op, "size", size)?;
-        let before = peerlane_config::new(&default_config()?);
+        let before = peerlane_config::new(&Config::from_environment()?);
         // SAFETY: the header asks for room for one.
         unsafe { super::arguments::place(op, "config", config, before)? };
         Ok(())
@@ -145,10 +193,6 @@ pub unsafe extern "C" fn peerlane_reduce_options_init(
 }
 
 /// What is not said otherwise.
-fn default_config() -> Result<Config> {
-    Ok(Config { transport: Transport::from_environment()?, ..Config::default() })
-}
-
 const DTYPES: [(peerlane_dtype, DType); 3] = [
     (peerlane_dtype::PEERLANE_F32, DType::F32),
     (peerlane_dtype::PEERLANE_F16, DType::F16),
@@ -167,15 +211,43 @@ const WIRES: [(peerlane_wire, Wire); 2] = [
     (peerlane_wire::PEERLANE_WIRE_BF16, Wire::Bf16),
 ];
 
-const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 4] = [
-    (peerlane_algorithm::PEERLANE_ALGORITHM_AUTO, None),
-    (
-        peerlane_algorithm::PEERLANE_ALGORITHM_ONE_SHOT_PACKET,
-        Some(Algorithm::OneShot(Format::Packet)),
-    ),
-    (peerlane_algorithm::PEERLANE_ALGORITHM_ONE_SHOT_FULL, Some(Algorithm::OneShot(Format::Full))),
-    (peerlane_algorithm::PEERLANE_ALGORITHM_TWO_SHOT, Some(Algorithm::TwoShot)),
-];
+const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 14] = {
+    use peerlane_algorithm::*;
+    [
+        (PEERLANE_ALGORITHM_AUTO, None),
+        (PEERLANE_ALGORITHM_ONE_SHOT_PACKET, Some(Algorithm::OneShot(Format::Packet))),
+        (PEERLANE_ALGORITHM_ONE_SHOT_FULL, Some(Algorithm::OneShot(Format::Full))),
+        (PEERLANE_ALGORITHM_TWO_SHOT, Some(Algorithm::TwoShot)),
+        (PEERLANE_ALGORITHM_STAGED, Some(Algorithm::Staged)),
+        (PEERLANE_ALGORITHM_RING, Some(Algorithm::Ring)),
+        (PEERLANE_ALGORITHM_TREE, Some(Algorithm::Tree)),
+        (PEERLANE_ALGORITHM_DOUBLE_TREE, Some(Algorithm::DoubleTree)),
+        (PEERLANE_ALGORITHM_HIERARCHICAL, Some(Algorithm::Hierarchical)),
+        (PEERLANE_ALGORITHM_COPY_TWO_SHOT, Some(Algorithm::Scheduled(Pattern::TwoShot))),
+        (PEERLANE_ALGORITHM_COPY_RING, Some(Algorithm::Scheduled(Pattern::Ring))),
+        (PEERLANE_ALGORITHM_COPY_TREE, Some(Algorithm::Scheduled(Pattern::Tree))),
+        (PEERLANE_ALGORITHM_COPY_DOUBLE_TREE, Some(Algorithm::Scheduled(Pattern::DoubleTree))),
+        (PEERLANE_ALGORITHM_COPY_HIERARCHICAL, Some(Algorithm::Scheduled(Pattern::Hierarchical))),
+    ]
+};
+
+const ROUTES: [(peerlane_route, Option<Route>); 6] = {
+    use peerlane_route::*;
+    [
+        (PEERLANE_ROUTE_AUTO, None),
+        (PEERLANE_ROUTE_DIRECT, Some(Route::Direct)),
+        (PEERLANE_ROUTE_HUB, Some(Route::Hub)),
+        (PEERLANE_ROUTE_CHAIN, Some(Route::Chain)),
+        (PEERLANE_ROUTE_TREE, Some(Route::Tree)),
+        (PEERLANE_ROUTE_DOUBLE_TREE, Some(Route::DoubleTree)),
+    ]
+};
+
+/// How C spells one of `choices`; the first of them if it does not.
+fn spelled<E: Copy, T: PartialEq>(choices: &[(E, T)], wanted: &T) -> MaybeUninit<E> {
+    let found = choices.iter().find(|(_, choice)| choice == wanted);
+    MaybeUninit::new(found.unwrap_or(&choices[0]).0)
+}
 
 const TRANSPORTS: [(peerlane_transport, Transport); 3] = [
     (peerlane_transport::PEERLANE_TRANSPORT_AUTO, Transport::Auto),
@@ -210,25 +282,41 @@ impl peerlane_config {
             deadline_ms: config.deadline.as_millis() as u64,
             mailbox_bytes: config.mailbox_bytes,
             max_blocks: config.max_blocks.unwrap_or(0),
-            algorithm: MaybeUninit::new(peerlane_algorithm::PEERLANE_ALGORITHM_AUTO),
+            algorithm: spelled(&ALGORITHMS, &config.algorithm),
+            route: spelled(&ROUTES, &config.route),
+            fixed: c_int::from(config.fixed),
+            inexact: c_int::from(!config.exact),
+            tuning: std::ptr::null(),
             transport: MaybeUninit::new(config.transport.into()),
         }
     }
 
-    /// The configuration behind `pointer`; the default one behind NULL.
+    /// The configuration behind `pointer`; the environment's behind NULL.
     ///
     /// # Safety
-    /// `pointer` is NULL or leads to a configuration as large as it says.
+    /// `pointer` is NULL or leads to a configuration as large as it says, whose text is as `text` asks.
     pub(super) unsafe fn read(op: &'static str, pointer: *const peerlane_config) -> Result<Config> {
         // SAFETY: the caller's contract.
         let Some(config) = (unsafe { sized(op, "config.size", pointer)? }) else {
-            return default_config();
+            return Config::from_environment();
+        };
+        let tuning = if config.tuning.is_null() {
+            Config::from_environment()?.tuning
+        } else {
+            // SAFETY: the caller's contract.
+            let name = unsafe { text(op, "config.tuning", config.tuning)? };
+            let known = |_| invalid(op, "config.tuning", "auto, off or a file's name".into(), name);
+            name.parse().map_err(known)?
         };
         Ok(Config {
             deadline: Duration::from_millis(config.deadline_ms),
             mailbox_bytes: config.mailbox_bytes,
             max_blocks: Some(config.max_blocks).filter(|blocks| *blocks != 0),
             algorithm: choose(op, "config.algorithm", config.algorithm, &ALGORITHMS)?,
+            route: choose(op, "config.route", config.route, &ROUTES)?,
+            fixed: config.fixed != 0,
+            exact: config.inexact == 0,
+            tuning,
             transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
             ..Config::default()
         })

@@ -1,4 +1,5 @@
-//! Measurements that outlive the process: one JSON file per set of GPUs in the user's cache.
+//! Measurements that outlive the process: one JSON file per set of GPUs and kind of measurement in the
+//! user's cache.
 //!
 //! Invariant: a file is believed only if it is the user's own and says in full what was asked for: the
 //! same GPUs in the same order and slots, the same driver, the same Peerlane. Anything else in its
@@ -20,6 +21,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The environment variable that names the cache directory in place of the user's.
 pub const CACHE_VARIABLE: &str = "PEERLANE_CACHE_DIR";
 
+/// What measurements of links are called.
+const LINKS: &str = "links";
 /// No measurement of 16 GPUs is larger than a fraction of this.
 const MOST_BYTES: u64 = 4 << 20;
 
@@ -47,16 +50,39 @@ impl Key {
         Some(Key::new(gpus.iter().map(identity).collect(), driver))
     }
 
-    pub(super) fn new(gpus: Vec<(String, String)>, driver: &str) -> Key {
+    pub(crate) fn new(gpus: Vec<(String, String)>, driver: &str) -> Key {
         let (driver, peerlane) = (driver.to_owned(), env!("CARGO_PKG_VERSION").to_owned());
         Key { gpus, driver, peerlane, abi: ABI_VERSION }
     }
 
+    /// The key of simulated GPUs, for a file that is given by name. Nothing in the cache is found by it.
+    pub fn simulated(gpus: Vec<(String, String)>) -> Key {
+        Key::new(gpus, "simulated")
+    }
+
+    /// Number of GPUs, with each as often as it was named.
+    pub fn ranks(&self) -> usize {
+        self.gpus.len()
+    }
+
+    /// The first part in which `other` is different: what it says, and what this one says.
+    pub fn differs(&self, other: &Key) -> Option<(String, String)> {
+        let version = |key: &Key| format!("Peerlane {} (interface {})", key.peerlane, key.abi);
+        let driver = |key: &Key| format!("driver {}", key.driver);
+        let gpus = |key: &Key| {
+            let names = key.gpus.iter().map(|(uuid, address)| format!("{uuid} at {address}"));
+            format!("{} GPUs ({})", key.gpus.len(), names.collect::<Vec<_>>().join(", "))
+        };
+        let parts: [&dyn Fn(&Key) -> String; 3] = [&version, &driver, &gpus];
+        let pairs = parts.into_iter().map(|part| (part(other), part(self)));
+        pairs.into_iter().find(|(theirs, ours)| theirs != ours)
+    }
+
     /// The name of its file: the key is in the file too, so a collision costs a measurement only.
-    fn file_name(&self) -> String {
+    fn file_name(&self, kind: &str) -> String {
         let hash = Sha256::digest(format!("{self:?}"));
         let hex: String = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        format!("links-{hex}.json")
+        format!("{kind}-{hex}.json")
     }
 }
 
@@ -103,7 +129,22 @@ impl Cache {
 
     /// Where the measurement for `key` is kept.
     pub fn file(&self, key: &Key) -> PathBuf {
-        self.directory.join(key.file_name())
+        self.file_of(LINKS, key)
+    }
+
+    /// Where what is of `kind` is kept for `key`.
+    pub(crate) fn file_of(&self, kind: &str, key: &Key) -> PathBuf {
+        self.directory.join(key.file_name(kind))
+    }
+
+    /// Whether there is anything of `kind` for whatever GPUs.
+    pub(crate) fn holds(&self, kind: &str) -> bool {
+        let Ok(files) = fs::read_dir(&self.directory) else { return false };
+        files.flatten().any(|file| {
+            let name = file.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with(&format!("{kind}-")) && name.ends_with(".json")
+        })
     }
 
     /// The measurement for `key`, if there is one.
@@ -113,7 +154,7 @@ impl Cache {
     pub fn load(&self, key: &Key) -> Result<Option<Measurement>, String> {
         let path = self.file(key);
         let ignored = |reason: String| format!("cache: {} is ignored: {reason}", path.display());
-        let text = match read(&path) {
+        let text = match read_file(&path, true) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(ignored(error.to_string())),
@@ -138,34 +179,39 @@ impl Cache {
         let entry = Entry { key: key.clone(), measurement: measurement.clone() };
         let written = serde_json::to_string_pretty(&entry)
             .map_err(io::Error::from)
-            .and_then(|text| self.replace(&path, &text));
+            .and_then(|text| replace_file(&path, &text));
         written.map_err(|error| format!("cache: cannot write {}: {error}", path.display()))
-    }
-
-    /// Writes a file beside `path` and gives it that name once it is whole.
-    fn replace(&self, path: &Path, text: &str) -> io::Result<()> {
-        static FILES: AtomicU32 = AtomicU32::new(0);
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
-        let number = FILES.fetch_add(1, Ordering::Relaxed);
-        let aside = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
-        let written = file
-            .write_all(text.as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fs::rename(&aside, path));
-        if written.is_err() {
-            // The first error is the one to report.
-            let _ = fs::remove_file(&aside);
-        }
-        written
     }
 }
 
-/// The text of a file that the user owns.
-fn read(path: &Path) -> io::Result<String> {
+/// Writes a file beside `path` and gives it that name once it is whole.
+pub(crate) fn replace_file(path: &Path, text: &str) -> io::Result<()> {
+    static FILES: AtomicU32 = AtomicU32::new(0);
+    if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    }
+    let number = FILES.fetch_add(1, Ordering::Relaxed);
+    let aside = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+    let written = file
+        .write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&aside, path));
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&aside);
+    }
+    written
+}
+
+/// The text of a file; of one that the user owns, if it was not the user who named it.
+pub(crate) fn read_file(path: &Path, own: bool) -> io::Result<String> {
     let file = File::open(path)?;
     let about = file.metadata()?;
-    if !about.is_file() || about.uid() != rustix::process::geteuid().as_raw() {
+    if !about.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    if own && about.uid() != rustix::process::geteuid().as_raw() {
         return Err(io::Error::other("it is not a file of this user"));
     }
     let mut text = String::new();
@@ -209,9 +255,10 @@ mod tests {
             Key { abi: ABI_VERSION + 1, ..key.clone() },
             Key { gpus: vec![gpu(0), ("GPU-1".into(), "0000:ff:00.0".into())], ..key.clone() },
         ];
-        assert_eq!(key.file_name(), key.clone().file_name());
+        assert_eq!(key.file_name(LINKS), key.clone().file_name(LINKS));
         others.push(key);
-        let names: std::collections::BTreeSet<_> = others.iter().map(Key::file_name).collect();
+        let names: std::collections::BTreeSet<_> =
+            others.iter().map(|key| key.file_name(LINKS)).collect();
         assert_eq!(names.len(), others.len());
     }
 }

@@ -18,6 +18,7 @@ pub use fabric::{Fabric, Preset};
 pub use schedule::{Cut, Schedule};
 
 use crate::algorithm::{Algorithm, Route};
+use crate::choice::{Choice, Links};
 use crate::communicator::Config;
 use crate::layout;
 use crate::plan::{self, Shape};
@@ -61,10 +62,11 @@ pub fn shape(fabric: &Fabric) -> Shape {
     Shape { islands: fabric.islands(), hub: 1 % world, ..shape }
 }
 
-/// What the plan chooses by itself for an all-reduce of `bytes` bytes among `world` GPUs that NVLink
+/// What is chosen, where nothing was measured, for an all-reduce of `bytes` bytes among `world` GPUs that NVLink
 /// connects.
 pub fn usual(world: u32, bytes: usize) -> Algorithm {
-    plan::all_reduce(&shape(&Preset::NvSwitch.fabric(world)), bytes)
+    let shape = shape(&Preset::NvSwitch.fabric(world));
+    Choice::modelled(&shape, &Links::of(shape.class), true).all_reduce(bytes)
 }
 
 /// Predicts an all-reduce of `bytes` bytes, as they travel, on a usual machine with `world` GPUs.

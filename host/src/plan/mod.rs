@@ -1,4 +1,4 @@
-//! Which algorithm a call takes, and how its units are spread over blocks and threads.
+//! How a call's units are spread over blocks and threads, and along which trees sums are taken.
 //!
 //! Pure: no GPU, no I/O. The inputs are the same on every rank (sizes that ranks must bring alike,
 //! and a [`Group`](Shape) agreed on at start-up), so every rank makes the same plan.
@@ -8,6 +8,7 @@ pub mod roles;
 pub mod steps;
 
 use crate::algorithm::{Algorithm, Pattern};
+use crate::choice::LinkClass;
 use forest::Forest;
 use peerlane_device::abi::{DType, Format, Layout, MAX_RANKS, MAX_THREADS, Wire};
 
@@ -26,13 +27,23 @@ pub struct Shape {
     pub islands: [u8; MAX_RANKS],
     /// The rank that passes broadcasts on by [`Route::Hub`](crate::Route::Hub).
     pub hub: u32,
+    /// The kind of the slowest link between two ranks.
+    pub class: LinkClass,
 }
 
 impl Shape {
     /// A shape whose islands are two halves, whose hub is rank 0 and whose ranks all reach each other's
-    /// memory.
+    /// memory over NVLink.
     pub fn new(world: u32, layout: Layout, max_blocks: u32) -> Shape {
-        Shape { world, layout, max_blocks, host: false, islands: halves(world), hub: 0 }
+        Shape {
+            world,
+            layout,
+            max_blocks,
+            host: false,
+            islands: halves(world),
+            hub: 0,
+            class: LinkClass::NvLink,
+        }
     }
 
     /// Each rank's island.
@@ -66,9 +77,6 @@ pub struct Grid {
 /// Bytes up to which broadcasts and gathers let data and flags travel together. They carry any bytes,
 /// token ids of -1 among them, and such payload would have to be sealed.
 const PACKET_BYTES: usize = 32 << 10;
-/// The same for reductions, whose payload needs a seal only for one rare NaN. Measured on two H200s
-/// (docs/performance.md): full width is as fast from here on.
-const REDUCTION_PACKET_BYTES: usize = 1 << 10;
 
 /// Blocks of calls through host memory: where latency counts, more of them only poll; where bandwidth
 /// counts, it takes more to keep enough on the way. Two H200s, PCIe Gen5, 32 and 128 blocks: 57 and 66 us
@@ -76,22 +84,6 @@ const REDUCTION_PACKET_BYTES: usize = 1 << 10;
 const HOST_BLOCKS: (u32, u32) = (32, 128);
 /// Units of a message from which on bandwidth counts.
 const HOST_STREAM_UNITS: usize = 128 << 10;
-
-/// The algorithm for an all-reduce of `wire_bytes` bytes.
-///
-/// One-shot takes one step and (n-1) x S, two-shot two steps and 2(n-1)/n x S; they meet where the
-/// saved bytes are worth a step: S = step x bandwidth / ((n-1)(1-2/n)), with 1.8 us a step and
-/// 370 GB/s out of an H100 or H200; about 5 us and 20 GB/s where data pass through host memory. Two
-/// ranks never gain from two-shot.
-pub fn all_reduce(shape: &Shape, wire_bytes: usize) -> Algorithm {
-    let step_bytes = if shape.host { 100_000 } else { 666_000 };
-    let n = shape.world as usize;
-    if n > 2 && wire_bytes > step_bytes * n / ((n - 1) * (n - 2)) {
-        return Algorithm::TwoShot;
-    }
-    let packet = wire_bytes <= REDUCTION_PACKET_BYTES;
-    Algorithm::OneShot(if packet { Format::Packet } else { Format::Full })
-}
 
 /// The format for a message of `bytes` bytes that is moved, not reduced.
 pub fn format(bytes: usize) -> Format {
@@ -190,29 +182,6 @@ mod tests {
             prop_assert_eq!(units.max(1).div_ceil(grid.block_units as usize), grid.blocks as usize);
             prop_assert!(grid.chunk_units.is_multiple_of(4));
         }
-    }
-
-    #[test]
-    fn two_ranks_always_take_one_step() {
-        for shift in 0..30 {
-            for host in [false, true] {
-                let shape = Shape { host, ..shape(2, 132) };
-                assert!(matches!(all_reduce(&shape, 1 << shift), Algorithm::OneShot(_)));
-            }
-        }
-    }
-
-    #[test]
-    fn large_worlds_change_to_two_shot_earlier() {
-        let turning_point = |world, host| {
-            let shape = Shape { host, ..shape(world, 132) };
-            (0..30).find(|s| all_reduce(&shape, 1 << s) == Algorithm::TwoShot)
-        };
-        for host in [false, true] {
-            assert!(turning_point(8, host) < turning_point(4, host));
-            assert!(turning_point(4, host) < turning_point(3, host));
-        }
-        assert!(turning_point(4, true) < turning_point(4, false));
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 
 /// Names ranks: "rank 1" or "ranks 1, 2".
 fn ranks(which: impl Iterator<Item = u32>) -> String {

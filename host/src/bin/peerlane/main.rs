@@ -12,6 +12,7 @@ mod model;
 mod output;
 mod parse;
 mod topo;
+mod tune;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
@@ -40,6 +41,8 @@ enum Command {
     Check(check::Options),
     /// Measures collectives the way nccl-tests does.
     Bench(bench::Options),
+    /// Measures every algorithm and keeps a table of what is fastest at each size.
+    Tune(tune::Options),
     /// Writes Markdown tables of results that `bench --json` wrote.
     Report(bench::report::Options),
     /// Writes what a model of other machines predicts, beside what was measured.
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Topo(options) => topo::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Tune(options) => tune::run(&options),
         Command::Report(options) => bench::report::run(&options),
         Command::Model(options) => model::run(&options),
     };

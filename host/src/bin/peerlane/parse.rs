@@ -5,6 +5,7 @@
 use peerlane::algorithm::UnknownName;
 use peerlane::model::Preset;
 use peerlane::{Algorithm, DType, Operation, ReduceOp, Transport, Wire};
+use std::time::Duration;
 
 /// The collectives, in the order in which they are reported.
 pub(crate) const OPERATIONS: [Operation; 6] = [
@@ -92,6 +93,15 @@ pub(crate) fn transport(text: &str) -> Result<Transport, String> {
     choose(text, &Transport::ALL, Transport::name)
 }
 
+/// A time in seconds, with an optional suffix s.
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
+    let digits = text.strip_suffix('s').unwrap_or(text);
+    let seconds = digits.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds
+        .filter(|time| !time.is_zero() && *time <= Duration::from_secs(86_400))
+        .ok_or_else(|| format!("expected seconds above 0 such as 60s, at most a day, got {text}"))
+}
+
 /// A number of bytes, with an optional suffix K, M or G.
 pub(crate) fn bytes(text: &str) -> Result<usize, String> {
     let wrong = || format!("expected a size such as 512, 64K or 1M, got {text}");
@@ -129,6 +139,15 @@ mod tests {
         assert!(bytes("99999999999G").is_err());
         for size in [0, 1, 1000, 1024, 65536, 3 << 20, 1 << 30] {
             assert_eq!(bytes(&bytes_name(size)), Ok(size));
+        }
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(seconds("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["", "s", "0", "-1s", "nan", "inf", "1m", "1e9"] {
+            assert!(seconds(wrong).unwrap_err().ends_with(&format!("got {wrong}")), "{wrong}");
         }
     }
 

@@ -1,8 +1,8 @@
 //! Drives all ranks of a measurement: a thread each on real GPUs, one thread for all on simulated
 //! ones.
 //!
-//! Invariant: a contender is verified at a size before it is timed at it; contenders take turns in
-//! the order A B B A, so that drift of the machine hits both alike.
+//! Invariant: a contender is verified at a size before it is timed at it; contenders take turns, two in
+//! the order A B B A, so that drift of the machine hits all alike.
 
 use super::job::Job;
 use super::rank::{Fail, Rank, Timing};
@@ -17,7 +17,7 @@ pub(crate) struct Ranks {
 
 impl Ranks {
     /// Does `f` on every rank.
-    fn each<T: Send>(
+    pub(crate) fn each<T: Send>(
         &mut self,
         f: impl Fn(&mut Rank) -> Result<T, Fail> + Sync,
     ) -> Result<Vec<T>, Fail> {
@@ -38,37 +38,70 @@ impl Ranks {
         job: &Job,
         inputs: &[Vec<u8>],
     ) -> Result<Result<(), String>, Fail> {
-        let outcome = job.outcome(inputs);
         for contender in 0..self.ranks[0].contenders.len() {
-            self.each(|rank| {
-                rank.load(job, &inputs[rank.rank as usize])?;
-                rank.call(contender, job)
-            })?;
-            let verdicts = self
-                .each(|rank| Ok(rank.verify(contender, job, job.expected(rank.rank, &outcome))))?;
-            if let Some(Err(reason)) = verdicts.into_iter().find(Result::is_err) {
-                return Ok(Err(reason));
+            let verdict = self.verify_one(contender, job, inputs)?;
+            if verdict.is_err() {
+                return Ok(verdict);
             }
         }
         Ok(Ok(()))
     }
 
+    /// Runs one contender once and compares its results. The inner error is a wrong result.
+    pub(crate) fn verify_one(
+        &mut self,
+        contender: usize,
+        job: &Job,
+        inputs: &[Vec<u8>],
+    ) -> Result<Result<(), String>, Fail> {
+        let algorithm = self.ranks[0].contenders[contender].algorithm(job).or(job.algorithm);
+        let outcome = Job { algorithm, ..*job }.outcome(inputs);
+        self.each(|rank| {
+            rank.load(job, &inputs[rank.rank as usize])?;
+            rank.call(contender, job)
+        })?;
+        let verdicts =
+            self.each(|rank| Ok(rank.verify(contender, job, job.expected(rank.rank, &outcome))))?;
+        Ok(verdicts.into_iter().find(Result::is_err).unwrap_or(Ok(())))
+    }
+
     /// Times every contender: `[contender][sample]`, the slowest rank's microseconds per call.
     pub(crate) fn time(&mut self, job: &Job, timing: &Timing) -> Result<Vec<Vec<f64>>, Fail> {
-        let contenders = self.ranks[0].contenders.len();
+        let all: Vec<usize> = (0..self.ranks[0].contenders.len()).collect();
         if !timing.eager {
-            self.each(|rank| rank.capture(job, timing.calls))?;
+            self.capture(&all, job, timing)?;
         }
-        let turns = turns(contenders, timing.replays);
+        self.sample(&all, job, timing)
+    }
+
+    /// Records the graphs that [`Ranks::sample`] replays.
+    pub(crate) fn capture(
+        &mut self,
+        contenders: &[usize],
+        job: &Job,
+        timing: &Timing,
+    ) -> Result<(), Fail> {
+        self.each(|rank| rank.capture(contenders, job, timing.calls)).map(|_| ())
+    }
+
+    /// Times these contenders, which have graphs of the job: `[which][sample]`.
+    pub(crate) fn sample(
+        &mut self,
+        contenders: &[usize],
+        job: &Job,
+        timing: &Timing,
+    ) -> Result<Vec<Vec<f64>>, Fail> {
+        let places = turns(contenders.len(), timing.replays);
+        let turns: Vec<usize> = places.iter().map(|place| contenders[*place]).collect();
         let samples = if self.threads {
             self.sample_in_threads(job, timing, &turns)?
         } else {
             self.sample_together(job, timing, &turns)?
         };
-        let mut times = vec![Vec::new(); contenders];
-        for (sample, contender) in turns.iter().enumerate() {
+        let mut times = vec![Vec::new(); contenders.len()];
+        for (sample, place) in places.iter().enumerate() {
             let slowest = samples.iter().map(|rank| rank[sample]).fold(0.0, f64::max);
-            times[*contender].push(slowest);
+            times[*place].push(slowest);
         }
         Ok(times)
     }
@@ -116,10 +149,12 @@ impl Ranks {
 /// Said of a thread that did not come back.
 const PANIC: &str = "a rank's thread panicked";
 
-/// Whose turn it is, sample by sample: A, or A B B A in quarters.
+/// Whose turn it is, sample by sample: A; A B B A in quarters; or, with more, all in turn, there and back.
 fn turns(contenders: usize, replays: usize) -> Vec<usize> {
-    if contenders == 1 {
-        return vec![0; replays];
+    if contenders != 2 {
+        let there = (0..contenders).collect::<Vec<_>>();
+        let back = there.iter().rev().copied().collect::<Vec<_>>();
+        return [there, back].into_iter().cycle().take(replays).flatten().collect();
     }
     let (early, late) = (replays / 2, replays - replays / 2);
     [(0, early), (1, early), (1, late), (0, late)]
@@ -179,5 +214,6 @@ mod tests {
         assert_eq!(turns(1, 3), [0, 0, 0]);
         assert_eq!(turns(2, 2), [0, 1, 1, 0]);
         assert_eq!(turns(2, 3), [0, 1, 1, 1, 0, 0]);
+        assert_eq!(turns(3, 3), [0, 1, 2, 2, 1, 0, 0, 1, 2]);
     }
 }

@@ -5,13 +5,13 @@
 //! it ran on real GPUs. Simulated times mean nothing: where the model knows a collective, its prediction
 //! stands in their place, and the output says so.
 
-mod job;
-mod measure;
+pub(crate) mod job;
+pub(crate) mod measure;
 mod nccl;
 mod ours;
 pub(crate) mod plot;
 mod predict;
-mod rank;
+pub(crate) mod rank;
 pub(crate) mod report;
 pub(crate) mod results;
 
@@ -24,7 +24,9 @@ use measure::Ranks;
 use nccl::Nccl;
 use ours::Ours;
 use peerlane::model::Preset;
-use peerlane::{Algorithm, Communicator, Config, DType, Operation, ReduceOp, Transport, Wire};
+use peerlane::{
+    Algorithm, Communicator, Config, DType, Operation, ReduceOp, Transport, Tuning, Wire,
+};
 use rank::{Fail, Rank, Timing};
 use results::{Results, Row, Series};
 use serde_json::json;
@@ -65,6 +67,8 @@ pub(crate) struct Options {
     /// double-tree, hierarchical, and copy-two-shot to copy-hierarchical.
     #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
     algorithm: Choice,
+    #[command(flatten)]
+    choosing: Choosing,
     /// The machine that all-reduces and broadcasts on simulated GPUs are predicted for: nvswitch,
     /// nvlink-pairs, pcie or two-sockets.
     #[arg(long, default_value = "nvswitch", value_parser = parse::fabric)]
@@ -104,6 +108,28 @@ pub(crate) struct Options {
     table: Option<PathBuf>,
 }
 
+/// What `auto` means. Left out, the environment says (docs/tuning.md).
+#[derive(clap::Args, Clone, Debug)]
+struct Choosing {
+    /// The table of measured choices: auto for the one in the cache, off for none, or a file.
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<Tuning>,
+    /// One algorithm for all sizes.
+    #[arg(long)]
+    fixed: bool,
+}
+
+impl Choosing {
+    fn config(&self) -> peerlane::Result<Config> {
+        let mut config = Config::from_environment()?;
+        if let Some(tuning) = &self.tuning {
+            config.tuning = tuning.clone();
+        }
+        config.fixed |= self.fixed;
+        Ok(config)
+    }
+}
+
 /// What Peerlane can be compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Rival {
@@ -133,7 +159,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
     let (mut ranks, used) = plan.connect(&devices, rival.as_ref())?;
-    println!("# transport: {} ({used})", plan.transport);
+    println!("# transport: {} ({used})", plan.config.transport);
     let mut series = Vec::new();
     for job in plan.jobs() {
         match plan.measure(&job, &mut ranks, &devices) {
@@ -147,7 +173,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     print!("{}", report::comparison(&series));
     let right = series.iter().flat_map(|s: &Series| &s.rows).all(|row| row.failure.is_none());
     let mut provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
-    let transport = json!({ "asked": plan.transport, "used": used });
+    let transport = json!({ "asked": plan.config.transport, "used": used });
     provenance.insert("transport".into(), transport);
     let results = Results { provenance, nccl_version, series };
     if let Some(path) = &options.common.json {
@@ -194,7 +220,7 @@ struct Plan<'a> {
     world: u32,
     sim: bool,
     timing: Timing,
-    transport: Transport,
+    config: Config,
 }
 
 impl Plan<'_> {
@@ -221,8 +247,8 @@ impl Plan<'_> {
         let calls = options.calls.unwrap_or(usual) as usize;
         let replays = options.replays.unwrap_or(usual) as usize;
         let timing = Timing { calls, replays, eager: options.eager };
-        let transport = options.transport.map_or_else(Transport::from_environment, Ok)?;
-        Ok(Plan { options, world, sim, timing, transport })
+        let config = Plan::config(options, sim)?;
+        Ok(Plan { options, world, sim, timing, config })
     }
 
     /// What is asked for, without sizes.
@@ -273,13 +299,14 @@ impl Plan<'_> {
         !self.is_predicted(job) || job.bytes() <= self.options.check_max
     }
 
-    fn config(&self) -> Config {
-        let Options { staging, chunk: chunk_bytes, .. } = *self.options;
+    fn config(options: &Options, sim: bool) -> peerlane::Result<Config> {
+        let Options { staging, chunk: chunk_bytes, transport, .. } = *options;
         let is_scheduled = |way: &Option<Algorithm>| matches!(way, Some(Algorithm::Scheduled(_)));
-        let usual = if self.sim { 1 << 20 } else { 32 << 20 };
-        let wanted = self.options.algorithm.0.iter().any(is_scheduled).then_some(usual);
-        let (transport, staging_bytes) = (self.transport, staging.or(wanted));
-        Config { transport, staging_bytes, chunk_bytes, ..Config::default() }
+        let usual = if sim { 1 << 20 } else { 32 << 20 };
+        let wanted = options.algorithm.0.iter().any(is_scheduled).then_some(usual);
+        let config = options.choosing.config()?;
+        let transport = transport.unwrap_or(config.transport);
+        Ok(Config { transport, staging_bytes: staging.or(wanted), chunk_bytes, ..config })
     }
 
     /// Makes the ranks, with buffers for the largest job; says what carries their data.
@@ -296,7 +323,7 @@ impl Plan<'_> {
             .filter(|job| self.is_carried_out(job))
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
-        let communicators = Communicator::connect(&gpus, &self.config())?;
+        let communicators = Communicator::connect(&gpus, &self.config)?;
         let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
         for communicator in communicators {
             let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;

@@ -5,7 +5,9 @@
 use super::job::Job;
 use super::rank::{Contender, Fail};
 use peerlane::gpu::{DevicePtr, Stream};
-use peerlane::{AllGather, AllReduce, Broadcast, Communicator, Gather, Operation, ReduceScatter};
+use peerlane::{
+    Algorithm, AllGather, AllReduce, Broadcast, Communicator, Gather, Operation, ReduceScatter,
+};
 
 /// One rank of a communicator.
 pub(crate) struct Ours(pub(crate) Communicator);
@@ -58,5 +60,11 @@ impl Contender for Ours {
 
     fn name(&self) -> &'static str {
         "peerlane"
+    }
+
+    fn algorithm(&self, job: &Job) -> Option<Algorithm> {
+        let Job { dtype, wire, algorithm, count, .. } = *job;
+        let call = AllReduce { wire, algorithm, ..AllReduce::in_place(DevicePtr(0), count, dtype) };
+        Some(self.0.algorithm_for(&call))
     }
 }

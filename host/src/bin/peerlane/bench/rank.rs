@@ -5,8 +5,9 @@
 
 use super::job::Job;
 use crate::check::POISON;
-use peerlane::Operation;
 use peerlane::gpu::{DevicePtr, Event, GpuRef, Graph, Stream};
+use peerlane::{Algorithm, Operation};
+use std::collections::BTreeMap;
 
 /// Why a measurement could not be made.
 pub(crate) type Fail = Box<dyn std::error::Error + Send + Sync>;
@@ -33,6 +34,11 @@ pub(crate) trait Contender: Send {
 
     /// Its name in messages.
     fn name(&self) -> &'static str;
+
+    /// How it would carry out an all-reduce, where that decides the order of additions.
+    fn algorithm(&self, _job: &Job) -> Option<Algorithm> {
+        None
+    }
 }
 
 /// How calls are timed.
@@ -56,7 +62,8 @@ pub(crate) struct Rank {
     stop: Event,
     src: DevicePtr,
     dst: DevicePtr,
-    graphs: Vec<Graph>,
+    /// By contender.
+    graphs: BTreeMap<usize, Graph>,
 }
 
 impl Rank {
@@ -71,7 +78,7 @@ impl Rank {
             (gpu.stream_create()?, gpu.event_create()?, gpu.event_create()?);
         // At least a byte, so that a barrier's buffers exist like any other's.
         let (src, dst) = (gpu.alloc(src_bytes.max(1))?, gpu.alloc(dst_bytes.max(1))?);
-        let (contenders, graphs) = (Vec::new(), Vec::new());
+        let (contenders, graphs) = (Vec::new(), BTreeMap::new());
         Ok(Rank { rank, contenders, gpu, stream, start, stop, src, dst, graphs })
     }
 
@@ -113,15 +120,31 @@ impl Rank {
         verdict.map_err(|reason| format!("{}, rank {}: {reason}", who.name(), self.rank))
     }
 
-    /// Records a graph of `calls` calls for each contender, in place of the graphs before.
-    pub(crate) fn capture(&mut self, job: &Job, calls: usize) -> Result<(), Fail> {
+    /// Writes a byte all over the input and the output.
+    pub(crate) fn fill(&self, byte: u8, src_bytes: usize, dst_bytes: usize) -> Result<(), Fail> {
+        // SAFETY: the caller says the sizes with which the buffers were made, or smaller ones.
+        unsafe {
+            self.gpu.fill(self.src, byte, src_bytes, self.stream)?;
+            self.gpu.fill(self.dst, byte, dst_bytes, self.stream)?;
+        }
+        Ok(())
+    }
+
+    /// Records a graph of `calls` calls for each of these contenders, in place of all graphs before.
+    pub(crate) fn capture(
+        &mut self,
+        contenders: &[usize],
+        job: &Job,
+        calls: usize,
+    ) -> Result<(), Fail> {
         self.forget_graphs()?;
-        for contender in 0..self.contenders.len() {
+        for contender in contenders {
             self.gpu.capture_begin(self.stream)?;
-            for _ in 0..calls {
-                self.call(contender, job)?;
-            }
-            self.graphs.push(self.gpu.capture_end(self.stream)?);
+            let queued = (0..calls).try_for_each(|_| self.call(*contender, job));
+            // A stream must not be left capturing.
+            let graph = self.gpu.capture_end(self.stream);
+            queued?;
+            self.graphs.insert(*contender, graph?);
         }
         Ok(())
     }
@@ -145,7 +168,8 @@ impl Rank {
         if timing.eager {
             return (0..timing.calls).try_for_each(|_| self.call(contender, job));
         }
-        Ok(self.gpu.graph_launch(self.graphs[contender], self.stream)?)
+        let graph = *self.graphs.get(&contender).ok_or("a contender without a graph")?;
+        Ok(self.gpu.graph_launch(graph, self.stream)?)
     }
 
     /// Waits for a sample; microseconds per call.
@@ -158,7 +182,7 @@ impl Rank {
 
     fn forget_graphs(&mut self) -> peerlane::Result<()> {
         self.gpu.stream_synchronize(self.stream)?;
-        for graph in self.graphs.drain(..) {
+        for graph in std::mem::take(&mut self.graphs).into_values() {
             // SAFETY: the graph came from `capture` and its stream is done.
             unsafe { self.gpu.graph_destroy(graph)? };
         }

@@ -1,0 +1,118 @@
+//! What ranks show and tell each other about tuning when they meet.
+//!
+//! Invariant: every rank shows what file it was told to use, and the files must hold the same table. Rank 0
+//! alone looks for a table, in that file or in the cache, and all ranks use what it found. So ranks never
+//! choose by different tables.
+
+use super::cost::{LinkClass, Links};
+use super::environment::Tuning;
+use super::table::{KIND, TuningTable};
+use crate::communicator::Config;
+use crate::error::{Error, Result};
+use crate::links::{Cache, Key};
+use crate::topology;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// The file that a rank was told to use.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Shown {
+    pub(crate) file: String,
+    /// Of what the table says.
+    pub(crate) hash: String,
+}
+
+impl Shown {
+    /// What `config` names, read and found sound; none if it names nothing.
+    pub(crate) fn of(config: &Config) -> Result<Option<Shown>> {
+        let Tuning::File(path) = &config.tuning else { return Ok(None) };
+        let table = TuningTable::read(path).map_err(refused)?;
+        Ok(Some(Shown { file: path.display().to_string(), hash: hash(&table) }))
+    }
+}
+
+fn hash(table: &TuningTable) -> String {
+    let bytes = Sha256::digest(format!("{table:?}"));
+    bytes.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(super) fn refused((expected, got): (String, String)) -> Error {
+    Error::InvalidArgument { op: "connect", argument: "tuning", expected, got }
+}
+
+/// What rank 0 found, for all ranks.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Known {
+    pub(crate) table: Option<TuningTable>,
+    pub(crate) links: Option<Links>,
+    pub(crate) notes: Vec<String>,
+}
+
+impl Known {
+    /// Looks for a table, and for measured links where the model needs them. `gpus` are the UUIDs and PCI addresses of
+    /// all ranks; none if the GPUs are simulated. Only rank 0 calls it.
+    ///
+    /// # Errors
+    /// The file that `config` names holds no table, another one than `shown`, or one for another machine.
+    pub(crate) fn find(
+        config: &Config,
+        shown: Option<&Shown>,
+        gpus: &[(String, String)],
+        (simulated, class): (bool, LinkClass),
+    ) -> Result<Known> {
+        match &config.tuning {
+            // Nothing is looked for that would not be used.
+            _ if config.fixed => Ok(Known::default()),
+            Tuning::File(path) => {
+                let table = TuningTable::read(path).map_err(refused)?;
+                if shown.is_none_or(|shown| shown.hash != hash(&table)) {
+                    let got = format!("{}, which changed meanwhile", path.display());
+                    return Err(refused(("the table that was shown".into(), got)));
+                }
+                let key = if simulated {
+                    Key::simulated(gpus.to_vec())
+                } else {
+                    Key::new(gpus.to_vec(), &topology::driver_version().unwrap_or_default())
+                };
+                let whose = |(expected, got)| (expected, format!("{}: {got}", path.display()));
+                table.is_for(&key).map_err(|flaw| refused(whose(flaw)))?;
+                Ok(Known { table: Some(table), ..Known::default() })
+            }
+            Tuning::Auto if !simulated => {
+                let Ok(cache) = Cache::of_user() else { return Ok(Known::default()) };
+                Ok(Known::cached(&cache, gpus, class, true))
+            }
+            Tuning::Off if !simulated => {
+                let Ok(cache) = Cache::of_user() else { return Ok(Known::default()) };
+                Ok(Known::cached(&cache, gpus, class, false))
+            }
+            Tuning::Auto | Tuning::Off => Ok(Known::default()),
+        }
+    }
+
+    /// What the cache holds for these GPUs. Links matter where their kind says little.
+    fn cached(cache: &Cache, gpus: &[(String, String)], class: LinkClass, tables: bool) -> Known {
+        let links = class != LinkClass::NvLink && cache.holds("links");
+        let tables = tables && cache.holds(KIND);
+        let mut known = Known::default();
+        if !links && !tables {
+            return known;
+        }
+        // It takes the driver some time to say its version.
+        let Some(driver) = topology::driver_version() else { return known };
+        let key = Key::new(gpus.to_vec(), &driver);
+        if tables {
+            match TuningTable::load(cache, &key) {
+                Ok(table) => known.table = table,
+                Err(note) => known.notes.push(note),
+            }
+        }
+        if links {
+            match cache.load(&key) {
+                Ok(measured) => known.links = measured.and_then(|m| Links::measured(class, &m)),
+                Err(note) => known.notes.push(note),
+            }
+        }
+        known
+    }
+}
