@@ -137,7 +137,6 @@ impl Communicator {
         signature = (tensor, chunks, *, op=None, wire=None, contribution=None, dtype=None),
         text_signature = "($self, tensor, chunks, *, op='sum', wire='native', contribution=True, dtype=None)"
     )]
-    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn all_reduce_chunks(
         slf: &Bound<'_, Communicator>,
         tensor: &Bound<'_, PyAny>,
