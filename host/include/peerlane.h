@@ -15,20 +15,22 @@
  * they were made, on whichever streams. A stream must exist until the next call has been made.
  *
  * TENSORS are addresses in memory of the rank's GPU, whoever allocated it. They stay alive and
- * untouched by others until the stream has passed the call. Sizes are in elements where values are
+ * untouched by others until the stream has passed the call; those of a call that returns a
+ * peerlane_work, until the work is done. Sizes are in elements where values are
  * reduced and in bytes where they are only moved. All ranks bring the same sizes, types, operators
  * and roots; if not, one of them gets PEERLANE_MISMATCH.
  *
  * THREADS. One communicator is used by one thread at a time; different ones freely. The exception
  * are peerlane_comm_abort, peerlane_comm_health, peerlane_comm_rank and peerlane_comm_world_size,
- * which any thread may call at any time before peerlane_comm_destroy begins. A peerlane_gpu may be
- * used by many threads at once. Destroying or closing a handle ends its use on every thread.
+ * which any thread may call at any time before peerlane_comm_destroy begins. A peerlane_gpu and a
+ * peerlane_work may be used by many threads at once. Destroying or closing a handle ends its use on every thread.
  * A process that has called this library may not fork and go on calling it in the child.
  */
 
 #ifndef PEERLANE_H
 #define PEERLANE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -160,6 +162,9 @@ typedef struct peerlane_comm peerlane_comm;
 // A GPU of this machine or of a simulated one.
 typedef struct peerlane_gpu peerlane_gpu;
 
+// An asynchronous call. It may outlive its communicator.
+typedef struct peerlane_work peerlane_work;
+
 // What all ranks of a group agree on when they meet. `peerlane_config_init` fills it.
 typedef struct {
     // sizeof(peerlane_config).
@@ -198,6 +203,17 @@ typedef struct {
     // The only field in which ranks may differ.
     int no_contribution;
 } peerlane_reduce_options;
+
+// A part of a tensor that becomes ready by itself.
+typedef struct {
+    // Its first element.
+    size_t first_element;
+    // Its elements: some rows, usually.
+    size_t count;
+    // A CUevent (cudaEvent_t), or one of `peerlane_event_create`, recorded where the producer has
+    // finished it. Not NULL.
+    void *ready;
+} peerlane_chunk;
 
 #ifdef __cplusplus
 extern "C" {
@@ -373,6 +389,104 @@ peerlane_status peerlane_gather(peerlane_comm *comm,
 
 // Holds `stream` until every rank has queued its barrier and reached it. The host does not wait.
 peerlane_status peerlane_barrier(peerlane_comm *comm, void *stream);
+
+// `peerlane_all_reduce` beside `stream`: begins once `stream` has come to it, and runs on a stream
+// of the communicator's own while `stream` goes on. The tensors stay alive and untouched until the
+// work is done, whatever becomes of its handle. On failure *work is NULL.
+peerlane_status peerlane_all_reduce_async(peerlane_comm *comm,
+                                          const void *src,
+                                          void *dst,
+                                          size_t count,
+                                          peerlane_dtype dtype,
+                                          peerlane_op op,
+                                          const peerlane_reduce_options *options,
+                                          void *stream,
+                                          peerlane_work **work);
+
+// `peerlane_reduce_scatter` beside `stream`, as `peerlane_all_reduce_async`.
+peerlane_status peerlane_reduce_scatter_async(peerlane_comm *comm,
+                                              const void *src,
+                                              void *dst,
+                                              size_t count,
+                                              peerlane_dtype dtype,
+                                              peerlane_op op,
+                                              const peerlane_reduce_options *options,
+                                              void *stream,
+                                              peerlane_work **work);
+
+// `peerlane_all_gather` beside `stream`, as `peerlane_all_reduce_async`.
+peerlane_status peerlane_all_gather_async(peerlane_comm *comm,
+                                          const void *src,
+                                          void *dst,
+                                          size_t bytes,
+                                          void *stream,
+                                          peerlane_work **work);
+
+// `peerlane_broadcast` beside `stream`, as `peerlane_all_reduce_async`.
+peerlane_status peerlane_broadcast_async(peerlane_comm *comm,
+                                         void *data,
+                                         size_t bytes,
+                                         uint32_t root,
+                                         void *stream,
+                                         peerlane_work **work);
+
+// `peerlane_gather` beside `stream`, as `peerlane_all_reduce_async`. `widths` may be reused when the
+// call returns.
+peerlane_status peerlane_gather_async(peerlane_comm *comm,
+                                      const void *src,
+                                      void *dst,
+                                      size_t rows,
+                                      const size_t *widths,
+                                      size_t width_count,
+                                      uint32_t root,
+                                      void *stream,
+                                      peerlane_work **work);
+
+// Reduces a tensor in chunks as a producer finishes them: one all-reduce a chunk, in the order of
+// `chunks`, each once its event has come, on a stream of the communicator's own. All ranks bring
+// the same chunks; what no chunk names stays as it is. The events are recorded before the call is
+// made and stay until it returns. `works` has room for `chunk_count` handles, one a chunk. On failure
+// all of them are NULL, and chunks before the one that failed may have been queued: the tensors
+// stay until the communicator is closed.
+peerlane_status peerlane_all_reduce_chunks(peerlane_comm *comm,
+                                           const void *src,
+                                           void *dst,
+                                           size_t count,
+                                           peerlane_dtype dtype,
+                                           peerlane_op op,
+                                           const peerlane_reduce_options *options,
+                                           const peerlane_chunk *chunks,
+                                           size_t chunk_count,
+                                           peerlane_work **works);
+
+// Whether the call is done, well or not; `peerlane_work_wait` says which. Does not wait. An error if
+// the call was captured in a graph.
+peerlane_status peerlane_work_query(const peerlane_work *work,
+                                    bool *done);
+
+// Makes `stream`, one of the same GPU, wait for the call. The host does not wait. Inside a capture this
+// is how the call's stream is joined.
+peerlane_status peerlane_work_wait_on(const peerlane_work *work,
+                                      void *stream);
+
+// Waits on the host until the call is done, and says whether it and all calls before it went well.
+// Says the same however often it is asked. An error if the call was captured in a graph.
+peerlane_status peerlane_work_wait(const peerlane_work *work);
+
+// Frees the handle; the call goes on if it is not done, and its tensors must stay until it is. Fine
+// with NULL.
+void peerlane_work_free(peerlane_work *work);
+
+// Makes an event, for `peerlane_all_reduce_chunks`. Events of the CUDA runtime or of a framework do
+// just as well.
+peerlane_status peerlane_event_create(const peerlane_gpu *gpu, void **event);
+
+// Records an event of `peerlane_event_create` behind everything queued on `stream`.
+peerlane_status peerlane_event_record(const peerlane_gpu *gpu, void *event, void *stream);
+
+// Destroys an event of `peerlane_event_create`; what waits for its record still does. Fine with NULL.
+peerlane_status peerlane_event_destroy(const peerlane_gpu *gpu,
+                                       void *event);
 
 #ifdef __cplusplus
 }  // extern "C"

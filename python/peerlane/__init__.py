@@ -1,6 +1,6 @@
 """Peer-to-peer collectives for the GPUs of one machine."""
 
-from ._peerlane import Communicator, PreparedAllReduce, topology, version
+from ._peerlane import Communicator, Event, PreparedAllReduce, Work, topology, version
 from .errors import (
     AbortedError,
     ClosedError,
@@ -24,6 +24,7 @@ __all__ = [
     "DeadlineError",
     "DriverError",
     "Error",
+    "Event",
     "MismatchError",
     "NoDriverError",
     "PeerLostError",
@@ -31,6 +32,7 @@ __all__ = [
     "RendezvousError",
     "UnreachableError",
     "UnsupportedError",
+    "Work",
     "topology",
     "version",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 _Device: TypeAlias = int | str | Any  # or torch.device
 _Stream: TypeAlias = int | Any | None  # or torch.cuda.Stream
+_Event: TypeAlias = int | Event | Any  # or torch.cuda.Event
 _Op: TypeAlias = Literal["sum", "max", "min", "avg"]
 _Wire: TypeAlias = Literal["native", "bf16"]
 _DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -157,6 +158,70 @@ class Communicator:
         all ranks but the root; a rank that is neither the root nor brings anything need not call.
         """
 
+    def all_reduce_async(
+        self,
+        tensor: Any,
+        out: Any | None = None,
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        contribution: bool = True,
+        dtype: _DType | None = None,
+        stream: _Stream = None,
+    ) -> Work:
+        """all_reduce beside the stream: begins once the stream has come to it, and the stream goes
+        on. The tensors must not be touched until the work is done; the work keeps them alive."""
+
+    def reduce_scatter_async(
+        self,
+        tensor: Any,
+        out: Any,
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        contribution: bool = True,
+        dtype: _DType | None = None,
+        stream: _Stream = None,
+    ) -> Work:
+        """reduce_scatter beside the stream."""
+
+    def all_gather_async(self, tensor: Any, out: Any, *, stream: _Stream = None) -> Work:
+        """all_gather beside the stream."""
+
+    def broadcast_async(self, tensor: Any, root: int, *, stream: _Stream = None) -> Work:
+        """broadcast beside the stream."""
+
+    def gather_async(
+        self,
+        tensor: Any | None,
+        out: Any | None,
+        root: int,
+        widths: Sequence[int],
+        *,
+        stream: _Stream = None,
+    ) -> Work:
+        """gather beside the stream."""
+
+    def all_reduce_chunks(
+        self,
+        tensor: Any,
+        chunks: Sequence[tuple[int, int, _Event]],
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        contribution: bool = True,
+        dtype: _DType | None = None,
+    ) -> list[Work]:
+        """Reduces a tensor in place in chunks (first_row, rows, event) of its first dimension, in
+        the order given, each once its event has come. The events are recorded before the call.
+
+        All ranks bring the same chunks. A call that raises after some chunks have begun keeps the
+        tensor alive until the communicator is closed.
+        """
+
+    def record_event(self, *, stream: _Stream = None) -> Event:
+        """An event recorded on the stream, for all_reduce_chunks without torch."""
+
     def barrier(self, *, stream: _Stream = None) -> None:
         """Holds the stream until every rank has reached its barrier."""
 
@@ -204,3 +269,24 @@ class PreparedAllReduce:
 
     def run(self, tensor: Any, contribution: bool = True) -> None:
         """`Communicator.all_reduce` of `tensor` on torch's current stream."""
+
+class Work:
+    """An asynchronous call. It keeps its tensors alive until it is known to be done; if the work
+    goes before that, the communicator does."""
+
+    def query(self) -> bool:
+        """Whether the call is done, well or not."""
+
+    def wait(self, stream: _Stream = None) -> None:
+        """Makes the stream wait for the call, torch's current stream if none is given. The host
+        does not wait."""
+
+    def synchronize(self) -> None:
+        """Waits on the host until the call is done, then raises what went wrong in it or before."""
+
+class Event:
+    """A recorded event."""
+
+    @property
+    def cuda_event(self) -> int:
+        """The CUDA event."""

@@ -3,6 +3,7 @@
 //! Invariant: a call that raises has queued nothing. What is checked here is what only the Python
 //! objects know; sizes, roots and agreement between ranks are the library's to check.
 
+use crate::beside::Made;
 use crate::communicator::Communicator;
 use crate::device::Place;
 use crate::error;
@@ -37,14 +38,14 @@ fn element(tensor: &Tensor) -> DType {
 }
 
 #[inline]
-pub(crate) fn all_reduce(
+pub(crate) fn all_reduce<M: Made>(
     rank: &Communicator,
     py: Python<'_>,
     tensor: &Bound<'_, PyAny>,
     out: Given<'_, '_>,
     how: &Reduction<'_, '_>,
     stream: Given<'_, '_>,
-) -> PyResult<()> {
+) -> PyResult<M> {
     const CALL: &str = "all_reduce";
     let need = Need::Elements(options::dtype(CALL, how.dtype)?);
     let place = rank.place(CALL, "tensor");
@@ -75,7 +76,24 @@ pub(crate) fn all_reduce(
     let stream = rank.stream(py, CALL, stream, src.stream)?;
     // SAFETY: both tensors lie on this rank's GPU and have `count` elements; that they stay alive
     // until the stream has passed is the caller's part, as with torch's own asynchronous calls.
-    rank.queue(py, CALL, |rank| unsafe { rank.all_reduce(&request, stream) })
+    rank.queue(py, CALL, |rank| unsafe { M::all_reduce(rank, &request, stream) })
+}
+
+/// An all-reduce in place.
+pub(crate) fn in_place_request(
+    rank: &Communicator,
+    call: &'static str,
+    tensor: &Bound<'_, PyAny>,
+    how: &Reduction<'_, '_>,
+) -> PyResult<AllReduce> {
+    let need = Need::Elements(options::dtype(call, how.dtype)?);
+    let tensor = Tensor::read_writable(&rank.place(call, "tensor"), tensor, need)?;
+    Ok(AllReduce {
+        op: options::reduce_op(call, how.op)?,
+        wire: options::wire(call, how.wire)?,
+        contribution: options::contribution(call, how.contribution)?,
+        ..AllReduce::in_place(tensor.at(), tensor.count, element(&tensor))
+    })
 }
 
 /// The call of a prepared all-reduce.
@@ -101,14 +119,14 @@ pub(crate) fn all_reduce_in_place(
     rank.queue(py, CALL, |rank| unsafe { rank.all_reduce(&request, stream) })
 }
 
-pub(crate) fn reduce_scatter(
+pub(crate) fn reduce_scatter<M: Made>(
     rank: &Communicator,
     py: Python<'_>,
     tensor: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
     how: &Reduction<'_, '_>,
     stream: Given<'_, '_>,
-) -> PyResult<()> {
+) -> PyResult<M> {
     const CALL: &str = "reduce_scatter";
     let need = Need::Elements(options::dtype(CALL, how.dtype)?);
     let src = Tensor::read(&rank.place(CALL, "tensor"), tensor, need)?;
@@ -132,16 +150,16 @@ pub(crate) fn reduce_scatter(
     };
     let stream = rank.stream(py, CALL, stream, src.stream)?;
     // SAFETY: as in `all_reduce`, with world times `count` elements to read.
-    rank.queue(py, CALL, |rank| unsafe { rank.reduce_scatter(&request, stream) })
+    rank.queue(py, CALL, |rank| unsafe { M::reduce_scatter(rank, &request, stream) })
 }
 
-pub(crate) fn all_gather(
+pub(crate) fn all_gather<M: Made>(
     rank: &Communicator,
     py: Python<'_>,
     tensor: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
     stream: Given<'_, '_>,
-) -> PyResult<()> {
+) -> PyResult<M> {
     const CALL: &str = "all_gather";
     let src = Tensor::read(&rank.place(CALL, "tensor"), tensor, Need::Bytes)?;
     let dst = Tensor::read_writable(&rank.place(CALL, "out"), out, Need::Bytes)?;
@@ -151,16 +169,16 @@ pub(crate) fn all_gather(
     let request = AllGather { src: src.at(), dst: dst.at(), bytes: src.bytes() };
     let stream = rank.stream(py, CALL, stream, src.stream)?;
     // SAFETY: as in `all_reduce`, with world times `bytes` bytes to write.
-    rank.queue(py, CALL, |rank| unsafe { rank.all_gather(&request, stream) })
+    rank.queue(py, CALL, |rank| unsafe { M::all_gather(rank, &request, stream) })
 }
 
-pub(crate) fn broadcast(
+pub(crate) fn broadcast<M: Made>(
     rank: &Communicator,
     py: Python<'_>,
     tensor: &Bound<'_, PyAny>,
     root: &Bound<'_, PyAny>,
     stream: Given<'_, '_>,
-) -> PyResult<()> {
+) -> PyResult<M> {
     const CALL: &str = "broadcast";
     let root = options::whole32(CALL, "root", root)?;
     let place = rank.place(CALL, "tensor");
@@ -172,17 +190,17 @@ pub(crate) fn broadcast(
     let request = Broadcast::new(data.at(), data.bytes(), root);
     let stream = rank.stream(py, CALL, stream, data.stream)?;
     // SAFETY: as in `all_reduce`; the root's tensor is only read.
-    rank.queue(py, CALL, |rank| unsafe { rank.broadcast(&request, stream) })
+    rank.queue(py, CALL, |rank| unsafe { M::broadcast(rank, &request, stream) })
 }
 
-pub(crate) fn gather(
+pub(crate) fn gather<M: Made>(
     rank: &Communicator,
     py: Python<'_>,
     (tensor, out): (Given<'_, '_>, Given<'_, '_>),
     root: &Bound<'_, PyAny>,
     widths: &Bound<'_, PyAny>,
     stream: Given<'_, '_>,
-) -> PyResult<()> {
+) -> PyResult<M> {
     const CALL: &str = "gather";
     let root = options::whole32(CALL, "root", root)?;
     let mut widths = read_widths(rank, widths)?;
@@ -222,7 +240,7 @@ pub(crate) fn gather(
     let stream = rank.stream(py, CALL, stream, known.and_then(|tensor| tensor.stream))?;
     // SAFETY: as in `all_reduce`: `src` has `rows` rows of this rank's width, and the root's `dst`
     // as many of all widths together.
-    rank.queue(py, CALL, |rank| unsafe { rank.gather(&request, stream) })
+    rank.queue(py, CALL, |rank| unsafe { M::gather(rank, &request, stream) })
 }
 
 /// Rows of a tensor that was read for its rows.

@@ -8,6 +8,7 @@ use crate::collectives::{self, Reduction};
 use crate::device::Device;
 use crate::options::{self, Given};
 use crate::prepared::PreparedAllReduce;
+use crate::work::Kept;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
 use peerlane::{Aborter, Algorithm, Config, Error, Processes, Route, Transport};
@@ -34,6 +35,8 @@ pub(crate) struct Communicator {
     mailbox: usize,
     /// The arguments of torch's question for the current stream, for a real GPU.
     pub(crate) stream_arguments: Option<Py<PyTuple>>,
+    /// Tensors of asynchronous calls that nobody else refers to.
+    pub(crate) kept: Kept,
 }
 
 #[pymethods]
@@ -281,6 +284,7 @@ impl Communicator {
         if let Some(machine) = &self.gpu.machine {
             machine.sweep(self.ordinal);
         }
+        self.kept.sweep();
         self.queue(py, "synchronize", |rank| rank.health())
     }
 
@@ -307,6 +311,7 @@ impl Communicator {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let Some(mut rank) = self.lock(py).take() else { return Ok(()) };
         let closed = py.detach(move || rank.close());
+        self.kept.release();
         closed.map_err(|e| error::raise(py, e))
     }
 
@@ -358,6 +363,7 @@ impl Communicator {
             stream_arguments,
             aborter: rank.aborter(),
             inner: Mutex::new(Some(rank)),
+            kept: Kept::default(),
         })
     }
 

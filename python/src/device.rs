@@ -46,7 +46,8 @@ impl Machine {
         let gpu = &self.gpus[ordinal as usize];
         let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         let none = !retired.iter().any(|(owner, _)| *owner == ordinal);
-        // The default stream is the only one that Python can queue simulated work on.
+        // The default stream is the only one that Python can queue simulated work on; what runs
+        // beside it has its tensors referred to until it is done.
         if none || !gpu.stream_query(Stream::default()).unwrap_or(false) {
             return;
         }

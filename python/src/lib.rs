@@ -5,6 +5,7 @@
 //! objects say about their memory, checks it, and hands it to the library.
 
 mod arrays;
+mod beside;
 mod collectives;
 mod communicator;
 mod device;
@@ -15,6 +16,7 @@ mod options;
 mod prepared;
 mod tensor;
 mod torch;
+mod work;
 
 use pyo3::prelude::*;
 
@@ -25,6 +27,8 @@ mod _peerlane {
     use crate::communicator::Communicator;
     #[pymodule_export]
     use crate::prepared::PreparedAllReduce;
+    #[pymodule_export]
+    use crate::work::{Event, Work};
 
     use crate::device::Device;
     use crate::error;

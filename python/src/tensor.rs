@@ -2,7 +2,7 @@
 //!
 //! Invariant: a [`Tensor`] lies on the communicator's GPU, is contiguous and aligned to its
 //! elements. Nothing is kept of the Python object: the caller keeps it alive until the stream has
-//! passed the call, as with every asynchronous call of torch.
+//! passed the call, as with every call of torch; for a call beside the stream, its `Work` does.
 
 use crate::arrays;
 use crate::device::Place;

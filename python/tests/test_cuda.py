@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from peerlane import Communicator
+from peerlane import Communicator, UnsupportedError
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -80,6 +80,76 @@ def test_a_call_in_a_graph_runs_at_every_replay(ranks: list[Rank]) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=rank.stream, capture_error_mode="thread_local"):
             rank.communicator.all_reduce(tensor)
+        graphs.append(graph)
+    for _ in range(3):
+        for rank, graph in zip(ranks, graphs):
+            rank.run(lambda _, g=graph: g.replay())
+    synchronize(ranks)
+    for tensor in tensors:
+        assert bool((tensor == 16).all())
+
+
+def test_works_beside_the_current_stream(ranks: list[Rank]) -> None:
+    tensors = [rank.full((1000, 7), 1) for rank in ranks]
+    works = []
+    for rank, tensor in zip(ranks, tensors):
+        # The division waits for the call, since the current stream does.
+        rank.run(lambda c, t=tensor: (c.all_reduce_async(t).wait(), t.div_(4)))
+        rank.run(lambda c, t=tensor: works.append(c.all_reduce_async(t)))
+    for work, tensor in zip(works, tensors):
+        work.synchronize()
+        assert work.query() and bool((tensor == 1).all())
+
+
+def test_chunks_of_torch_events(ranks: list[Rank]) -> None:
+    tensors = [rank.full((9, 500), 0) for rank in ranks]
+    works = []
+
+    def produce(communicator: Communicator, tensor: "torch.Tensor") -> None:
+        chunks = []
+        for first in (0, 3):
+            tensor[first : first + 3] = 1
+            event = torch.cuda.Event()
+            event.record()
+            chunks.append((first, 3, event))
+        works.extend(communicator.all_reduce_chunks(tensor, chunks))
+
+    for rank, tensor in zip(ranks, tensors):
+        rank.run(lambda c, t=tensor: produce(c, t))
+    for work in works:
+        work.synchronize()
+    for tensor in tensors:
+        assert bool((tensor[:6] == 2).all()) and bool((tensor[6:] == 0).all())
+    with pytest.raises(ValueError, match="event: expected an event that was recorded, got 0"):
+        ranks[0].communicator.all_reduce_chunks(tensors[0], [(0, 1, torch.cuda.Event())])
+
+
+def test_memory_is_not_given_away_before_the_call_is_done(ranks: list[Rank]) -> None:
+    first, second = ranks
+    tensor = first.full((1 << 20,), 1)
+    address = tensor.data_ptr()
+    first.communicator.all_reduce_async(tensor, stream=first.stream)
+    del tensor
+    others = [first.full((1 << 20,), 2) for _ in range(4)]
+    assert address not in [other.data_ptr() for other in others]
+    mine = second.full((1 << 20,), 3)
+    second.run(lambda c: c.all_reduce_async(mine).synchronize())
+    assert bool((mine == 4).all()) and all(bool((other == 2).all()) for other in others)
+
+
+def test_a_work_in_a_graph(ranks: list[Rank]) -> None:
+    tensors = [rank.full((64,), 1) for rank in ranks]
+    for rank, tensor in zip(ranks, tensors):
+        rank.run(lambda c, t=tensor: c.all_reduce_async(t).wait())
+    synchronize(ranks)
+    graphs = []
+    for rank, tensor in zip(ranks, tensors):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=rank.stream, capture_error_mode="thread_local"):
+            work = rank.communicator.all_reduce_async(tensor)
+            work.wait()
+        with pytest.raises(UnsupportedError, match="part of a graph"):
+            work.query()
         graphs.append(graph)
     for _ in range(3):
         for rank, graph in zip(ranks, graphs):

@@ -7,6 +7,7 @@ use super::arguments::{device, items, present, stream};
 use super::comm::peerlane_comm;
 use super::status::{guard, peerlane_status};
 use super::types::{dtype, peerlane_dtype, peerlane_op, peerlane_reduce_options, reduce_op};
+use crate::error::Result;
 use crate::request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
@@ -26,22 +27,40 @@ pub unsafe extern "C" fn peerlane_all_reduce(
     stream: *mut c_void,
 ) -> peerlane_status {
     guard("all_reduce", |name| {
-        // SAFETY: the header asks for a handle, and for options or NULL.
-        let (comm, options) = unsafe {
-            (present(name, "comm", comm)?, peerlane_reduce_options::read(name, options)?)
-        };
-        let call = AllReduce {
-            src: device(src),
-            dst: device(dst),
-            count,
-            dtype: self::dtype(name, dtype)?,
-            op: reduce_op(name, op)?,
-            wire: options.wire,
-            contribution: options.contribution,
-            algorithm: options.algorithm,
-        };
-        // SAFETY: the header asks of tensors and stream what the communicator asks.
-        unsafe { comm.alone().all_reduce(&call, self::stream(stream)) }
+        // SAFETY: the header asks for a handle, for options or NULL, and of tensors and stream what
+        // the communicator asks.
+        unsafe {
+            let comm = present(name, "comm", comm)?;
+            let call = all_reduce_request(name, src, dst, count, dtype, op, options)?;
+            comm.alone().all_reduce(&call, self::stream(stream))
+        }
+    })
+}
+
+/// An all-reduce's arguments, looked up.
+///
+/// # Safety
+/// `options` is NULL or leads to options as large as they say.
+pub(super) unsafe fn all_reduce_request(
+    name: &'static str,
+    src: *const c_void,
+    dst: *mut c_void,
+    count: usize,
+    dtype: MaybeUninit<peerlane_dtype>,
+    op: MaybeUninit<peerlane_op>,
+    options: *const peerlane_reduce_options,
+) -> Result<AllReduce> {
+    // SAFETY: the caller's contract.
+    let options = unsafe { peerlane_reduce_options::read(name, options)? };
+    Ok(AllReduce {
+        src: device(src),
+        dst: device(dst),
+        count,
+        dtype: self::dtype(name, dtype)?,
+        op: reduce_op(name, op)?,
+        wire: options.wire,
+        contribution: options.contribution,
+        algorithm: options.algorithm,
     })
 }
 
@@ -60,22 +79,40 @@ pub unsafe extern "C" fn peerlane_reduce_scatter(
     stream: *mut c_void,
 ) -> peerlane_status {
     guard("reduce_scatter", |name| {
-        // SAFETY: the header asks for a handle, and for options or NULL.
-        let (comm, options) = unsafe {
-            (present(name, "comm", comm)?, peerlane_reduce_options::read(name, options)?)
-        };
-        let options = options.without_algorithm(name)?;
-        let call = ReduceScatter {
-            src: device(src),
-            dst: device(dst),
-            count,
-            dtype: self::dtype(name, dtype)?,
-            op: reduce_op(name, op)?,
-            wire: options.wire,
-            contribution: options.contribution,
-        };
-        // SAFETY: the header asks of tensors and stream what the communicator asks.
-        unsafe { comm.alone().reduce_scatter(&call, self::stream(stream)) }
+        // SAFETY: the header asks for a handle, for options or NULL, and of tensors and stream what
+        // the communicator asks.
+        unsafe {
+            let comm = present(name, "comm", comm)?;
+            let call = reduce_scatter_request(name, src, dst, count, dtype, op, options)?;
+            comm.alone().reduce_scatter(&call, self::stream(stream))
+        }
+    })
+}
+
+/// A reduce-scatter's arguments, looked up.
+///
+/// # Safety
+/// `options` is NULL or leads to options as large as they say.
+pub(super) unsafe fn reduce_scatter_request(
+    name: &'static str,
+    src: *const c_void,
+    dst: *mut c_void,
+    count: usize,
+    dtype: MaybeUninit<peerlane_dtype>,
+    op: MaybeUninit<peerlane_op>,
+    options: *const peerlane_reduce_options,
+) -> Result<ReduceScatter> {
+    // SAFETY: the caller's contract.
+    let options = unsafe { peerlane_reduce_options::read(name, options)? };
+    let options = options.without_algorithm(name)?;
+    Ok(ReduceScatter {
+        src: device(src),
+        dst: device(dst),
+        count,
+        dtype: self::dtype(name, dtype)?,
+        op: reduce_op(name, op)?,
+        wire: options.wire,
+        contribution: options.contribution,
     })
 }
 

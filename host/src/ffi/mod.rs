@@ -22,9 +22,11 @@ mod comm;
 mod gpu;
 mod status;
 mod types;
+mod work;
 
 pub use collectives::*;
 pub use comm::*;
 pub use gpu::*;
 pub use status::*;
 pub use types::*;
+pub use work::*;
