@@ -284,11 +284,19 @@ def test_a_tensor_of_another_gpu(group: Group) -> None:
         (TypeError, "Communicator: device: expected the index of a GPU", {"device": 0.0}),
         (ValueError, "Communicator: deadline: expected seconds, more than 0", {"deadline": 0}),
         (ValueError, "Communicator: patience: expected seconds", {"patience": float("nan")}),
-        (ValueError, "Communicator: algorithm: expected one of 'auto', 'packet'", {"algorithm": "rin"}),
+        (
+            ValueError,
+            "Communicator: algorithm: expected one of 'auto', 'packet'",
+            {"algorithm": "rin"},
+        ),
         (ValueError, "Communicator: route: expected one of 'auto', 'direct'", {"route": "ring"}),
         (TypeError, "Communicator: fixed: expected a bool, got int", {"fixed": 1}),
         (ValueError, "Communicator: tuning: expected 'auto', 'off' or a path", {"tuning": ""}),
-        (TypeError, "Communicator: tuning: expected 'auto', 'off' or a path, got int", {"tuning": 7}),
+        (
+            TypeError,
+            "Communicator: tuning: expected 'auto', 'off' or a path, got int",
+            {"tuning": 7},
+        ),
         (
             ValueError,
             "Communicator: transport: expected one of 'auto', 'p2p', 'host', got 'nvlink'",
