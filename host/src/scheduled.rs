@@ -104,7 +104,7 @@ impl Scheduled {
         };
         let sharers =
             group.mailboxes.members.iter().filter(|member| member.ordinal == own.ordinal).count();
-        let wanted = 2 + 4 * (shape.world as usize - 1);
+        let wanted = 2 + 2 * (shape.world as usize - 1);
         for _ in 0..wanted.min((QUEUES / sharers).saturating_sub(1).max(1)) {
             let stream = gpu.stream_create_urgent()?;
             let lane = Lane {
@@ -200,11 +200,10 @@ impl Scheduled {
         }
     }
 
-    /// The stream that carries chunk `chunk` along `edge`. Chunks take turns on two, so that one's flags
-    /// pass while the other is copied.
-    fn send_lane(&self, edge: &Edge, chunk: u32) -> usize {
+    /// The stream that carries the sends along `edge`.
+    fn send_lane(&self, edge: &Edge) -> usize {
         let distance = (edge.peer + self.shape.world - self.rank - 1) % self.shape.world;
-        self.lane(2 + 4 * distance as usize + 2 * edge.results as usize + chunk as usize % 2)
+        self.lane(2 + 2 * distance as usize + edge.results as usize)
     }
 
     /// The stream that stands for stream number `wanted`: fewer there may be.
@@ -223,10 +222,8 @@ impl Scheduled {
             lane.pending.clear();
         }
         for step in steps.work.iter().chain(&steps.sends) {
-            for chunk in 0..2 {
-                let lane = self.lane_of(step, chunk);
-                self.streams[lane].used = true;
-            }
+            let lane = self.lane_of(step);
+            self.streams[lane].used = true;
         }
         self.streams[REDUCE].used = true;
         self.gpu.event_record(self.fork, stream)?;
@@ -234,13 +231,11 @@ impl Scheduled {
         used.map(|lane| lane.stream).try_for_each(|own| self.gpu.stream_wait(own, self.fork))
     }
 
-    fn lane_of(&self, step: &Step, chunk: u32) -> usize {
+    fn lane_of(&self, step: &Step) -> usize {
         match &step.task {
             Task::Neutral | Task::Reduce { .. } => REDUCE,
             Task::Take(_) => self.lane(TAKE),
-            Task::SendOwn(edge) | Task::SendSum(edge) | Task::Pass(edge) => {
-                self.send_lane(edge, chunk)
-            }
+            Task::SendOwn(edge) | Task::SendSum(edge) | Task::Pass(edge) => self.send_lane(edge),
         }
     }
 
@@ -261,7 +256,7 @@ impl Scheduled {
     unsafe fn step(&mut self, job: &Job<'_>, step: &Step, turn: u32) -> Result<()> {
         let Some(chunk) = turn.checked_sub(step.delay) else { return Ok(()) };
         let Some(span) = job.cut.chunk(step.part, chunk) else { return Ok(()) };
-        let lane = self.lane_of(step, chunk);
+        let lane = self.lane_of(step);
         let at = At { lane, part: step.part, chunk, turn };
         // SAFETY: passed on to the caller.
         unsafe {
