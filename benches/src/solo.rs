@@ -66,6 +66,10 @@ impl Solo {
         args.part_units = plan::part_units(1, units) as u32;
         let grid = self.grid(rig, bytes);
         (args.block_units, args.chunk_units) = (grid.block_units, grid.chunk_units);
+        if self.operation == Operation::LocalReduce {
+            // Two tensors, one of which the sum replaces.
+            (args.world, args.peers[0], args.peers[1]) = (2, args.dst, args.src);
+        }
         if self.operation == Operation::Gather {
             (args.rows, args.table[0]) = (1, bytes as u64);
         }

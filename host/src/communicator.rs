@@ -57,8 +57,8 @@ pub struct Config {
     /// Bytes of device memory for one rank's staging area, which scheduled all-reduces copy through.
     /// `None`: 32 MiB if `algorithm` is [`Algorithm::Scheduled`], none otherwise.
     pub staging_bytes: Option<usize>,
-    /// Bytes that a scheduled all-reduce copies at once, a multiple of 16. `None`: an eighth of a part
-    /// of the tensor, but at least 256 KiB and at most what the staging area has room for.
+    /// Bytes that a scheduled all-reduce copies at once, a multiple of 16. `None`: a quarter of a part
+    /// of the tensor, but at least 4 MiB and at most what the staging area has room for.
     pub chunk_bytes: Option<usize>,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.

@@ -82,7 +82,7 @@ pub(crate) struct Options {
     /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 32M for those.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     staging: Option<usize>,
-    /// Bytes that algorithms named copy-... copy at once. Left out: an eighth of a part, at least 256K.
+    /// Bytes that algorithms named copy-... copy at once. Left out: a quarter of a part, at least 4M.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     chunk: Option<usize>,
     /// Root of broadcast and gather.
