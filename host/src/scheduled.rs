@@ -25,6 +25,9 @@ use std::mem::offset_of;
 /// Hardware queues of a GPU, which all streams of a process share. Ranks on one GPU divide them, less
 /// one each for their callers' streams.
 const QUEUES: usize = 32;
+/// Most ranks on one real GPU. With four, 8 ranks on two H200s stood still and no deadline ended it: their
+/// streams are as many as the hardware's queues, and a wait holds up what is behind it.
+const MOST_SHARERS: usize = 2;
 /// The stream of the reductions. Every call begins and ends on it.
 const REDUCE: usize = 0;
 /// The stream that keeps results.
@@ -86,6 +89,17 @@ impl Scheduled {
             *address = member.staging;
         }
         let own = &group.mailboxes.members[rank as usize];
+        let sharers =
+            group.mailboxes.members.iter().filter(|member| member.ordinal == own.ordinal).count();
+        if gpu.backend() == Backend::Cuda && sharers > MOST_SHARERS {
+            return Err(Error::Unsupported {
+                op: "all_reduce",
+                reason: format!(
+                    "scheduled steps need a GPU for every {MOST_SHARERS} ranks, and {sharers} share GPU {}",
+                    own.ordinal
+                ),
+            });
+        }
         let mut scheduled = Scheduled {
             gpu: gpu.clone(),
             rank,
@@ -102,8 +116,6 @@ impl Scheduled {
             calls: 0,
             monitor: Monitor::new(gpu, rank, group, config.deadline),
         };
-        let sharers =
-            group.mailboxes.members.iter().filter(|member| member.ordinal == own.ordinal).count();
         let wanted = 2 + 2 * (shape.world as usize - 1);
         for _ in 0..wanted.min((QUEUES / sharers).saturating_sub(1).max(1)) {
             let stream = gpu.stream_create_urgent()?;

@@ -143,7 +143,19 @@ fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Fi
     let operations = if options.ops.is_empty() { &parse::OPERATIONS[..] } else { &options.ops[..] };
     let dtypes = if options.dtypes.is_empty() { &DType::ALL[..] } else { &options.dtypes[..] };
     let (name, seed) = (options.case.as_deref(), options.common.seed);
-    Filter { operations, dtypes, sizes, name, one_in, plain_one_in, affordable, seed }
+    let gpus = devices.gpus.len() as u32;
+    let scheduled_ranks = if devices.simulated_only() { u32::MAX } else { 2 * gpus };
+    Filter {
+        operations,
+        dtypes,
+        sizes,
+        name,
+        one_in,
+        plain_one_in,
+        affordable,
+        seed,
+        scheduled_ranks,
+    }
 }
 
 /// A run in progress.
