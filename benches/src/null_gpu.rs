@@ -171,6 +171,10 @@ impl Gpu for NullGpu {
         Self::owner(stream.0)
     }
 
+    fn hardware_queues(&self) -> usize {
+        32
+    }
+
     fn stream_create(&self) -> Result<Stream> {
         Ok(Stream(self.take(1)))
     }

@@ -22,12 +22,6 @@ use crate::request::AllReduce;
 use peerlane_device::abi::{Args, Kernel, MAX_RANKS, flags, phase};
 use std::mem::offset_of;
 
-/// Hardware queues of a GPU, which all streams of a process share. Ranks on one GPU divide them, less
-/// one each for their callers' streams.
-const QUEUES: usize = 32;
-/// Most ranks on one real GPU. With four, 8 ranks on two H200s stood still and no deadline ended it: their
-/// streams are as many as the hardware's queues, and a wait holds up what is behind it.
-const MOST_SHARERS: usize = 2;
 /// The stream of the reductions. Every call begins and ends on it.
 const REDUCE: usize = 0;
 /// The stream that keeps results.
@@ -91,12 +85,17 @@ impl Scheduled {
         let own = &group.mailboxes.members[rank as usize];
         let sharers =
             group.mailboxes.members.iter().filter(|member| member.ordinal == own.ordinal).count();
-        if gpu.backend() == Backend::Cuda && sharers > MOST_SHARERS {
+        // Ranks on one GPU divide its queues. Where the streams were as many as all queues, monitors' not
+        // counted, 8 ranks on two H200s stood still and no deadline ended it.
+        let queues = gpu.hardware_queues() / sharers;
+        if queues < steps::LEAST_QUEUES {
             return Err(Error::Unsupported {
                 op: "all_reduce",
                 reason: format!(
-                    "scheduled steps need a GPU for every {MOST_SHARERS} ranks, and {sharers} share GPU {}",
-                    own.ordinal
+                    "scheduled steps need {} hardware queues for each of the {sharers} ranks on GPU {}, which has {}; CUDA_DEVICE_MAX_CONNECTIONS=32 gives it more",
+                    steps::LEAST_QUEUES,
+                    own.ordinal,
+                    gpu.hardware_queues()
                 ),
             });
         }
@@ -117,7 +116,7 @@ impl Scheduled {
             monitor: Monitor::new(gpu, rank, group, config.deadline),
         };
         let wanted = 2 + 2 * (shape.world as usize - 1);
-        for _ in 0..wanted.min((QUEUES / sharers).saturating_sub(1).max(1)) {
+        for _ in 0..wanted.min(queues - steps::LEAST_QUEUES + 1) {
             let stream = gpu.stream_create_urgent()?;
             let lane = Lane {
                 stream,

@@ -204,6 +204,9 @@ pub trait Gpu: Send + Sync {
     /// The ordinal of the GPU that `stream` belongs to; `None` if there is no such stream.
     fn owner_of_stream(&self, stream: Stream) -> Option<u32>;
 
+    /// Hardware queues of this GPU. All streams of the process share them, and streams in one queue wait
+    /// for each other.
+    fn hardware_queues(&self) -> usize;
     /// Makes a stream that does not wait for the default stream.
     fn stream_create(&self) -> Result<Stream>;
     /// As `stream_create`; where the GPU has to choose, the stream's work goes first.

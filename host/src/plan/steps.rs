@@ -16,6 +16,9 @@ use peerlane_device::abi::{MAX_RANKS, UNIT};
 
 /// Chunks of one edge that its receiver has room for: one is copied while the other is reduced.
 pub const SLOTS: u32 = 2;
+/// Hardware queues that a rank needs: for its steps, its caller's stream, the communicator's own and the
+/// monitor's, which must not wait behind what it is to release.
+pub const LEAST_QUEUES: usize = 4;
 /// Most edges from one rank to another: two for each part of a ring but one.
 const PAIR_EDGES: u32 = 32;
 /// Bytes of flags at the start of a staging area.

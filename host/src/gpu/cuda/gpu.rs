@@ -169,6 +169,10 @@ impl Gpu for CudaGpu {
         Ok(Stream(stream as u64))
     }
 
+    fn hardware_queues(&self) -> usize {
+        super::connections()
+    }
+
     fn stream_create_urgent(&self) -> Result<Stream> {
         let _entered = self.enter()?;
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;

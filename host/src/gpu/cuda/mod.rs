@@ -34,8 +34,12 @@ use call::cu;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// How many hardware queues each GPU gets: `CUDA_DEVICE_MAX_CONNECTIONS`.
-const CONNECTIONS: &str = "32";
+/// What tells the driver how many hardware queues each GPU gets.
+const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+/// The most that it understands.
+const MOST_CONNECTIONS: usize = 32;
+/// What it takes by itself.
+const USUAL_CONNECTIONS: usize = 8;
 
 /// Every GPU that the driver shows, in its order. Empty if there is a driver but no GPU.
 ///
@@ -73,11 +77,17 @@ pub fn open(ordinal: u32) -> Result<Arc<CudaGpu>> {
 /// No other thread runs: call it first in `main`. It changes the process's environment, which is
 /// sound only while nothing else reads it.
 pub unsafe fn prepare_environment() {
-    const VARIABLE: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
-    if std::env::var_os(VARIABLE).is_none() {
+    if std::env::var_os(CONNECTIONS).is_none() {
         // SAFETY: no other thread runs, as the caller promises.
-        unsafe { std::env::set_var(VARIABLE, CONNECTIONS) };
+        unsafe { std::env::set_var(CONNECTIONS, MOST_CONNECTIONS.to_string()) };
     }
+}
+
+/// How many hardware queues each GPU has. Set after the driver has read it, the variable says too
+/// much; docs/c.md says when to set it.
+fn connections() -> usize {
+    let set = std::env::var(CONNECTIONS).ok().and_then(|text| text.parse().ok());
+    set.unwrap_or(USUAL_CONNECTIONS).clamp(1, MOST_CONNECTIONS)
 }
 
 /// How many GPUs the driver shows.

@@ -13,7 +13,7 @@ use crate::gpu::{
     Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess, Properties,
     Stream,
 };
-use peerlane_device::abi::{Args, Kernel, MAX_THREADS};
+use peerlane_device::abi::{Args, Kernel, MAX_RANKS, MAX_THREADS};
 use std::sync::Arc;
 
 /// Blocks that a multiprocessor holds at once, however large.
@@ -146,6 +146,11 @@ impl Gpu for SimGpu {
         let state = self.world.enter();
         let queue = state.engine.streams.get(&stream.0).filter(|queue| !queue.destroyed);
         queue.map(|queue| queue.device)
+    }
+
+    fn hardware_queues(&self) -> usize {
+        // Simulated streams never wait for each other; four for each of the most ranks.
+        4 * MAX_RANKS
     }
 
     fn stream_create(&self) -> Result<Stream> {

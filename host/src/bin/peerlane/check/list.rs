@@ -21,7 +21,7 @@ pub(crate) struct Filter<'a> {
     /// A case that costs n times as much is taken n times less often.
     pub(crate) affordable: u64,
     pub(crate) seed: u64,
-    /// Most ranks for which scheduled algorithms are checked: two for each real GPU.
+    /// Most ranks for which scheduled algorithms are checked: what the GPUs have hardware queues for.
     pub(crate) scheduled_ranks: u32,
 }
 

@@ -14,6 +14,8 @@ use crate::devices::Devices;
 use crate::{Common, Outcome, output, parse};
 use case::Case;
 use list::Filter;
+use peerlane::gpu::GpuRef;
+use peerlane::plan::steps::LEAST_QUEUES;
 use peerlane::{Config, DType, Operation, Transport};
 pub(crate) use round::POISON;
 use run::{Group, Verdict};
@@ -143,8 +145,8 @@ fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Fi
     let operations = if options.ops.is_empty() { &parse::OPERATIONS[..] } else { &options.ops[..] };
     let dtypes = if options.dtypes.is_empty() { &DType::ALL[..] } else { &options.dtypes[..] };
     let (name, seed) = (options.case.as_deref(), options.common.seed);
-    let gpus = devices.gpus.len() as u32;
-    let scheduled_ranks = if devices.simulated_only() { u32::MAX } else { 2 * gpus };
+    let crowd = |gpu: &GpuRef| gpu.hardware_queues() / LEAST_QUEUES;
+    let scheduled_ranks = devices.gpus.iter().map(crowd).sum::<usize>() as u32;
     Filter {
         operations,
         dtypes,
