@@ -44,22 +44,25 @@ pub enum Pattern {
     DoubleTree,
     /// Those of [`Algorithm::Hierarchical`].
     Hierarchical,
+    /// Those of [`Algorithm::OneShot`].
+    OneShot,
 }
 
 impl Pattern {
     /// Every pattern.
-    pub const ALL: [Pattern; 5] = [
+    pub const ALL: [Pattern; 6] = [
         Pattern::TwoShot,
         Pattern::Ring,
         Pattern::Tree,
         Pattern::DoubleTree,
         Pattern::Hierarchical,
+        Pattern::OneShot,
     ];
 }
 
 impl Algorithm {
     /// Every algorithm.
-    pub const ALL: [Algorithm; 13] = [
+    pub const ALL: [Algorithm; 14] = [
         Algorithm::OneShot(Format::Packet),
         Algorithm::OneShot(Format::Full),
         Algorithm::TwoShot,
@@ -73,6 +76,18 @@ impl Algorithm {
         Algorithm::Scheduled(Pattern::Tree),
         Algorithm::Scheduled(Pattern::DoubleTree),
         Algorithm::Scheduled(Pattern::Hierarchical),
+        Algorithm::Scheduled(Pattern::OneShot),
+    ];
+    /// Those that are one kernel.
+    pub const FUSED: [Algorithm; 8] = [
+        Algorithm::OneShot(Format::Packet),
+        Algorithm::OneShot(Format::Full),
+        Algorithm::TwoShot,
+        Algorithm::Staged,
+        Algorithm::Ring,
+        Algorithm::Tree,
+        Algorithm::DoubleTree,
+        Algorithm::Hierarchical,
     ];
 
     /// The name used on the command line, in tables and in reports.
@@ -90,7 +105,26 @@ impl Algorithm {
             Algorithm::Scheduled(Pattern::Tree) => "copy-tree",
             Algorithm::Scheduled(Pattern::DoubleTree) => "copy-double-tree",
             Algorithm::Scheduled(Pattern::Hierarchical) => "copy-hierarchical",
+            Algorithm::Scheduled(Pattern::OneShot) => "copy-one-shot",
         }
+    }
+
+    /// The steps it takes.
+    pub const fn pattern(self) -> Pattern {
+        match self {
+            Algorithm::OneShot(_) => Pattern::OneShot,
+            Algorithm::TwoShot | Algorithm::Staged => Pattern::TwoShot,
+            Algorithm::Ring => Pattern::Ring,
+            Algorithm::Tree => Pattern::Tree,
+            Algorithm::DoubleTree => Pattern::DoubleTree,
+            Algorithm::Hierarchical => Pattern::Hierarchical,
+            Algorithm::Scheduled(pattern) => pattern,
+        }
+    }
+
+    /// Whether it is copies and local reductions on streams of their own.
+    pub const fn is_scheduled(self) -> bool {
+        matches!(self, Algorithm::Scheduled(_))
     }
 
     /// Its place in [`Algorithm::ALL`].
@@ -112,11 +146,47 @@ pub enum Route {
     Tree,
     /// Two binary trees with half the tensor each.
     DoubleTree,
+    /// Copies by the copy engines, on streams of their own: no multiprocessor is busy.
+    Scheduled(Spread),
+}
+
+/// Who sends to whom in a broadcast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Spread {
+    /// As in [`Route::Direct`].
+    Direct,
+    /// As in [`Route::Hub`].
+    Hub,
+    /// As in [`Route::Chain`].
+    Chain,
+    /// As in [`Route::Tree`].
+    Tree,
+    /// As in [`Route::DoubleTree`].
+    DoubleTree,
+}
+
+impl Spread {
+    /// Every one.
+    pub const ALL: [Spread; 5] =
+        [Spread::Direct, Spread::Hub, Spread::Chain, Spread::Tree, Spread::DoubleTree];
 }
 
 impl Route {
     /// Every route.
-    pub const ALL: [Route; 5] =
+    pub const ALL: [Route; 10] = [
+        Route::Direct,
+        Route::Hub,
+        Route::Chain,
+        Route::Tree,
+        Route::DoubleTree,
+        Route::Scheduled(Spread::Direct),
+        Route::Scheduled(Spread::Hub),
+        Route::Scheduled(Spread::Chain),
+        Route::Scheduled(Spread::Tree),
+        Route::Scheduled(Spread::DoubleTree),
+    ];
+    /// Those that are one kernel.
+    pub const FUSED: [Route; 5] =
         [Route::Direct, Route::Hub, Route::Chain, Route::Tree, Route::DoubleTree];
 
     /// The name used on the command line, in tables and in reports.
@@ -127,9 +197,39 @@ impl Route {
             Route::Chain => "chain",
             Route::Tree => "tree",
             Route::DoubleTree => "double-tree",
+            Route::Scheduled(Spread::Direct) => "copy-direct",
+            Route::Scheduled(Spread::Hub) => "copy-hub",
+            Route::Scheduled(Spread::Chain) => "copy-chain",
+            Route::Scheduled(Spread::Tree) => "copy-tree",
+            Route::Scheduled(Spread::DoubleTree) => "copy-double-tree",
         }
     }
+
+    /// Who sends to whom.
+    pub const fn spread(self) -> Spread {
+        match self {
+            Route::Direct => Spread::Direct,
+            Route::Hub => Spread::Hub,
+            Route::Chain => Spread::Chain,
+            Route::Tree => Spread::Tree,
+            Route::DoubleTree => Spread::DoubleTree,
+            Route::Scheduled(spread) => spread,
+        }
+    }
+
+    /// Its place in [`Route::ALL`].
+    pub fn index(self) -> usize {
+        Route::ALL.iter().position(|other| *other == self).unwrap_or_default()
+    }
+
+    /// Whether it is copies on streams of their own.
+    pub const fn is_scheduled(self) -> bool {
+        matches!(self, Route::Scheduled(_))
+    }
 }
+
+// A call log entry has four bits for either, one value of which says neither.
+const _: () = assert!(Algorithm::ALL.len() < 16 && Route::ALL.len() < 16);
 
 /// A name that stands for nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -202,12 +302,21 @@ mod tests {
             assert_eq!(algorithm.name().parse(), Ok(algorithm));
             assert_eq!(algorithm.index(), index);
         }
-        for route in Route::ALL {
+        for (index, route) in Route::ALL.into_iter().enumerate() {
             assert_eq!(route.name().parse(), Ok(route));
+            assert_eq!(route.index(), index);
         }
         for pattern in Pattern::ALL {
             assert!(Algorithm::ALL.contains(&Algorithm::Scheduled(pattern)));
         }
+        for spread in Spread::ALL {
+            assert!(Route::ALL.contains(&Route::Scheduled(spread)));
+        }
+        assert_eq!(
+            Algorithm::ALL.iter().filter(|a| !a.is_scheduled()).count(),
+            Algorithm::FUSED.len()
+        );
+        assert!(Route::ALL.iter().filter(|r| !r.is_scheduled()).eq(&Route::FUSED));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::gpu::{DevicePtr, Stream};
 use crate::plan::roles::Roles;
 use crate::plan::{self, Grid};
 use crate::request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+use crate::scheduled::{self, Scheme};
 use peerlane_device::abi::{
     Args, DType, Format, Kernel, MAX_RANKS, Operation, ReduceOp, UNIT, Wire, flags,
 };
@@ -38,10 +39,12 @@ impl Communicator {
         let wire_bytes = tensor_bytes / expansion;
         let algorithm = self.algorithm(call, wire_bytes);
         let Fused { kernel, format, parts, roles } =
-            match self.fused(algorithm, call.dtype, call.wire) {
-                Ok(fused) => fused,
-                // SAFETY: passed on to the caller.
-                Err(pattern) => return unsafe { self.all_reduce_scheduled(call, pattern, stream) },
+            match self.carried(algorithm, call.dtype, call.wire) {
+                Carried::Kernel(fused) => fused,
+                Carried::Steps(pattern) => {
+                    // SAFETY: passed on to the caller.
+                    return unsafe { self.all_reduce_scheduled(call, pattern, stream) };
+                }
             };
         let (units, tail) = units(tensor_bytes, format, expansion);
         let part_units = plan::part_units(parts, units);
@@ -79,32 +82,83 @@ impl Communicator {
     ) -> Result<()> {
         let operation = Operation::AllReduce;
         let (op, algorithm) = (operation.name(), Algorithm::Scheduled(pattern));
-        if self.group(op)?.shape.host {
-            let expected = "one that is one kernel, where ranks meet in host memory".to_owned();
-            return Err(invalid(op, "algorithm", expected, algorithm));
-        }
-        if self.config().staging() == 0 {
-            let expected = "one that is one kernel, or a Config with staging_bytes".to_owned();
-            return Err(invalid(op, "algorithm", expected, algorithm));
-        }
+        self.can_copy(op, "algorithm", algorithm.name())?;
         if plan::expansion(call.dtype, call.wire) != 1 {
             let expected = format!("native: {algorithm} copies elements as they are");
             return Err(invalid(op, "wire", expected, "bf16"));
         }
         let bytes = call.count * call.dtype.bytes();
-        let cut = self.scheduled(op)?.cut(pattern, units(bytes, Format::Full, 1))?;
+        let scheme = Scheme::AllReduce(pattern);
+        let cut = self.scheduled(op)?.cut(op, scheme, units(bytes, Format::Full, 1))?;
         let variant = 1 + algorithm.index() as u8;
-        let signature = reduction(operation, call.dtype, call.wire, call.op, variant, bytes);
         let (op_code, scale) = (call.op as u32, scale(call.op, self.world_size()));
-        let args = Args { op: op_code, scale, ..self.args(operation) };
+        let job = scheduled::Job {
+            src: call.src,
+            dst: call.dst,
+            dtype: call.dtype,
+            contribution: call.contribution,
+            cut,
+            args: Args { op: op_code, scale, ..self.args(operation) },
+            signature: reduction(operation, call.dtype, call.wire, call.op, variant, bytes),
+        };
+        // SAFETY: passed on to the caller.
+        unsafe { self.run_scheduled(scheme, &job, stream) }
+    }
+
+    /// A broadcast in copies.
+    unsafe fn broadcast_scheduled(
+        &mut self,
+        call: &Broadcast,
+        route: Route,
+        stream: Stream,
+    ) -> Result<()> {
+        let operation = Operation::Broadcast;
+        let op = operation.name();
+        self.can_copy(op, "route", route.name())?;
+        let scheme = Scheme::Broadcast(route.spread(), call.root);
+        let cut = self.scheduled(op)?.cut(op, scheme, units(call.bytes, Format::Full, 1))?;
+        let signature = Signature {
+            algorithm: 1 + route.index() as u8,
+            ..movement(operation, call.root, call.bytes, 0)
+        };
+        let job = scheduled::Job {
+            src: call.data,
+            dst: call.data,
+            dtype: DType::F32,
+            contribution: true,
+            cut,
+            args: self.args(operation),
+            signature,
+        };
+        // SAFETY: passed on to the caller.
+        unsafe { self.run_scheduled(scheme, &job, stream) }
+    }
+
+    /// Whether calls can be copies here; `name` is what asks for them.
+    fn can_copy(&self, op: &'static str, argument: &'static str, name: &str) -> Result<()> {
+        let expected = if self.group(op)?.shape.host {
+            "one that is one kernel, where ranks meet in host memory"
+        } else if self.config().staging() == 0 {
+            "one that is one kernel, or a Config with staging_bytes"
+        } else {
+            return Ok(());
+        };
+        Err(invalid(op, argument, expected.to_owned(), name))
+    }
+
+    /// The last steps of every scheduled call.
+    unsafe fn run_scheduled(
+        &mut self,
+        scheme: Scheme,
+        job: &scheduled::Job,
+        stream: Stream,
+    ) -> Result<()> {
+        let op = job.signature.operation.name();
         self.follow(op, stream)?;
-        self.announce(self.everyone(), signature)?;
+        self.announce(self.everyone(), job.signature)?;
         let mut begun = false;
         // SAFETY: passed on to the caller.
-        let queued = unsafe {
-            let all = (call, pattern, cut);
-            self.scheduled(op)?.all_reduce(all, args, signature, stream, &mut begun)
-        };
+        let queued = unsafe { self.scheduled(op)?.run(scheme, job, stream, &mut begun) };
         if queued.is_err() && begun {
             // Peers wait for what will not come, and so would this rank's own streams.
             self.abort();
@@ -184,7 +238,11 @@ impl Communicator {
         }
         present(operation.name(), "data", call.data)?;
         let route = self.route_for(call);
-        let roles = *self.places().route(route, call.root);
+        if route.is_scheduled() {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.broadcast_scheduled(call, route, stream) };
+        }
+        let roles = *self.places().spread(route.spread(), call.root);
         let (kernel, format) = match route {
             Route::Direct => {
                 let format = plan::format(call.bytes);
@@ -207,7 +265,7 @@ impl Communicator {
             ..self.args(operation)
         };
         let signature = Signature {
-            algorithm: 1 + route as u8,
+            algorithm: 1 + route.index() as u8,
             ..movement(operation, call.root, call.bytes, 0)
         };
         // SAFETY: passed on to the caller.
@@ -329,33 +387,25 @@ impl Communicator {
         call.route.unwrap_or_else(|| self.choice().broadcast(call.bytes))
     }
 
-    /// The kernel that carries out `algorithm`, and how it divides its tensor; or the pattern of the
-    /// steps, if it is no kernel.
-    fn fused(
-        &self,
-        algorithm: Algorithm,
-        dtype: DType,
-        wire: Wire,
-    ) -> std::result::Result<Fused, Pattern> {
+    /// What carries out `algorithm`.
+    fn carried(&self, algorithm: Algorithm, dtype: DType, wire: Wire) -> Carried {
         let world = self.world_size();
         let whole = |kernel, format| Fused { kernel, format, parts: 1, roles: None };
         let parts = |kernel| Fused { parts: world, ..whole(kernel, Format::Full) };
-        let trees = |pattern| {
-            let roles = *self.places().pattern(pattern);
-            let kernel = Kernel::all_reduce_tree(dtype, wire);
-            Fused { parts: roles.parts, roles: Some(roles), ..whole(kernel, Format::Full) }
-        };
-        Ok(match algorithm {
+        Carried::Kernel(match algorithm {
             Algorithm::OneShot(format) => {
                 whole(Kernel::all_reduce_one_shot(dtype, wire, format), format)
             }
             Algorithm::TwoShot => parts(Kernel::all_reduce_two_shot(dtype, wire)),
             Algorithm::Staged => parts(Kernel::all_reduce_staged(dtype, wire)),
             Algorithm::Ring => parts(Kernel::all_reduce_ring(dtype, wire)),
-            Algorithm::Tree => trees(Pattern::Tree),
-            Algorithm::DoubleTree => trees(Pattern::DoubleTree),
-            Algorithm::Hierarchical => trees(Pattern::Hierarchical),
-            Algorithm::Scheduled(pattern) => return Err(pattern),
+            Algorithm::Tree | Algorithm::DoubleTree | Algorithm::Hierarchical => {
+                let roles = self.places().pattern(algorithm.pattern()).copied();
+                let parts = roles.map_or(1, |roles| roles.parts);
+                let kernel = Kernel::all_reduce_tree(dtype, wire);
+                Fused { parts, roles, ..whole(kernel, Format::Full) }
+            }
+            Algorithm::Scheduled(pattern) => return Carried::Steps(pattern),
         })
     }
 
@@ -370,6 +420,12 @@ impl Communicator {
         }
         Err(invalid(op, "root", format!("a rank from 0 to {}", self.world_size() - 1), root))
     }
+}
+
+/// How an all-reduce is carried out.
+enum Carried {
+    Kernel(Fused),
+    Steps(Pattern),
 }
 
 /// An all-reduce that is one kernel.

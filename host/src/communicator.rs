@@ -14,6 +14,7 @@ use crate::join;
 use crate::mailbox::Member;
 use crate::plan::Shape;
 use crate::plan::roles::Places;
+use crate::plan::staging::FLAG_BYTES;
 use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
 use crate::transport::{Pairs, Transport};
@@ -23,7 +24,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Bytes of a staging area where one is wanted and its size is not said.
-const STAGING_BYTES: usize = 32 << 20;
+const STAGING_BYTES: usize = FLAG_BYTES + (64 << 20);
 
 /// What all ranks of a communicator agree on when they meet.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,11 +55,11 @@ pub struct Config {
     pub hub: Option<u32>,
     /// What carries data from rank to rank.
     pub transport: Transport,
-    /// Bytes of device memory for one rank's staging area, which scheduled all-reduces copy through.
-    /// `None`: 32 MiB if `algorithm` is [`Algorithm::Scheduled`], none otherwise.
+    /// Bytes of device memory for one rank's staging area, which scheduled calls copy through. `None`: some
+    /// 64 MiB if `algorithm` or `route` is a scheduled one, none otherwise.
     pub staging_bytes: Option<usize>,
-    /// Bytes that a scheduled all-reduce copies at once, a multiple of 16. `None`: a quarter of a part
-    /// of the tensor, but at least 4 MiB and at most what the staging area has room for.
+    /// Bytes that a scheduled call copies at once, a multiple of 16. `None`: half of a part of the tensor,
+    /// but at least 4 MiB and at most what the staging area has room for.
     pub chunk_bytes: Option<usize>,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.
@@ -94,7 +95,8 @@ impl Default for Config {
 impl Config {
     /// Bytes of a staging area.
     pub(crate) fn staging(&self) -> usize {
-        let scheduled = matches!(self.algorithm, Some(Algorithm::Scheduled(_)));
+        let scheduled = self.algorithm.is_some_and(Algorithm::is_scheduled)
+            || self.route.is_some_and(Route::is_scheduled);
         self.staging_bytes.unwrap_or(if scheduled { STAGING_BYTES } else { 0 })
     }
 }

@@ -10,7 +10,7 @@ use crate::gpu::{Backend, GpuRef, cuda};
 use crate::host_mailbox::HostMailbox;
 use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
-use crate::plan::steps::LEAST_STAGING_BYTES;
+use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
 use crate::rendezvous::{ABORTED, Membership, Segment};
 use crate::transport::{Pairs, Transport};

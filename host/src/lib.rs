@@ -28,7 +28,7 @@ pub mod topology;
 pub mod transport;
 pub mod work;
 
-pub use algorithm::{Algorithm, Pattern, Route};
+pub use algorithm::{Algorithm, Pattern, Route, Spread};
 pub use choice::{Choice, Tuning};
 pub use communicator::{Communicator, Config};
 pub use error::{Error, Result};

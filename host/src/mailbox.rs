@@ -6,7 +6,7 @@
 
 use crate::error::Result;
 use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
-use crate::plan::steps::FLAG_BYTES;
+use crate::plan::staging::{AREA_FLAG_BYTES, AREA_FLAGS, FLAG_BYTES, UP_BYTE};
 use crate::rendezvous::{PAGE, Segment};
 use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout, Status, state};
 use serde::{Deserialize, Serialize};
@@ -147,9 +147,10 @@ impl Member {
             self.gpu.fill(self.mailbox, 0, words, own.stream)?;
             let slots = self.mailbox.offset(words);
             self.gpu.fill(slots, FREE as u8, extent.mailbox_bytes - words, own.stream)?;
-            let flags = extent.staging_bytes.min(FLAG_BYTES);
-            if flags != 0 {
-                self.gpu.fill(self.staging, 0, flags, own.stream)?;
+            if extent.staging_bytes != 0 {
+                let areas = self.staging.offset(AREA_FLAGS);
+                self.gpu.fill(self.staging, 0, FLAG_BYTES, own.stream)?;
+                self.gpu.fill(areas, UP_BYTE, AREA_FLAG_BYTES, own.stream)?;
             }
         }
         self.gpu.stream_synchronize(own.stream)?;
@@ -269,18 +270,18 @@ fn this_process() -> (u32, u64) {
 }
 
 /// A stream that a group's own work runs on, destroyed when it goes out of scope.
-pub(crate) struct OwnStream<'a> {
-    gpu: &'a GpuRef,
+pub(crate) struct OwnStream {
+    gpu: GpuRef,
     pub(crate) stream: Stream,
 }
 
-impl<'a> OwnStream<'a> {
-    pub(crate) fn new(gpu: &'a GpuRef) -> Result<OwnStream<'a>> {
-        Ok(OwnStream { gpu, stream: gpu.stream_create()? })
+impl OwnStream {
+    pub(crate) fn new(gpu: &GpuRef) -> Result<OwnStream> {
+        Ok(OwnStream { gpu: gpu.clone(), stream: gpu.stream_create()? })
     }
 }
 
-impl Drop for OwnStream<'_> {
+impl Drop for OwnStream {
     fn drop(&mut self) {
         // SAFETY: made in `new` and not used again; queued work still completes.
         let _ = unsafe { self.gpu.stream_destroy(self.stream) };

@@ -8,10 +8,10 @@
 //! captured: nobody says when a graph runs, so then it looks at the board now and then.
 
 use crate::error::{Error, Result};
-use crate::gpu::{DevicePtr, GpuRef, HostMemory, Stream};
+use crate::gpu::{DevicePtr, GpuRef, HostMemory};
 use crate::group::{Aborter, Group};
-use crate::mailbox::Board;
-use crate::plan::steps::FLAG_BYTES;
+use crate::mailbox::{Board, OwnStream};
+use crate::plan::staging::{FLAG_BYTES, UP_BYTE};
 use peerlane_device::abi::{Operation, Status, state};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -54,7 +54,13 @@ impl Shared {
 }
 
 impl Monitor {
-    pub(crate) fn new(gpu: &GpuRef, rank: u32, group: &Group, deadline: Duration) -> Monitor {
+    /// Makes what the thread needs. It does not start before the first call.
+    pub(crate) fn new(
+        gpu: &GpuRef,
+        rank: u32,
+        group: &Group,
+        deadline: Duration,
+    ) -> Result<Monitor> {
         let operation = Operation::AllReduce;
         let state = State { issued: 0, operation, captured: false, deadline, stop: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
@@ -65,9 +71,9 @@ impl Monitor {
             page: own.status,
             aborter: group.aborter(),
             shared: shared.clone(),
-            stream: None,
+            stream: OwnStream::new(gpu)?,
         };
-        Monitor { shared, thread: None, watch: Some(watch) }
+        Ok(Monitor { shared, thread: None, watch: Some(watch) })
     }
 
     /// Notes that call number `call` is about to be queued.
@@ -126,13 +132,12 @@ struct Watch {
     page: HostMemory,
     aborter: Aborter,
     shared: Arc<Shared>,
-    /// Made before it is needed: making one may wait for the device.
-    stream: Option<Stream>,
+    /// Made before a call is: making one may wait for the device, which may wait for this thread.
+    stream: OwnStream,
 }
 
 impl Watch {
-    fn run(mut self) {
-        self.stream = self.gpu.stream_create().ok();
+    fn run(self) {
         let mut seen = self.board();
         let mut since = Instant::now();
         while let Some(deadline) = self.pause() {
@@ -149,10 +154,6 @@ impl Watch {
                 self.record(&board, state::ABORTED);
                 self.raise();
             }
-        }
-        if let Some(stream) = self.stream.take() {
-            // SAFETY: made above and not used again.
-            let _ = unsafe { self.gpu.stream_destroy(stream) };
         }
     }
 
@@ -211,12 +212,11 @@ impl Watch {
 
     /// Raises all of this rank's flags, once.
     fn raise(&self) {
-        let Some(stream) = self.stream else { return };
-        let raised: Vec<u8> = 1u32.to_le_bytes().repeat(FLAG_BYTES / 4);
+        let stream = self.stream.stream;
         // What fails here leaves the streams to the driver, whose error the caller gets.
         // SAFETY: the flags are this rank's, and the staging area is alive until the thread has
         // been joined.
-        let queued = unsafe { self.gpu.upload(self.flags, &raised, stream) };
+        let queued = unsafe { self.gpu.upload(self.flags, &[UP_BYTE; FLAG_BYTES], stream) };
         let _ = queued.and_then(|()| self.gpu.stream_synchronize(stream));
     }
 }

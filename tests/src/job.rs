@@ -1,7 +1,7 @@
 //! Calls, with everything that is varied about them, and lists of them.
 
 use peerlane::cases::{Rng, Values};
-use peerlane::{Algorithm, DType, Format, ReduceOp, Route, Wire};
+use peerlane::{Algorithm, DType, ReduceOp, Route, Wire};
 
 /// A collective, as all ranks call it. `absent` has a bit for each rank that contributes nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,28 +62,20 @@ impl Job {
     }
 }
 
-/// Every way that an all-reduce can be carried out.
-pub const ALGORITHMS: [Option<Algorithm>; 9] = [
-    None,
-    Some(Algorithm::OneShot(Format::Packet)),
-    Some(Algorithm::OneShot(Format::Full)),
-    Some(Algorithm::TwoShot),
-    Some(Algorithm::Staged),
-    Some(Algorithm::Ring),
-    Some(Algorithm::Tree),
-    Some(Algorithm::DoubleTree),
-    Some(Algorithm::Hierarchical),
-];
+/// By choice, and every way in which an all-reduce can be one kernel.
+pub fn algorithms() -> impl Iterator<Item = Option<Algorithm>> + Clone {
+    std::iter::once(None).chain(Algorithm::FUSED.map(Some))
+}
 
-/// Every way that a broadcast can be carried out.
-pub const ROUTES: [Option<Route>; 6] = [
-    None,
-    Some(Route::Direct),
-    Some(Route::Hub),
-    Some(Route::Chain),
-    Some(Route::Tree),
-    Some(Route::DoubleTree),
-];
+/// By choice, and every way in which a broadcast can be one kernel.
+pub fn routes() -> impl Iterator<Item = Option<Route>> + Clone {
+    std::iter::once(None).chain(Route::FUSED.map(Some))
+}
+
+/// One of `all`.
+fn one_of<T: Copy>(all: &[T], rng: &mut Rng) -> T {
+    all[rng.below(all.len() as u64) as usize]
+}
 
 /// Every element type and the types that it travels as.
 pub const ELEMENTS: [(DType, Wire); 4] = [
@@ -99,7 +91,7 @@ pub fn reductions(count: usize) -> Vec<Call> {
     let (dtype, wire, op) = (DType::F32, Wire::Native, ReduceOp::Sum);
     let (in_place, absent) = (false, 0);
     let all = |algorithm| Call::AllReduce { count, dtype, wire, op, algorithm, in_place, absent };
-    let mut calls: Vec<Call> = ALGORITHMS.map(all).into();
+    let mut calls: Vec<Call> = algorithms().map(all).collect();
     calls.push(Call::ReduceScatter { count, dtype, wire, op, in_place, absent });
     calls
 }
@@ -112,7 +104,7 @@ pub fn moves(world: u32, bytes: usize) -> Vec<Call> {
         Call::Gather { rows, widths, root, outsiders_call: true }
     };
     let mut calls = vec![Call::AllGather { bytes, in_place: false }];
-    calls.extend(ROUTES.map(|route| Call::Broadcast { bytes, root, route }));
+    calls.extend(routes().map(|route| Call::Broadcast { bytes, root, route }));
     calls.extend([gather(1), gather(5), Call::Barrier]);
     calls
 }
@@ -129,7 +121,7 @@ fn random_job(world: u32, most: usize, rng: &mut Rng) -> Job {
         4..6 => random_reduction(world, size, false, rng),
         6 => Call::AllGather { bytes: size, in_place: rng.below(2) == 0 },
         7 => {
-            let route = ROUTES[rng.below(ROUTES.len() as u64) as usize];
+            let route = one_of(&routes().collect::<Vec<_>>(), rng);
             Call::Broadcast { bytes: size, root: rng.below(world.into()) as u32, route }
         }
         8 => random_gather(world, size, rng),
@@ -152,7 +144,7 @@ fn random_size(most: usize, rng: &mut Rng) -> usize {
 fn random_reduction(world: u32, bytes: usize, all: bool, rng: &mut Rng) -> Call {
     let (dtype, wire) = ELEMENTS[rng.below(4) as usize];
     let op = ReduceOp::ALL[rng.below(4) as usize];
-    let algorithm = ALGORITHMS[rng.below(ALGORITHMS.len() as u64) as usize];
+    let algorithm = one_of(&algorithms().collect::<Vec<_>>(), rng);
     let in_place = rng.below(2) == 0;
     let absent = if rng.below(3) == 0 { 1 << rng.below(world.into()) } else { 0 };
     let count = bytes / dtype.bytes();

@@ -2,10 +2,10 @@
 //!
 //! The program starts itself as each rank. Its own `main`, since libtest's cannot do that.
 
-use peerlane::Transport;
 use peerlane::choice::{Entry, TuningTable, VERSION};
 use peerlane::gpu::sim;
 use peerlane::links::Key;
+use peerlane::{Algorithm, Pattern, Transport};
 use peerlane_tests::Links;
 use peerlane_tests::processes::{Gpus, Process, RANK, Start, serve};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -213,13 +213,10 @@ fn a_killed_rank_is_an_error_at_once(gpus: &Gpus) {
     end(ranks);
 }
 
-const PATTERNS: [&str; 5] =
-    ["copy-two-shot", "copy-ring", "copy-tree", "copy-double-tree", "copy-hierarchical"];
-
 fn scheduled_calls_are_right(gpus: &Gpus) {
     for world in worlds(gpus) {
         let mut ranks = joined(&start(gpus, world));
-        for (pattern, seed) in PATTERNS.iter().zip(1..) {
+        for (pattern, seed) in Pattern::ALL.map(Algorithm::Scheduled).iter().zip(1..) {
             all_agree(&mut ranks, &format!("steps {pattern} {}", 1000 + seed));
             all_agree(&mut ranks, &format!("script {seed} 4 2000"));
             all_agree(&mut ranks, &format!("steps {pattern} 9001"));
@@ -229,7 +226,7 @@ fn scheduled_calls_are_right(gpus: &Gpus) {
 }
 
 fn a_rank_killed_in_a_scheduled_call_is_an_error(gpus: &Gpus) {
-    for pattern in PATTERNS {
+    for pattern in Pattern::ALL.map(Algorithm::Scheduled) {
         let mut ranks = joined(&start(gpus, worlds(gpus)[1..].first().copied().unwrap_or(2)));
         let mut victim = ranks.pop().expect("a rank");
         ranks.iter_mut().for_each(|rank| rank.tell(&format!("steps {pattern} 5000")));

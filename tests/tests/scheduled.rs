@@ -1,10 +1,12 @@
-//! All-reduces as scheduled steps: the bits of the fused kernels of the same pattern, in every world, and
-//! what becomes of them when a peer does not come.
+//! All-reduces and broadcasts as scheduled steps: the bits of the fused kernels of the same pattern, in every
+//! world, and what becomes of them when a peer does not come.
 
 use peerlane::cases::{Rng, Values};
 use peerlane::gpu::sim;
 use peerlane::reference::first_difference;
-use peerlane::{Algorithm, Config, DType, Error, Meeting, Pattern, ReduceOp, Wire};
+use peerlane::{
+    Algorithm, Config, DType, Error, Format, Meeting, Pattern, ReduceOp, Route, Spread, Wire,
+};
 use peerlane_device::abi::flags;
 use peerlane_tests::{Call, Group, Job, Machine, Memory, Rank, Script, random_jobs, small};
 use std::time::{Duration, Instant};
@@ -17,6 +19,7 @@ const fn fused(pattern: Pattern) -> Algorithm {
         Pattern::Tree => Algorithm::Tree,
         Pattern::DoubleTree => Algorithm::DoubleTree,
         Pattern::Hierarchical => Algorithm::Hierarchical,
+        Pattern::OneShot => Algorithm::OneShot(Format::Full),
     }
 }
 
@@ -116,13 +119,93 @@ fn sixteen_ranks_are_right() {
 }
 
 #[test]
-fn ranks_may_share_a_gpu_and_its_queues() {
-    // 8 ranks on a GPU have 3 streams each, 16 have one.
+fn ranks_that_share_a_gpu_have_fewer_streams() {
+    // Of 64 queues, 8 ranks on a GPU have streams for 5 each, 16 for one.
     for (world, devices) in [(2, 1), (3, 2), (8, 2), (8, 1), (16, 1)] {
         for pattern in Pattern::ALL {
             check(world, devices, pattern, 3, 700, 7);
         }
     }
+}
+
+fn broadcast(bytes: usize, root: u32, spread: Spread) -> Job {
+    Job::plain(Call::Broadcast { bytes, root, route: Some(Route::Scheduled(spread)) })
+}
+
+#[test]
+fn broadcasts_bring_every_byte_from_every_root() {
+    for world in 2..=8 {
+        for spread in Spread::ALL {
+            let sizes = [1, 255, 256, 257, 4096, 5001];
+            let job = |(root, bytes): (u32, usize)| broadcast(bytes, root % world, spread);
+            let jobs: Vec<Job> = (0..).zip(sizes).map(job).collect();
+            let seed = 3 + u64::from(world);
+            let mut group = Group::connect(&Machine::sim(world, seed), world, &config(world));
+            group.check(&jobs, seed);
+        }
+    }
+}
+
+#[test]
+fn broadcasts_replay_beside_reductions() {
+    let (world, seed) = (4, 9);
+    let mut jobs = jobs(world, 2, 900, Algorithm::Scheduled(Pattern::OneShot), seed);
+    jobs.extend([broadcast(3001, 2, Spread::Tree), broadcast(1500, 1, Spread::DoubleTree)]);
+    let script = Script::new(world, &jobs, seed);
+    let mut group = Group::connect(&Machine::sim(world, seed), world, &config(world));
+    let expected = run(&mut group, &script).unwrap();
+    script.verify(&expected).unwrap();
+    let memory = group.load(&script).unwrap();
+    let graphs = group.capture(&script, &memory).unwrap();
+    for _ in 0..2 {
+        for ((rank, memory), image) in group.ranks.iter().zip(&memory).zip(&script.images) {
+            memory.write(&image.before, rank.stream).unwrap();
+        }
+        for (rank, graph) in group.ranks.iter().zip(&graphs) {
+            rank.gpu.graph_launch(*graph, rank.stream).unwrap();
+        }
+        assert_eq!(group.collect(&memory, &script).unwrap(), expected);
+    }
+}
+
+/// Calls of one chunk, each along other edges than the one before.
+fn short_calls() -> Vec<Job> {
+    let reductions = Pattern::ALL.map(|pattern| job(1000, Algorithm::Scheduled(pattern)));
+    let spreads = (0..).zip(Spread::ALL.into_iter().cycle().take(20));
+    let broadcasts = spreads.map(|(root, spread)| broadcast(900, root % 4, spread));
+    broadcasts.chain(reductions).collect()
+}
+
+#[test]
+fn calls_along_other_edges_wait_until_the_staging_area_is_free() {
+    let failures = |broken: u32| {
+        let fails = |seed: u64| {
+            let (deadline, chunk_bytes) = (Duration::from_millis(400), Some(4096));
+            let config = Config { broken, deadline, chunk_bytes, ..config(4) };
+            let mut group = Group::connect(&Machine::sim(4, seed), 4, &config);
+            group.run(&Script::new(4, &short_calls(), seed)).is_err()
+        };
+        (1..=20).filter(|seed| fails(*seed)).count()
+    };
+    assert_eq!(failures(0), 0);
+    assert!(failures(flags::BREAK_CREDIT) > 0);
+}
+
+#[test]
+fn too_few_hardware_queues_are_refused() {
+    let answer = |hardware_queues| {
+        let config_of = sim::Config { devices: 2, hardware_queues, ..sim::Config::default() };
+        let machine = Machine::simulated(&config_of);
+        let script = Script::new(4, &[job(300, Algorithm::Scheduled(Pattern::Tree))], 1);
+        let mut group = Group::connect(&machine, 4, &config(4));
+        run(&mut group, &script).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(answer(8), Ok(()));
+    let error = answer(7).unwrap_err();
+    assert!(
+        error.contains("4 hardware queues for each of the 2 ranks on GPU 0, which has 7"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -323,7 +406,7 @@ fn what_cannot_be_is_refused_in_words() {
     assert_eq!(chunks(0), "connect: chunk_bytes: expected a multiple of 16 above 0, got 0");
     assert!(chunks(24).ends_with("got 24"));
     let staging = connect(Config { staging_bytes: Some(100), ..small(2) });
-    assert_eq!(staging, "connect: staging_bytes: expected 0 or at least 24576, got 100");
+    assert_eq!(staging, "connect: staging_bytes: expected 0 or at least 24832, got 100");
 
     let call = |config: &Config, wire| {
         let mut group = Group::connect(&Machine::sim(2, 1), 2, config);
@@ -338,6 +421,14 @@ fn what_cannot_be_is_refused_in_words() {
     assert!(call(&config(2), Wire::Bf16).contains("wire: expected native: copy-tree"));
     let large = Config { chunk_bytes: Some(1 << 20), ..config(2) };
     assert!(call(&large, Wire::Native).contains("chunk_bytes: expected at most "));
+
+    let mut group = Group::connect(&Machine::sim(2, 1), 2, &small(2));
+    let script = Script::new(2, &[broadcast(900, 0, Spread::Tree)], 1);
+    let error = run(&mut group, &script).unwrap_err().to_string();
+    assert!(
+        error.starts_with("broadcast: route: expected one that is one kernel, or a Config"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! Pure. Invariant: a cost never falls as bytes grow, except a packet's below the size at which it
 //! is of use, and depends only on what all ranks agreed on.
 
-use crate::algorithm::{Algorithm, Pattern, Route};
+use crate::algorithm::{Algorithm, Route};
 use crate::links::{Measurement, Quantity, Traffic};
 use crate::plan::Shape;
 use crate::plan::forest::{Forest, Tree};
@@ -183,8 +183,6 @@ impl Cost {
     /// Of an all-reduce among two ranks or more.
     pub fn of_all_reduce(algorithm: Algorithm, shape: &Shape, links: &Links) -> Cost {
         let world = shape.world;
-        let forest = |pattern| roles::forest(&shape.islands[..world as usize], pattern);
-        let trees = |pattern| Terms::of_all_reduce(&forest(pattern), world);
         let fused = |terms: Terms| {
             let gbps = if terms.fans { links.store_gbps } else { links.single_gbps };
             Cost::new(terms, links.step_us, gbps, shape)
@@ -192,34 +190,38 @@ impl Cost {
         let others = f64::from(world - 1);
         let one_shot =
             Terms { steps: 1.0, tensors: others, hops: 0.0, parts: 1.0, fans: world > 2 };
+        let forest = roles::forest(shape.by_island(), algorithm.pattern());
+        let terms = forest.map_or(one_shot, |forest| Terms::of_all_reduce(&forest, world));
         match algorithm {
-            Algorithm::OneShot(Format::Full) => fused(one_shot),
             Algorithm::OneShot(Format::Packet) => {
-                let full = fused(one_shot);
+                let full = fused(terms);
                 // Twice the bytes, and no check.
                 let check_us = FULL_CHECK_BYTES * full.us_per_byte;
                 let us_per_byte = 2.0 * full.us_per_byte;
                 Cost { fixed_us: full.fixed_us - check_us, us_per_byte, ..full }
             }
-            Algorithm::TwoShot => fused(trees(Pattern::TwoShot)),
-            Algorithm::Staged => {
-                fused(Terms { steps: 2.0 * others, fans: false, ..trees(Pattern::TwoShot) })
-            }
-            Algorithm::Ring => fused(trees(Pattern::Ring)),
-            Algorithm::Tree => fused(trees(Pattern::Tree)),
-            Algorithm::DoubleTree => fused(trees(Pattern::DoubleTree)),
-            Algorithm::Hierarchical => fused(trees(Pattern::Hierarchical)),
-            Algorithm::Scheduled(pattern) => {
+            Algorithm::Staged => fused(Terms { steps: 2.0 * others, fans: false, ..terms }),
+            Algorithm::Scheduled(_) => {
                 let step_us = links.step_us + SCHEDULED_STEP_US;
-                Cost::new(trees(pattern), step_us, links.copy_gbps, shape)
+                Cost::new(terms, step_us, links.copy_gbps, shape)
             }
+            Algorithm::OneShot(Format::Full)
+            | Algorithm::TwoShot
+            | Algorithm::Ring
+            | Algorithm::Tree
+            | Algorithm::DoubleTree
+            | Algorithm::Hierarchical => fused(terms),
         }
     }
 
     /// Of a broadcast from rank 0 among two ranks or more.
     pub fn of_broadcast(route: Route, shape: &Shape, links: &Links) -> Cost {
-        let forest = roles::route(shape, route, 0);
+        let forest = roles::spread(shape, route.spread(), 0);
         let terms = Terms::of(shape.world, &[forest.results()]);
+        if route.is_scheduled() {
+            let step_us = links.step_us + SCHEDULED_STEP_US;
+            return Cost::new(terms, step_us, links.copy_gbps, shape);
+        }
         let gbps = if terms.fans { links.store_gbps } else { links.single_gbps };
         Cost::new(terms, links.step_us, gbps, shape)
     }

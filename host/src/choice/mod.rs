@@ -217,6 +217,6 @@ fn model_broadcast(shape: &Shape, links: &Links) -> Limits<Route> {
         return Limits::always(Route::Direct);
     }
     let cost = |route| (route, Cost::of_broadcast(route, shape, links));
-    let (plain, others) = ([cost(Route::Direct)], Route::ALL.map(cost));
+    let (plain, others) = ([cost(Route::Direct)], Route::FUSED.map(cost));
     Limits::found(|bytes| cheapest(&plain, &others, bytes).unwrap_or(Route::Direct), LARGEST)
 }

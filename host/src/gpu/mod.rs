@@ -105,10 +105,9 @@ pub enum MemoryOp {
     /// Holds the stream until the word at the address is the value.
     Wait(DevicePtr, u32),
     /// Stores the value once everything queued before is done and visible to all who can see the
-    /// word: memory of this GPU, of a peer that is mapped into it, or mapped host memory.
+    /// word: memory of this GPU, of a peer that is mapped into it, or mapped host memory. There is no cheaper
+    /// store: the driver's calls for several operations refuse the flag that leaves the barrier out.
     Write(DevicePtr, u32),
-    /// Stores the value in the order of the stream, and says nothing about other memory.
-    Note(DevicePtr, u32),
 }
 
 /// Which kind of GPU a result came from.

@@ -60,13 +60,13 @@ struct Site<'a> {
     /// A status page for each peer, likewise.
     statuses: Pinned<'a>,
     /// What probes run on; the paths' streams may be busy.
-    stream: OwnStream<'a>,
+    stream: OwnStream,
 }
 
 /// One ordered pair: what the first does to the second.
 struct Path<'a> {
     gpu: &'a GpuRef,
-    stream: OwnStream<'a>,
+    stream: OwnStream,
     start: Event,
     end: Event,
 }

@@ -26,6 +26,11 @@ pub struct Costs {
     pub copy_us: f64,
     /// What a local sum costs that is a kernel of its own, microseconds; copies only.
     pub kernel_us: f64,
+    /// Between two copies from one rank to another: the flag after the first. Microseconds.
+    pub flag_us: f64,
+    /// For a rank's own streams to follow the caller's, and the caller's to follow them, microseconds; copies
+    /// only.
+    pub fork_us: f64,
 }
 
 /// What went through a port.
@@ -137,11 +142,15 @@ impl<'a> Clock<'a> {
             step.after.iter().for_each(|before| followers[*before as usize].push(at));
         }
         let loads = vec![Load::default(); fabric.ports().len()];
+        let begin_us = match schedule.engine() {
+            Engine::Stores => costs.launch_us,
+            Engine::Copies => costs.fork_us,
+        };
         Clock {
             schedule,
             fabric,
             costs,
-            now: costs.launch_us,
+            now: begin_us,
             missing: steps.iter().map(|step| step.after.len() as u32).collect(),
             followers,
             planned: BinaryHeap::new(),
@@ -150,7 +159,7 @@ impl<'a> Clock<'a> {
             changed: false,
             pairs: vec![Pair::default(); world * world],
             taken_at: vec![0.0; world * schedule.groups() as usize],
-            timeline: Timeline { total_us: costs.launch_us, loads },
+            timeline: Timeline { total_us: begin_us, loads },
         }
     }
 
@@ -202,7 +211,8 @@ impl<'a> Clock<'a> {
         let Pair { free_at, chunk: last, .. } = self.pairs[pair];
         let gap_us = match self.schedule.engine() {
             Engine::Stores if chunk != last => self.costs.gap_us,
-            _ => 0.0,
+            Engine::Stores => 0.0,
+            Engine::Copies => self.costs.flag_us,
         };
         (self.pairs[pair].busy, self.pairs[pair].chunk) = (true, chunk);
         self.plan(self.now.max(free_at + gap_us), Event::Begin(step));

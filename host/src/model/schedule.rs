@@ -9,8 +9,9 @@
 //! byte that is sent is taken by the rank that it is sent to.
 
 use super::fabric::Engine;
-use crate::algorithm::{Algorithm, Pattern, Route};
+use crate::algorithm::{Algorithm, Route};
 use crate::plan::forest::{Forest, Tree};
+use crate::plan::staging;
 use crate::plan::{self, Shape, roles};
 use peerlane_device::abi::{Format, UNIT};
 
@@ -72,24 +73,26 @@ impl Cut {
 /// Groups of blocks. More would change predictions by less than what they are off.
 const GROUPS: u32 = 4;
 
-/// Most bytes that a copy engine moves at once. Larger chunks hide less of the local sums, smaller
-/// ones cost more copies.
-const COPY_CHUNK: u64 = 4 << 20;
-
 impl Cut {
     /// How `algorithm` cuts `bytes` bytes.
     pub fn of(algorithm: Algorithm, shape: &Shape, bytes: u64) -> Cut {
-        let (format, parts) = match algorithm {
-            Algorithm::Scheduled(_) => return Cut { chunk: COPY_CHUNK, groups: 1 },
-            Algorithm::OneShot(format) => (format, 1),
-            Algorithm::TwoShot | Algorithm::Staged | Algorithm::Ring => (Format::Full, shape.world),
-            Algorithm::Tree => (Format::Full, 1),
-            Algorithm::DoubleTree => (Format::Full, 2),
-            Algorithm::Hierarchical => {
-                (Format::Full, roles::forest(shape.by_island(), Pattern::Hierarchical).parts())
-            }
+        let forest = roles::forest(shape.by_island(), algorithm.pattern());
+        let parts = forest.map_or(1, |forest| forest.parts());
+        let format = match algorithm {
+            Algorithm::OneShot(format) => format,
+            _ => Format::Full,
         };
-        Cut::of_grid(shape, parts, units(format, bytes))
+        let units = units(format, bytes);
+        if algorithm.is_scheduled() {
+            return Cut::of_copies(parts, units);
+        }
+        Cut::of_grid(shape, parts, units)
+    }
+
+    /// As copies are cut where the staging area leaves room for any chunk.
+    fn of_copies(parts: u32, units: u64) -> Cut {
+        let chunk = staging::chunk_units(plan::part_units(parts, units as usize), usize::MAX);
+        Cut { chunk: (chunk * UNIT) as u64, groups: 1 }
     }
 
     fn of_grid(shape: &Shape, parts: u32, units: u64) -> Cut {
@@ -108,10 +111,7 @@ impl Schedule {
     /// An all-reduce of `bytes` bytes.
     pub fn all_reduce(algorithm: Algorithm, shape: &Shape, bytes: u64, cut: Cut) -> Schedule {
         let world = shape.world;
-        let engine = match algorithm {
-            Algorithm::Scheduled(_) => Engine::Copies,
-            _ => Engine::Stores,
-        };
+        let engine = if algorithm.is_scheduled() { Engine::Copies } else { Engine::Stores };
         // Two ranks and more; one has nobody to send to.
         let (format, turns) = match algorithm {
             Algorithm::OneShot(format) => (format, 2),
@@ -123,34 +123,32 @@ impl Schedule {
                 (Format::Full, shape.layout.slots as usize / 4 + 2)
             }
         };
-        let forest = |pattern| roles::forest(shape.by_island(), pattern);
         let mut builder = Builder::new(world, engine, cut, turns);
         let wire = UNIT as u64 * units(format, bytes);
-        match algorithm {
-            Algorithm::OneShot(_) => builder.one_shot(&pieces(wire, 1, cut)),
-            Algorithm::Staged => builder.staged(&pieces(wire, world, cut)),
-            Algorithm::TwoShot => builder.all_reduce(&forest(Pattern::TwoShot), wire, cut),
-            Algorithm::Ring => builder.all_reduce(&forest(Pattern::Ring), wire, cut),
-            Algorithm::Tree => builder.all_reduce(&forest(Pattern::Tree), wire, cut),
-            Algorithm::DoubleTree => builder.all_reduce(&forest(Pattern::DoubleTree), wire, cut),
-            Algorithm::Hierarchical => {
-                builder.all_reduce(&forest(Pattern::Hierarchical), wire, cut);
+        match roles::forest(shape.by_island(), algorithm.pattern()) {
+            None => builder.one_shot(&pieces(wire, 1, cut)),
+            Some(_) if algorithm == Algorithm::Staged => {
+                builder.staged(&pieces(wire, world, cut));
             }
-            Algorithm::Scheduled(pattern) => builder.all_reduce(&forest(pattern), wire, cut),
+            Some(forest) => builder.all_reduce(&forest, wire, cut),
         }
         builder.schedule
     }
 
     /// A broadcast of `bytes` bytes from `root`, in the chunks of its kernel.
     pub fn broadcast(route: Route, shape: &Shape, root: u32, bytes: u64) -> Schedule {
-        let forest = roles::route(shape, route, root);
+        let forest = roles::spread(shape, route.spread(), root);
         let format = match route {
             Route::Direct => plan::format(bytes as usize),
             _ => Format::Full,
         };
         let units = units(format, bytes);
-        let cut = Cut::of_grid(shape, forest.parts(), units);
-        let mut builder = Builder::new(shape.world, Engine::Stores, cut, usize::MAX);
+        let (engine, cut) = if route.is_scheduled() {
+            (Engine::Copies, Cut::of_copies(forest.parts(), units))
+        } else {
+            (Engine::Stores, Cut::of_grid(shape, forest.parts(), units))
+        };
+        let mut builder = Builder::new(shape.world, engine, cut, usize::MAX);
         builder.broadcast(&forest, UNIT as u64 * units, cut);
         builder.schedule
     }

@@ -6,7 +6,7 @@
 use super::fabric::Path;
 use super::schedule::Work;
 use super::*;
-use crate::algorithm::Pattern;
+use crate::algorithm::{Pattern, Spread};
 use peerlane_device::abi::Format;
 
 const FULL: Algorithm = Algorithm::OneShot(Format::Full);
@@ -18,7 +18,7 @@ type Figures = (u32, u64, [f64; 3]);
 
 /// At NVSwitch: name, and figures for 8 and for 16 ranks.
 #[rustfmt::skip]
-const TABLE: [(&str, [Figures; 2]); 13] = [
+const TABLE: [(&str, [Figures; 2]); 14] = [
     ("packet", [(1, 896, [3.05, 14.87, 2753.32]), (1, 1920, [3.49, 27.22, 5879.67])]),
     ("full", [(1, 448, [2.86, 8.77, 1378.73]), (1, 960, [3.08, 15.74, 2941.97])]),
     ("two-shot", [(2, 112, [4.82, 5.81, 347.35]), (2, 120, [4.82, 5.89, 371.05])]),
@@ -27,11 +27,12 @@ const TABLE: [(&str, [Figures; 2]); 13] = [
     ("tree", [(6, 192, [13.30, 17.43, 638.51]), (8, 256, [17.57, 23.64, 964.95])]),
     ("double-tree", [(6, 128, [13.25, 15.05, 548.29]), (8, 128, [17.48, 19.75, 745.64])]),
     ("hierarchical", [(4, 112, [9.04, 10.33, 384.26]), (4, 120, [9.05, 10.37, 409.26])]),
-    ("copy-two-shot", [(2, 112, [13.57, 14.96, 330.53]), (2, 120, [18.14, 19.63, 411.49])]),
-    ("copy-ring", [(14, 112, [63.97, 65.26, 314.14]), (30, 120, [135.73, 137.11, 498.82])]),
-    ("copy-tree", [(6, 192, [28.27, 35.16, 966.26]), (8, 256, [37.37, 48.09, 1487.30])]),
-    ("copy-double-tree", [(6, 128, [28.17, 31.88, 621.97]), (8, 128, [37.19, 42.35, 777.60])]),
-    ("copy-hierarchical", [(4, 112, [19.72, 21.84, 407.16]), (4, 120, [20.86, 23.08, 458.11])]),
+    ("copy-two-shot", [(2, 112, [67.84, 69.23, 382.17]), (2, 120, [110.25, 111.74, 503.60])]),
+    ("copy-ring", [(14, 112, [172.24, 173.53, 395.87]), (30, 120, [353.84, 355.22, 716.93])]),
+    ("copy-tree", [(6, 192, [81.62, 88.51, 1355.72]), (8, 256, [104.45, 115.17, 1997.18])]),
+    ("copy-double-tree", [(6, 128, [81.52, 85.23, 690.46]), (8, 128, [104.27, 109.43, 905.67])]),
+    ("copy-hierarchical", [(4, 112, [65.95, 67.64, 474.59]), (4, 120, [87.15, 88.86, 507.09])]),
+    ("copy-one-shot", [(1, 448, [22.18, 27.74, 1371.81]), (1, 960, [22.38, 34.29, 2911.93])]),
 ];
 
 fn time(algorithm: Algorithm, preset: Preset, world: u32, bytes: usize) -> f64 {
@@ -76,7 +77,9 @@ fn steps_follow_from_the_number_of_ranks() {
         for algorithm in Algorithm::ALL {
             let depth = steps(algorithm);
             match algorithm {
-                Algorithm::OneShot(_) => assert_eq!(depth, 1),
+                Algorithm::OneShot(_) | Algorithm::Scheduled(Pattern::OneShot) => {
+                    assert_eq!(depth, 1);
+                }
                 Algorithm::TwoShot | Algorithm::Scheduled(Pattern::TwoShot) => assert_eq!(depth, 2),
                 Algorithm::Staged | Algorithm::Ring | Algorithm::Scheduled(Pattern::Ring) => {
                     assert_eq!(depth, 2 * (n - 1))
@@ -266,7 +269,9 @@ fn broadcasts_take_the_steps_of_their_trees() {
     let fabric = Preset::NvSwitch.fabric(8);
     let predicted = |route| predict_broadcast(route, &fabric, &Costs::H200, 0, 64 << 20);
     let steps = |route| predicted(route).steps;
-    assert_eq!(Route::ALL.map(steps), [1, 2, 7, 3, 3]);
+    assert_eq!(Route::FUSED.map(steps), [1, 2, 7, 3, 3]);
+    let copied = Spread::ALL.map(|spread| steps(Route::Scheduled(spread)));
+    assert_eq!(copied, [1, 2, 7, 3, 3]);
     // A chain keeps every link busy, and the root sends the tensor once.
     assert_eq!(predicted(Route::Chain).sent_bytes, 64 * MIB);
     assert_eq!(predicted(Route::Direct).sent_bytes, 7 * 64 * MIB);

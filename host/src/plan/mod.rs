@@ -5,9 +5,10 @@
 
 pub mod forest;
 pub mod roles;
+pub mod staging;
 pub mod steps;
 
-use crate::algorithm::{Algorithm, Pattern};
+use crate::algorithm::Algorithm;
 use crate::choice::LinkClass;
 use forest::Forest;
 use peerlane_device::abi::{DType, Format, Layout, MAX_RANKS, MAX_THREADS, Wire};
@@ -129,19 +130,12 @@ pub fn trees(
     algorithm: Algorithm,
     (count, dtype, wire): (usize, DType, Wire),
 ) -> Option<(Forest, usize)> {
-    let pattern = match algorithm {
-        Algorithm::OneShot(_) | Algorithm::TwoShot | Algorithm::Staged => return None,
-        Algorithm::Ring => Pattern::Ring,
-        Algorithm::Tree => Pattern::Tree,
-        Algorithm::DoubleTree => Pattern::DoubleTree,
-        Algorithm::Hierarchical => Pattern::Hierarchical,
-        Algorithm::Scheduled(pattern) => pattern,
-    };
-    // A rank alone adds nothing up.
-    if islands.len() < 2 {
+    // A rank alone adds nothing up, and two-shot's trees are one level high.
+    let adds_once = matches!(algorithm, Algorithm::TwoShot | Algorithm::Staged);
+    if adds_once || islands.len() < 2 {
         return None;
     }
-    let forest = roles::forest(islands, pattern);
+    let forest = roles::forest(islands, algorithm.pattern())?;
     let unit = Format::Full.payload() * expansion(dtype, wire);
     let units = (count * dtype.bytes()).div_ceil(unit);
     let part = part_units(forest.parts(), units) * (unit / dtype.bytes());

@@ -4,7 +4,7 @@
 
 use super::Shape;
 use super::forest::Forest;
-use crate::algorithm::{Pattern, Route};
+use crate::algorithm::{Pattern, Spread};
 use peerlane_device::abi::{MAX_RANKS, Role};
 
 /// One rank's places in the trees of one forest, as kernels read them.
@@ -26,63 +26,62 @@ impl Roles {
         }
         Roles { parts: forest.parts(), table }
     }
-
-    /// The ranks that this one receives from or sends to, a bit each.
-    pub fn neighbours(&self) -> u32 {
-        let roles = self.table.iter().take(self.parts as usize);
-        roles.fold(0, |mask, bits| mask | Role::from_bits(*bits).neighbours())
-    }
 }
 
-/// The forest of a pattern, over as many ranks as there are entries in `islands`.
-pub fn forest(islands: &[u8], pattern: Pattern) -> Forest {
+/// The forest of a pattern, over as many ranks as there are entries in `islands`; `None` where every rank adds
+/// up everything for itself.
+pub fn forest(islands: &[u8], pattern: Pattern) -> Option<Forest> {
     let world = islands.len() as u32;
-    match pattern {
+    Some(match pattern {
+        Pattern::OneShot => return None,
         Pattern::TwoShot => Forest::star(world),
         Pattern::Ring => Forest::ring(world),
         Pattern::Tree => Forest::binomial(world, 0),
         Pattern::DoubleTree => Forest::double_binary(world),
         Pattern::Hierarchical => Forest::islands(islands),
-    }
+    })
 }
 
 /// The forest of a broadcast from `root`.
-pub fn route(shape: &Shape, route: Route, root: u32) -> Forest {
-    match route {
-        Route::Direct => Forest::flat(shape.world, root),
-        Route::Hub => Forest::hub(shape.world, root, shape.hub),
-        Route::Chain => Forest::chain(shape.world, root),
-        Route::Tree => Forest::binomial(shape.world, root),
-        Route::DoubleTree => Forest::double_binary_from(shape.world, root),
+pub fn spread(shape: &Shape, spread: Spread, root: u32) -> Forest {
+    match spread {
+        Spread::Direct => Forest::flat(shape.world, root),
+        Spread::Hub => Forest::hub(shape.world, root, shape.hub),
+        Spread::Chain => Forest::chain(shape.world, root),
+        Spread::Tree => Forest::binomial(shape.world, root),
+        Spread::DoubleTree => Forest::double_binary_from(shape.world, root),
     }
 }
 
 /// One rank's places in all of them.
 #[derive(Clone, Debug)]
 pub struct Places {
-    patterns: Vec<Roles>,
+    /// By pattern.
+    patterns: Vec<Option<Roles>>,
     routes: Vec<Roles>,
 }
 
 impl Places {
     /// The places of `rank`.
     pub fn of(shape: &Shape, rank: u32) -> Places {
-        let islands = shape.by_island();
-        let patterns = Pattern::ALL.iter().map(|p| Roles::of(&forest(islands, *p), rank)).collect();
-        let each =
-            |r: Route| (0..shape.world).map(move |root| Roles::of(&route(shape, r, root), rank));
-        Places { patterns, routes: Route::ALL.into_iter().flat_map(each).collect() }
+        let in_pattern = |pattern: &Pattern| {
+            forest(shape.by_island(), *pattern).map(|forest| Roles::of(&forest, rank))
+        };
+        let from =
+            |s: Spread| (0..shape.world).map(move |root| Roles::of(&spread(shape, s, root), rank));
+        let patterns = Pattern::ALL.iter().map(in_pattern).collect();
+        Places { patterns, routes: Spread::ALL.into_iter().flat_map(from).collect() }
     }
 
-    /// The places in an all-reduce.
-    pub fn pattern(&self, pattern: Pattern) -> &Roles {
-        &self.patterns[pattern as usize]
+    /// The places in an all-reduce, if its sums take trees.
+    pub fn pattern(&self, pattern: Pattern) -> Option<&Roles> {
+        self.patterns[pattern as usize].as_ref()
     }
 
     /// The places in a broadcast from `root`.
-    pub fn route(&self, route: Route, root: u32) -> &Roles {
-        let world = self.routes.len() / Route::ALL.len();
-        &self.routes[route as usize * world + root as usize]
+    pub fn spread(&self, spread: Spread, root: u32) -> &Roles {
+        let world = self.routes.len() / Spread::ALL.len();
+        &self.routes[spread as usize * world + root as usize]
     }
 }
 
@@ -111,9 +110,11 @@ mod tests {
                     }
                 }
             };
-            Pattern::ALL.iter().for_each(|pattern| check(&|place| *place.pattern(*pattern)));
-            for route in Route::ALL {
-                (0..world).for_each(|root| check(&|place| *place.route(route, root)));
+            for pattern in Pattern::ALL.into_iter().filter(|p| *p != Pattern::OneShot) {
+                check(&|place| *place.pattern(pattern).unwrap());
+            }
+            for spread in Spread::ALL {
+                (0..world).for_each(|root| check(&|place| *place.spread(spread, root)));
             }
         }
     }

@@ -1,38 +1,20 @@
-//! The steps of a scheduled all-reduce: what each rank copies, waits for and reduces, and when.
+//! The steps of a scheduled call: what each rank copies, waits for and reduces, and when.
 //!
-//! Pure, and the same on every rank that builds them from the same forest. Invariant: a step waits only
+//! Pure, and the same on every rank that builds them from the same inputs. Invariant: a step waits only
 //! for steps that come before it in one order that all ranks share: by turn, in a turn the work (waits
 //! for data, reductions, what is kept) before the sends. So the ranks cannot wait for each other in a
 //! circle, however few streams carry the steps, as long as each carries its own in that order
-//! (docs/protocol.md).
+//! (docs/protocol.md). Among the sends of a turn those that wait for nothing of this rank come first.
 //!
 //! Chunk c of a part is dealt with `delay` turns after turn c. A rank's reduction is delayed by the
 //! height of its tree below it; what is sent goes out in the turn before the receiver works on it, not
 //! earlier. Then the slot of chunk c - [`SLOTS`], which chunk c reuses, was emptied a turn before.
 
 use super::forest::{Forest, Tree};
-use crate::error::{Error, Result};
-use peerlane_device::abi::{MAX_RANKS, UNIT};
 
-/// Chunks of one edge that its receiver has room for: one is copied while the other is reduced.
-pub const SLOTS: u32 = 2;
 /// Hardware queues that a rank needs: for its steps, its caller's stream, the communicator's own and the
 /// monitor's, which must not wait behind what it is to release.
 pub const LEAST_QUEUES: usize = 4;
-/// Most edges from one rank to another: two for each part of a ring but one.
-const PAIR_EDGES: u32 = 32;
-/// Bytes of flags at the start of a staging area.
-pub const FLAG_BYTES: usize = 2 * 4 * (SLOTS * PAIR_EDGES) as usize * MAX_RANKS;
-/// Staging areas cannot be smaller.
-pub const LEAST_STAGING_BYTES: usize = FLAG_BYTES + (SLOTS * PAIR_EDGES) as usize * ALIGNMENT;
-/// Slots begin at multiples of this.
-const ALIGNMENT: usize = 256;
-/// Chunks that a part is cut in if they are large enough: the first is on its way alone, so more of
-/// them hide more; each costs some 25 us of flags, events and launches, in which a copy engine moves 9 MB.
-/// Two H200s, two-shot, 64 MiB, eager: 590 us in chunks of 2 MiB, 409 of 4 MiB, 325 of 8 MiB.
-const CHUNKS: usize = 4;
-/// Smaller chunks are not worth their cost.
-const LEAST_CHUNK_BYTES: usize = 4 << 20;
 
 /// A way from a rank to a peer, or back, for one part and one direction of flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,10 +84,10 @@ pub struct Steps {
     pub work: Vec<Step>,
     /// What is sent then.
     pub sends: Vec<Step>,
-    /// The edges by which data come, with their parts.
-    pub incoming: Vec<(u32, Edge)>,
     /// Whether any result that has come is sent on.
     pub passes: bool,
+    /// Whether a reduction writes over what this rank sends, and so has to wait for the sends.
+    pub overwrites: bool,
 }
 
 /// An edge as everybody sees it.
@@ -125,10 +107,11 @@ impl Way {
     }
 }
 
-/// Every edge of a forest over `world` ranks, numbered.
-fn ways(forest: &Forest, world: u32) -> Vec<Way> {
+/// Every edge of some trees over `world` ranks, numbered; with each set of trees, whether it is results that
+/// they carry.
+fn ways(world: u32, sets: &[(bool, &[Tree])]) -> Vec<Way> {
     let mut ways: Vec<Way> = Vec::new();
-    for (results, trees) in [(false, forest.sums()), (true, forest.results())] {
+    for &(results, trees) in sets {
         for (part, tree) in (0..).zip(trees) {
             for rank in 0..world {
                 let Some(parent) = tree.parent(rank) else { continue };
@@ -152,30 +135,76 @@ impl Steps {
     /// The steps of `rank` among `world` ranks. Sums take what came first before a rank's own tensor
     /// if `partial_first`, as on a ring, and else go by rank.
     pub fn of(forest: &Forest, world: u32, rank: u32, partial_first: bool) -> Steps {
-        let ways = ways(forest, world);
-        let into = |rank| ways.iter().filter(move |way| way.to == rank).count() as u32;
-        let mut steps = Steps {
-            parts: forest.parts(),
-            regions: (0..world).map(into).max().unwrap_or(0),
-            longest_delay: 0,
-            work: Vec::new(),
-            sends: Vec::new(),
-            incoming: Vec::new(),
-            passes: false,
-        };
-        for way in ways.iter().filter(|way| way.to == rank) {
-            steps.incoming.push((way.part, way.seen_from(way.from)));
-        }
+        let ways = ways(world, &[(false, forest.sums()), (true, forest.results())]);
+        let mut steps = Steps::empty(forest.parts(), world, &ways);
         for (part, (sums, results)) in (0..).zip(forest.sums().iter().zip(forest.results())) {
-            let of_part = |way: &&Way| way.part == part;
-            let ways: Vec<Way> = ways.iter().filter(of_part).copied().collect();
             let top = height(sums, sums.root());
             steps.longest_delay = steps.longest_delay.max(top + results.height());
             steps.add_sums(part, sums, &ways, (rank, partial_first));
             steps.add_results(part, (results, top), &ways, rank);
         }
-        steps.passes = steps.sends.iter().any(|step| matches!(step.task, Task::Pass(_)));
-        steps
+        steps.ordered()
+    }
+
+    /// The steps of `rank` among `world` ranks that all send everything to everybody and add up for
+    /// themselves.
+    pub fn one_shot(world: u32, rank: u32) -> Steps {
+        let others = || (0..world).filter(|peer| *peer != rank);
+        // Into each receiver the senders are numbered by rank.
+        let into = |sender: u32, receiver: u32| sender - (sender > receiver) as u32;
+        let edge = |peer, region| Edge { peer, pair: 0, region, results: false };
+        let came = |peer| {
+            if peer == rank { Source::Own } else { Source::Slot(edge(peer, into(peer, rank))) }
+        };
+        let sources = (0..world).map(came).collect();
+        let send = |peer| Task::SendOwn(edge(peer, into(rank, peer)));
+        let step = |delay, task| Step { part: 0, delay, task };
+        Steps {
+            parts: 1,
+            regions: world - 1,
+            longest_delay: 1,
+            work: vec![step(0, Task::Neutral), step(1, Task::Reduce { sources, complete: true })],
+            sends: others().map(|peer| step(0, send(peer))).collect(),
+            passes: false,
+            overwrites: true,
+        }
+    }
+
+    /// The steps of `rank` in a broadcast among `world` ranks along the result trees of `forest`.
+    pub fn broadcast(forest: &Forest, world: u32, rank: u32) -> Steps {
+        let ways = ways(world, &[(true, forest.results())]);
+        let mut steps = Steps::empty(forest.parts(), world, &ways);
+        for (part, tree) in (0..).zip(forest.results()) {
+            steps.longest_delay = steps.longest_delay.max(tree.height());
+            steps.add_results(part, (tree, 0), &ways, rank);
+        }
+        // What the root sends is its own; no sum comes before it.
+        for step in &mut steps.sends {
+            if let Task::SendSum(edge) = step.task {
+                step.task = Task::SendOwn(edge);
+            }
+        }
+        steps.ordered()
+    }
+
+    fn empty(parts: u32, world: u32, ways: &[Way]) -> Steps {
+        let into = |rank| ways.iter().filter(move |way| way.to == rank).count() as u32;
+        Steps {
+            parts,
+            regions: (0..world).map(into).max().unwrap_or(0),
+            longest_delay: 0,
+            work: Vec::new(),
+            sends: Vec::new(),
+            passes: false,
+            overwrites: false,
+        }
+    }
+
+    /// Puts first what waits for nothing of this rank.
+    fn ordered(mut self) -> Steps {
+        self.sends.sort_by_key(|step| !matches!(step.task, Task::SendOwn(_)));
+        self.passes = self.sends.iter().any(|step| matches!(step.task, Task::Pass(_)));
+        self
     }
 
     fn add_sums(
@@ -186,7 +215,8 @@ impl Steps {
         (rank, partial_first): (u32, bool),
     ) {
         let is_leaf = tree.children(rank).next().is_none();
-        let out = ways.iter().find(|way| !way.results && way.from == rank);
+        let mut ways = ways.iter().filter(|way| way.part == part && !way.results);
+        let out = ways.clone().find(|way| way.from == rank);
         if let Some(way) = out {
             let delay = height(tree, way.to) - 1;
             let edge = way.seen_from(way.to);
@@ -199,7 +229,7 @@ impl Steps {
         if is_leaf {
             return;
         }
-        let came = ways.iter().filter(|way| !way.results && way.to == rank);
+        let came = ways.by_ref().filter(|way| way.to == rank);
         let mut sources: Vec<(u32, Source)> =
             came.map(|way| (way.from, Source::Slot(way.seen_from(way.from)))).collect();
         sources.push((if partial_first { u32::MAX } else { rank }, Source::Own));
@@ -210,7 +240,7 @@ impl Steps {
     }
 
     fn add_results(&mut self, part: u32, (tree, top): (&Tree, u32), ways: &[Way], rank: u32) {
-        for way in ways.iter().filter(|way| way.results) {
+        for way in ways.iter().filter(|way| way.part == part && way.results) {
             let delay = top + tree.depth(way.to);
             if way.to == rank {
                 self.work.push(Step { part, delay, task: Task::Take(way.seen_from(way.from)) });
@@ -221,122 +251,19 @@ impl Steps {
             }
         }
     }
-
-    /// Units in a slot of a staging area of `staging_bytes` bytes.
-    pub fn slot_units(&self, staging_bytes: usize) -> usize {
-        let slots = (SLOTS * self.regions.max(1)) as usize;
-        let bytes = staging_bytes.saturating_sub(FLAG_BYTES) / slots;
-        (bytes - bytes % ALIGNMENT) / UNIT
-    }
-
-    /// How a tensor of `units` units, the last of `tail` bytes, is cut; `chunk_bytes` as in
-    /// [`Config::chunk_bytes`](crate::Config::chunk_bytes).
-    pub fn cut(
-        &self,
-        (units, tail): (usize, u32),
-        staging_bytes: usize,
-        chunk_bytes: Option<usize>,
-    ) -> Result<Cut> {
-        let part_units = super::part_units(self.parts, units);
-        let slot_units = self.slot_units(staging_bytes);
-        let chunk_units = match chunk_bytes {
-            Some(bytes) if bytes > slot_units * UNIT => {
-                return Err(Error::InvalidArgument {
-                    op: "all_reduce",
-                    argument: "chunk_bytes",
-                    expected: format!(
-                        "at most {} bytes, a slot of the {staging_bytes} bytes of staging_bytes",
-                        slot_units * UNIT
-                    ),
-                    got: bytes.to_string(),
-                });
-            }
-            Some(bytes) => bytes / UNIT,
-            None => {
-                let wanted = part_units.div_ceil(CHUNKS).next_multiple_of(ALIGNMENT / UNIT);
-                wanted.max(LEAST_CHUNK_BYTES / UNIT).min(slot_units)
-            }
-        };
-        Ok(Cut { units, tail, part_units, chunk_units, slot_bytes: slot_units * UNIT })
-    }
-}
-
-/// How a tensor is cut in parts and chunks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cut {
-    units: usize,
-    tail: u32,
-    part_units: usize,
-    chunk_units: usize,
-    slot_bytes: usize,
-}
-
-/// A chunk of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// Bytes of the tensor before it.
-    pub offset: usize,
-    /// Units in it.
-    pub units: usize,
-    /// Bytes of the last one.
-    pub tail: u32,
-}
-
-impl Span {
-    /// Bytes in it.
-    pub fn bytes(&self) -> usize {
-        (self.units - 1) * UNIT + self.tail as usize
-    }
-}
-
-impl Cut {
-    /// Units of a part: fewer or none where the tensor ends.
-    fn part(&self, part: u32) -> usize {
-        self.units.saturating_sub(part as usize * self.part_units).min(self.part_units)
-    }
-
-    /// Chunks of a part.
-    pub fn chunks(&self, part: u32) -> u32 {
-        self.part(part).div_ceil(self.chunk_units) as u32
-    }
-
-    /// A chunk of a part; `None` beyond its end.
-    pub fn chunk(&self, part: u32, chunk: u32) -> Option<Span> {
-        let first = chunk as usize * self.chunk_units;
-        let left = self.part(part).checked_sub(first).filter(|left| *left > 0)?;
-        let (first, units) = (part as usize * self.part_units + first, left.min(self.chunk_units));
-        let tail = if first + units == self.units { self.tail } else { UNIT as u32 };
-        Some(Span { offset: first * UNIT, units, tail })
-    }
-
-    /// Offset of the slot of a region for a chunk in its receiver's staging area.
-    pub fn slot(&self, region: u32, chunk: u32) -> usize {
-        FLAG_BYTES + (region * SLOTS + chunk % SLOTS) as usize * self.slot_bytes
-    }
-}
-
-/// Offset, in the staging area of a chunk's receiver, of the flag by which `sender` says that the chunk
-/// is there.
-pub fn full_flag(sender: u32, pair: u32, chunk: u32) -> usize {
-    flag(sender, pair, chunk)
-}
-
-/// Offset, in the staging area of a chunk's sender, of the flag by which `receiver` says that there is
-/// room for it.
-pub fn free_flag(receiver: u32, pair: u32, chunk: u32) -> usize {
-    FLAG_BYTES / 2 + flag(receiver, pair, chunk)
-}
-
-fn flag(peer: u32, pair: u32, chunk: u32) -> usize {
-    4 * ((peer * PAIR_EDGES + pair) * SLOTS + chunk % SLOTS) as usize
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::algorithm::Pattern;
+    use crate::algorithm::{Pattern, Spread};
     use crate::layout;
+    use crate::plan::staging::{
+        FLAG_BYTES, LEAST_STAGING_BYTES, PAIR_EDGES, SLOTS, area_flag, begun_flag, free_flag,
+        full_flag, slot_units,
+    };
     use crate::plan::{Shape, roles};
+    use peerlane_device::abi::MAX_RANKS;
     use std::collections::{HashMap, HashSet};
 
     fn all(world: u32) -> Vec<(Pattern, Vec<Steps>)> {
@@ -345,11 +272,27 @@ mod tests {
             *island = (rank / 3) as u8;
         }
         let of = |pattern| {
-            let forest = roles::forest(&shape.islands[..world as usize], pattern);
-            let steps = |rank| Steps::of(&forest, world, rank, pattern == Pattern::Ring);
+            let forest = roles::forest(shape.by_island(), pattern);
+            let steps = |rank| match &forest {
+                Some(forest) => Steps::of(forest, world, rank, pattern == Pattern::Ring),
+                None => Steps::one_shot(world, rank),
+            };
             (pattern, (0..world).map(steps).collect())
         };
         Pattern::ALL.into_iter().map(of).collect()
+    }
+
+    /// The steps of all ranks in broadcasts, and the root.
+    fn broadcasts(world: u32) -> Vec<(u32, Vec<Steps>)> {
+        let shape = Shape::new(world, layout::choose(world, 32 << 20).unwrap(), 8);
+        let each = |spread| {
+            (0..world).map(move |root| {
+                let forest = roles::spread(&shape, spread, root);
+                let steps = (0..world).map(|rank| Steps::broadcast(&forest, world, rank));
+                (root, steps.collect())
+            })
+        };
+        Spread::ALL.into_iter().flat_map(each).collect()
     }
 
     /// Runs all ranks' steps on `chunks` chunks, one after the other in the shared order, and checks that
@@ -419,23 +362,53 @@ mod tests {
     }
 
     #[test]
+    fn a_broadcast_brings_the_root_s_tensor_to_everybody_in_the_shared_order() {
+        for world in 2..=MAX_RANKS as u32 {
+            for (root, ranks) in broadcasts(world) {
+                let kept = walk(&ranks, 5);
+                for (rank, kept) in (0..).zip(&kept) {
+                    let chunks = if rank == root { 0 } else { 5 * ranks[0].parts };
+                    assert_eq!(kept.len() as u32, chunks, "rank {rank} from {root} of {world}");
+                    assert!(kept.values().all(|value| *value == 1 << root));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_waits_for_nothing_of_its_rank_is_sent_first() {
+        for (pattern, ranks) in all(7) {
+            for steps in ranks {
+                let own = |step: &Step| matches!(step.task, Task::SendOwn(_));
+                let first = steps.sends.iter().take_while(|step| own(step)).count();
+                assert!(!steps.sends[first..].iter().any(own), "{pattern:?}");
+            }
+        }
+    }
+
+    #[test]
     fn flags_and_slots_are_enough_and_belong_to_one_edge() {
         for world in 2..=MAX_RANKS as u32 {
-            for (pattern, ranks) in all(world) {
+            let reductions = all(world).into_iter().map(|(_, ranks)| ranks);
+            let broadcasts = broadcasts(world).into_iter().map(|(_, ranks)| ranks);
+            for ranks in reductions.chain(broadcasts) {
                 let mut flags = HashSet::new();
                 for (rank, steps) in (0u32..).zip(&ranks) {
                     assert_eq!(steps.regions, ranks[0].regions);
-                    assert!(steps.regions <= PAIR_EDGES, "{pattern:?} of {world}");
-                    assert!(steps.slot_units(LEAST_STAGING_BYTES) >= ALIGNMENT / UNIT);
-                    let regions: HashSet<u32> =
-                        steps.incoming.iter().map(|(_, e)| e.region).collect();
-                    assert_eq!(regions.len(), steps.incoming.len());
-                    for (_, edge) in &steps.incoming {
-                        assert!(edge.pair < PAIR_EDGES);
+                    assert!(steps.regions <= PAIR_EDGES);
+                    assert!(slot_units(steps.regions, LEAST_STAGING_BYTES) > 0);
+                    let (mut regions, incoming) = (HashSet::new(), incoming(steps));
+                    for edge in incoming {
+                        assert!(edge.pair < PAIR_EDGES && edge.region < steps.regions);
+                        assert!(regions.insert(edge.region));
                         for chunk in 0..SLOTS {
                             assert!(flags.insert((rank, full_flag(edge.peer, edge.pair, chunk))));
                             assert!(flags.insert((edge.peer, free_flag(rank, edge.pair, chunk))));
                         }
+                    }
+                    for peer in 0..world {
+                        assert!(flags.insert((rank, area_flag(peer))));
+                        assert!(flags.insert((rank, begun_flag(peer))));
                     }
                 }
                 assert!(flags.iter().all(|(_, flag)| *flag < FLAG_BYTES));
@@ -443,36 +416,19 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_cut_covers_the_tensor_once() {
-        let steps = &all(5)[0].1[0];
-        for units in [1, 2, 5, 1000, 70_001, 1 << 20] {
-            let cut = steps.cut((units, 6), 1 << 20, None).unwrap();
-            let (mut bytes, mut end) = (0, 0);
-            for part in 0..steps.parts {
-                for chunk in 0..cut.chunks(part) {
-                    let span = cut.chunk(part, chunk).unwrap();
-                    assert_eq!(span.offset, end);
-                    assert!(span.bytes() <= cut.slot_bytes);
-                    bytes += span.bytes();
-                    end = span.offset + span.bytes();
-                }
-                assert_eq!(cut.chunk(part, cut.chunks(part)), None);
+    /// The edges by which data come.
+    fn incoming(steps: &Steps) -> Vec<Edge> {
+        let came = |step: &Step| match &step.task {
+            Task::Take(edge) => vec![*edge],
+            Task::Reduce { sources, .. } => {
+                let slot = |source: &Source| match source {
+                    Source::Slot(edge) => Some(*edge),
+                    Source::Own => None,
+                };
+                sources.iter().filter_map(slot).collect()
             }
-            assert_eq!(bytes, (units - 1) * UNIT + 6, "{units} units");
-        }
-    }
-
-    #[test]
-    fn chunks_are_few_and_fit_their_slots() {
-        let steps = &all(2)[0].1[0];
-        // Half of 64 MiB in chunks of nearly 8 MiB, what the staging area has room for.
-        assert_eq!(steps.cut((4 << 20, 16), 32 << 20, None).unwrap().chunks(0), 5);
-        assert_eq!(steps.cut((4 << 20, 16), 64 << 20, None).unwrap().chunks(0), 4);
-        assert_eq!(steps.cut((1 << 10, 16), 32 << 20, None).unwrap().chunks(0), 1);
-        let error = steps.cut((64, 16), 1 << 20, Some(1 << 20)).unwrap_err().to_string();
-        assert!(error.starts_with("all_reduce: chunk_bytes: expected at most 260096"), "{error}");
-        let cut = steps.cut((64, 16), 1 << 20, Some(256)).unwrap();
-        assert_eq!((cut.chunks(0), cut.chunks(1)), (2, 2));
+            _ => Vec::new(),
+        };
+        steps.work.iter().flat_map(came).collect()
     }
 }

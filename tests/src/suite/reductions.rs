@@ -2,7 +2,7 @@
 #![allow(missing_docs, reason = "each function is a test, and its name says what must hold")]
 
 use super::WORLDS;
-use crate::job::{ALGORITHMS, ELEMENTS, reductions};
+use crate::job::{ELEMENTS, algorithms, reductions};
 use crate::{Call, Group, Job, Machine, small};
 use peerlane::cases::Values;
 use peerlane::{Config, DType, ReduceOp, Wire};
@@ -16,7 +16,7 @@ pub fn all_reduce_is_exact_for_every_type_operator_and_algorithm(machine: &Machi
         let mut jobs = Vec::new();
         for (dtype, wire) in ELEMENTS {
             for op in ReduceOp::ALL {
-                for algorithm in ALGORITHMS {
+                for algorithm in algorithms() {
                     let count = SIZES[jobs.len() % SIZES.len()];
                     let (in_place, absent) = (false, 0);
                     jobs.push(Job::plain(Call::AllReduce {
@@ -92,7 +92,7 @@ fn every_kind(count: usize, in_place: bool, absent: u32) -> Vec<Call> {
     let mut calls = Vec::new();
     for (dtype, wire) in ELEMENTS {
         let op = ReduceOp::Sum;
-        for algorithm in ALGORITHMS {
+        for algorithm in algorithms() {
             calls.push(Call::AllReduce { count, dtype, wire, op, algorithm, in_place, absent });
         }
         calls.push(Call::ReduceScatter { count, dtype, wire, op, in_place, absent });

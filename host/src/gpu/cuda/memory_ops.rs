@@ -91,9 +91,8 @@ impl CudaGpu {
 fn translated(operation: MemoryOp, wait_flags: u32) -> Parameters {
     let (operation, address, value, flags) = match operation {
         MemoryOp::Wait(at, value) => (WAIT_VALUE_32, at, value, wait_flags),
-        // The second version refuses CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER (CUDA_ERROR_INVALID_VALUE, seen
-        // on driver 580), so a note is a store like others.
-        MemoryOp::Write(to, value) | MemoryOp::Note(to, value) => (WRITE_VALUE_32, to, value, 0),
+        // CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER is refused (CUDA_ERROR_INVALID_VALUE, driver 580).
+        MemoryOp::Write(to, value) => (WRITE_VALUE_32, to, value, 0),
     };
     Parameters { operation, address: address.0, value: value.into(), flags, ..Default::default() }
 }
@@ -114,6 +113,5 @@ mod tests {
         let words = unsafe { std::mem::transmute::<Parameters, [u32; 12]>(wait) };
         assert_eq!(words, [1, 0, 0x1234, 0, 7, 0, 0x4000_0001, 0, 0, 0, 0, 0]);
         assert_eq!(translated(MemoryOp::Write(DevicePtr(4), 1), 9).flags, 0);
-        assert_eq!(translated(MemoryOp::Note(DevicePtr(4), 1), 9).flags, 0);
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Invariant: two worlds made from equal configurations behave the same.
 
+use peerlane_device::abi::MAX_RANKS;
+
 /// A simulated machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -16,6 +18,8 @@ pub struct Config {
     pub multiprocessors: u32,
     /// Bytes of memory of each GPU.
     pub memory_bytes: u64,
+    /// Hardware queues that each GPU reports. Simulated streams wait for each other in no case.
+    pub hardware_queues: usize,
     /// Whether a thread of the machine's own moves it, so that kernels run while no caller waits.
     /// Ranks in other processes need that. Schedules are not repeatable then.
     ///
@@ -40,6 +44,7 @@ impl Default for Config {
             weak: true,
             multiprocessors: 16,
             memory_bytes: 8 << 30,
+            hardware_queues: 4 * MAX_RANKS,
             autonomous: false,
             unreachable: Vec::new(),
             one_way: Vec::new(),

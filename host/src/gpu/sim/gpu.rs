@@ -13,7 +13,7 @@ use crate::gpu::{
     Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess, Properties,
     Stream,
 };
-use peerlane_device::abi::{Args, Kernel, MAX_RANKS, MAX_THREADS};
+use peerlane_device::abi::{Args, Kernel, MAX_THREADS};
 use std::sync::Arc;
 
 /// Blocks that a multiprocessor holds at once, however large.
@@ -149,8 +149,7 @@ impl Gpu for SimGpu {
     }
 
     fn hardware_queues(&self) -> usize {
-        // Simulated streams never wait for each other; four for each of the most ranks.
-        4 * MAX_RANKS
+        self.world.config.hardware_queues
     }
 
     fn stream_create(&self) -> Result<Stream> {
@@ -171,9 +170,7 @@ impl Gpu for SimGpu {
         for operation in operations {
             let work = match *operation {
                 MemoryOp::Wait(at, value) => Work::Await { at: at.0, value },
-                MemoryOp::Write(to, value) | MemoryOp::Note(to, value) => {
-                    Work::Store { dst: to.0, value }
-                }
+                MemoryOp::Write(to, value) => Work::Store { dst: to.0, value },
             };
             engine.queue(key, work);
         }

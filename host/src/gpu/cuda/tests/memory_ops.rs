@@ -33,7 +33,7 @@ fn a_stream_waits_for_a_word_that_another_stores() {
         let (flag, host) = (word(&gpu), gpu.alloc_host(4096).unwrap());
         let streams = [gpu.stream_create_urgent().unwrap(), gpu.stream_create().unwrap()];
         let wait =
-            [MemoryOp::Wait(flag, 1), MemoryOp::Note(flag, 0), MemoryOp::Write(host.device, 7)];
+            [MemoryOp::Wait(flag, 1), MemoryOp::Write(flag, 0), MemoryOp::Write(host.device, 7)];
         ops(&gpu, streams[0], &wait);
         let event = gpu.event_create().unwrap();
         gpu.event_record(event, streams[0]).unwrap();
@@ -54,7 +54,7 @@ fn a_graph_waits_for_words_each_time_it_runs() {
         let (flag, answer) = (word(&gpu), word(&gpu));
         let streams = [gpu.stream_create().unwrap(), gpu.stream_create().unwrap()];
         gpu.capture_begin(streams[0]).unwrap();
-        let wait = [MemoryOp::Wait(flag, 1), MemoryOp::Note(flag, 0), MemoryOp::Write(answer, 1)];
+        let wait = [MemoryOp::Wait(flag, 1), MemoryOp::Write(flag, 0), MemoryOp::Write(answer, 1)];
         ops(&gpu, streams[0], &wait);
         let graph = gpu.capture_end(streams[0]).unwrap();
         for _ in 0..3 {
@@ -62,7 +62,7 @@ fn a_graph_waits_for_words_each_time_it_runs() {
             assert!(!gpu.stream_query(streams[0]).unwrap());
             let answered = [MemoryOp::Write(flag, 1), MemoryOp::Wait(answer, 1)];
             ops(&gpu, streams[1], &answered);
-            ops(&gpu, streams[1], &[MemoryOp::Note(answer, 0)]);
+            ops(&gpu, streams[1], &[MemoryOp::Write(answer, 0)]);
             gpu.stream_synchronize(streams[1]).unwrap();
             gpu.stream_synchronize(streams[0]).unwrap();
         }
@@ -83,7 +83,7 @@ fn what_was_copied_to_a_peer_is_there_when_its_word_is() {
     let (source, kept) = (from.alloc(BYTES).unwrap(), to.alloc(BYTES).unwrap());
     let (out, into) = (from.stream_create_urgent().unwrap(), to.stream_create_urgent().unwrap());
     for round in 1..100u8 {
-        ops(to, into, &[MemoryOp::Wait(flag, 1), MemoryOp::Note(flag, 0)]);
+        ops(to, into, &[MemoryOp::Wait(flag, 1), MemoryOp::Write(flag, 0)]);
         let mut found = vec![0; BYTES];
         // SAFETY: all of them have that many bytes.
         unsafe {

@@ -1,0 +1,347 @@
+//! Runs the steps of a scheduled call: copies, local reductions and flags on a rank's own streams.
+//!
+//! Invariant: a rank queues its steps in the order that all ranks share (`plan/steps.rs`), on whatever
+//! stream each belongs to, and no operation is held back beyond its half of a turn. So a call comes to
+//! its end even if the driver puts several streams of one rank into one hardware queue. The streams of
+//! two ranks must not share one: who queues both their calls does so one after the other.
+//!
+//! Ranks are ordered by flags in staging areas only; events order the streams of one rank. An event can be
+//! waited for only once it has been recorded, and when a peer does that is the peer's affair.
+
+mod lane;
+mod moves;
+
+use crate::algorithm::{Pattern, Spread};
+use crate::call_log::Signature;
+use crate::communicator::Config;
+use crate::error::{Error, Result};
+use crate::gpu::{Backend, DevicePtr, Event, GpuRef, MemoryOp, Stream};
+use crate::group::Group;
+use crate::mailbox::Board;
+use crate::monitor::Monitor;
+use crate::plan::staging::{self, Cut, UP};
+use crate::plan::steps::{self, Steps};
+use crate::plan::{Shape, roles};
+use lane::Lane;
+use peerlane_device::abi::{Args, DType, MAX_RANKS, flags, phase};
+use std::mem::offset_of;
+
+/// The stream of the reductions. Every call begins and ends on it.
+const REDUCE: usize = 0;
+/// The stream that keeps results.
+const TAKE: usize = 1;
+/// The stream of the sends to the next rank; those to the one after it have the next stream, and so on. What
+/// goes to one peer goes one after the other: side by side, a result slows down the chunk that the next
+/// result is made of (two H200s, 64 MiB: 250 us with two streams to a peer, 236 with one).
+const SEND: usize = 2;
+
+/// What a rank needs for scheduled calls.
+pub(crate) struct Scheduled {
+    gpu: GpuRef,
+    rank: u32,
+    shape: Shape,
+    staging_bytes: usize,
+    chunk_bytes: Option<usize>,
+    /// Skips the waits for room. Test only.
+    breaks_credit: bool,
+    /// Every rank's staging area, as this rank reaches it.
+    staging: [DevicePtr; MAX_RANKS],
+    /// This rank's board, as its GPU reaches it.
+    board: DevicePtr,
+    lanes: Vec<Lane>,
+    fork: Event,
+    /// By scheme; made when first used.
+    steps: Vec<Option<Box<Steps>>>,
+    /// Calls so far.
+    calls: u32,
+    /// The peers whose staging areas this call has found free, a bit each.
+    areas: u32,
+    monitor: Monitor,
+}
+
+/// Which steps a call takes.
+#[derive(Clone, Copy)]
+pub(crate) enum Scheme {
+    AllReduce(Pattern),
+    /// From this root.
+    Broadcast(Spread, u32),
+}
+
+impl Scheme {
+    const COUNT: usize = Pattern::ALL.len() + Spread::ALL.len() * MAX_RANKS;
+
+    fn index(self) -> usize {
+        match self {
+            Scheme::AllReduce(pattern) => pattern as usize,
+            Scheme::Broadcast(spread, root) => {
+                Pattern::ALL.len() + spread as usize * MAX_RANKS + root as usize
+            }
+        }
+    }
+
+    fn steps(self, shape: &Shape, rank: u32) -> Steps {
+        let world = shape.world;
+        match self {
+            Scheme::AllReduce(pattern) => match roles::forest(shape.by_island(), pattern) {
+                Some(forest) => Steps::of(&forest, world, rank, pattern == Pattern::Ring),
+                None => Steps::one_shot(world, rank),
+            },
+            Scheme::Broadcast(spread, root) => {
+                Steps::broadcast(&roles::spread(shape, spread, root), world, rank)
+            }
+        }
+    }
+}
+
+/// What one call is about.
+pub(crate) struct Job {
+    /// What this rank brings, if `contribution`.
+    pub(crate) src: DevicePtr,
+    pub(crate) dst: DevicePtr,
+    pub(crate) dtype: DType,
+    pub(crate) contribution: bool,
+    pub(crate) cut: Cut,
+    /// The arguments of its kernels before their own are filled in.
+    pub(crate) args: Args,
+    pub(crate) signature: Signature,
+}
+
+impl Scheduled {
+    /// Makes the streams and the monitor of `rank`.
+    pub(crate) fn new(
+        gpu: &GpuRef,
+        rank: u32,
+        group: &Group,
+        config: &Config,
+    ) -> Result<Scheduled> {
+        let shape = group.shape;
+        let mut staging = [DevicePtr(0); MAX_RANKS];
+        for (address, member) in staging.iter_mut().zip(group.mailboxes.members.iter()) {
+            *address = member.staging;
+        }
+        let lanes = streams(gpu, rank, group)?.min(SEND + shape.world as usize - 1);
+        let own = &group.mailboxes.members[rank as usize];
+        Ok(Scheduled {
+            gpu: gpu.clone(),
+            rank,
+            shape,
+            staging_bytes: config.staging(),
+            chunk_bytes: config.chunk_bytes,
+            breaks_credit: config.broken & flags::BREAK_CREDIT != 0
+                && gpu.backend() == Backend::Sim,
+            staging,
+            board: own.status.device.offset(Board::OFFSET),
+            lanes: (0..lanes).map(|_| Lane::new(gpu)).collect::<Result<_>>()?,
+            fork: gpu.event_create()?,
+            steps: vec![None; Scheme::COUNT],
+            calls: 0,
+            areas: 0,
+            monitor: Monitor::new(gpu, rank, group, config.deadline)?,
+        })
+    }
+
+    /// See [`Communicator::set_deadline`](crate::Communicator::set_deadline).
+    pub(crate) fn set_deadline(&self, deadline: std::time::Duration) {
+        self.monitor.set_deadline(deadline);
+    }
+
+    /// How a tensor of `units` units, the last of `tail` bytes, is cut.
+    pub(crate) fn cut(
+        &mut self,
+        op: &'static str,
+        scheme: Scheme,
+        units: (usize, u32),
+    ) -> Result<Cut> {
+        let (staging_bytes, chunk_bytes) = (self.staging_bytes, self.chunk_bytes);
+        Cut::new(op, self.steps(scheme), units, staging_bytes, chunk_bytes)
+    }
+
+    fn steps(&mut self, scheme: Scheme) -> &Steps {
+        let (shape, rank) = (&self.shape, self.rank);
+        self.steps[scheme.index()].get_or_insert_with(|| Box::new(scheme.steps(shape, rank)))
+    }
+
+    /// Queues a call behind everything on `stream`, and what comes on `stream` behind the call.
+    ///
+    /// # Safety
+    /// As for [`Communicator::all_reduce`](crate::Communicator::all_reduce).
+    ///
+    /// # Errors
+    /// An error before `begun` is set has queued nothing that a peer could notice.
+    pub(crate) unsafe fn run(
+        &mut self,
+        scheme: Scheme,
+        job: &Job,
+        stream: Stream,
+        begun: &mut bool,
+    ) -> Result<()> {
+        self.steps(scheme);
+        let Some(steps) = self.steps[scheme.index()].take() else { return Ok(()) };
+        // SAFETY: passed on to the caller.
+        let outcome = unsafe { self.queue(job, &steps, stream, begun) };
+        self.steps[scheme.index()] = Some(steps);
+        outcome
+    }
+
+    unsafe fn queue(
+        &mut self,
+        job: &Job,
+        steps: &Steps,
+        stream: Stream,
+        begun: &mut bool,
+    ) -> Result<()> {
+        let captured = self.gpu.is_capturing(stream)?;
+        let operation = job.signature.operation;
+        if !captured && self.gpu.is_capturing(self.lanes[REDUCE].stream)? {
+            return Err(Error::Unsupported {
+                op: operation.name(),
+                reason: "an earlier scheduled call of this communicator is being captured, and the capture has not ended".into(),
+            });
+        }
+        self.calls = self.calls.wrapping_add(1);
+        self.monitor.began(self.calls, captured, operation)?;
+        self.fork(steps, stream)?;
+        // SAFETY: flags and board are the group's; the caller vouches for the tensors.
+        unsafe {
+            self.open()?;
+            *begun = true;
+            let chunks = (0..steps.parts).map(|part| job.cut.chunks(part)).max().unwrap_or(0);
+            for turn in 0..chunks + steps.longest_delay {
+                for step in &steps.work {
+                    self.step(job, steps, step, turn)?;
+                }
+                self.publish(steps)?;
+                self.flush()?;
+                for step in &steps.sends {
+                    self.step(job, steps, step, turn)?;
+                }
+                self.flush()?;
+            }
+            self.join(captured, stream)
+        }
+    }
+
+    /// Lets every stream of the call wait for the caller's.
+    fn fork(&mut self, steps: &Steps, stream: Stream) -> Result<()> {
+        self.lanes.iter_mut().for_each(Lane::reset);
+        for step in steps.work.iter().chain(&steps.sends) {
+            let lane = self.lane_of(step);
+            self.lanes[lane].used = true;
+        }
+        self.lanes[REDUCE].used = true;
+        self.gpu.event_record(self.fork, stream)?;
+        let used = self.lanes.iter().filter(|lane| lane.used);
+        used.map(|lane| lane.stream).try_for_each(|own| self.gpu.stream_wait(own, self.fork))
+    }
+
+    /// Says that the call has begun.
+    unsafe fn open(&mut self) -> Result<()> {
+        self.areas = 0;
+        let busy = self.board.offset(offset_of!(Board, busy));
+        self.lanes[REDUCE].pending.push(MemoryOp::Write(busy, 1));
+        // SAFETY: passed on to the caller.
+        unsafe { self.lanes[REDUCE].queue(&self.gpu) }
+    }
+
+    /// Queues what is pending on every stream.
+    unsafe fn flush(&mut self) -> Result<()> {
+        // SAFETY: passed on to the caller.
+        self.lanes.iter_mut().try_for_each(|lane| unsafe { lane.queue(&self.gpu) })
+    }
+
+    /// Says that this rank's staging area is free again, and lets the caller's stream wait for every stream
+    /// of the call.
+    unsafe fn join(&mut self, captured: bool, stream: Stream) -> Result<()> {
+        let reduce = self.lanes[REDUCE].stream;
+        for lane in self.lanes.iter().skip(1).filter(|lane| lane.used) {
+            self.gpu.event_record(lane.event, lane.stream)?;
+            self.gpu.stream_wait(reduce, lane.event)?;
+        }
+        if !self.breaks_credit {
+            self.free_area();
+        }
+        let lane = &mut self.lanes[REDUCE];
+        lane.clear_note();
+        lane.pending.push(MemoryOp::Write(self.board.offset(offset_of!(Board, busy)), 0));
+        // A graph that runs again says nothing about what has been called since.
+        if !captured {
+            let done = self.board.offset(offset_of!(Board, done));
+            lane.pending.push(MemoryOp::Write(done, self.calls));
+        }
+        // SAFETY: the board is the group's.
+        unsafe { lane.queue(&self.gpu)? };
+        self.gpu.event_record(self.fork, reduce)?;
+        self.gpu.stream_wait(stream, self.fork)
+    }
+
+    /// Tells every peer that this rank's staging area is free. Every flag of an area goes down and up once in
+    /// each call, whoever sends to whom in it, so that calls can follow each other in any order. It must
+    /// not go up before it is down: the peer says when it has begun.
+    fn free_area(&mut self) {
+        let (rank, world) = (self.rank, self.shape.world);
+        let peers = (0..world).filter(|peer| *peer != rank);
+        for peer in peers.clone() {
+            self.await_area(REDUCE, peer);
+        }
+        for peer in peers {
+            let begun = self.staging[rank as usize].offset(staging::begun_flag(peer));
+            let area = self.staging[peer as usize].offset(staging::area_flag(rank));
+            self.await_flag(REDUCE, begun, Board::note(u32::MAX, phase::CREDIT, peer));
+            self.lanes[REDUCE].pending.push(MemoryOp::Write(area, UP));
+        }
+    }
+
+    /// Holds a stream until the whole staging area of `peer` is free, and tells the peer that this rank has
+    /// begun; once in a call.
+    fn await_area(&mut self, lane: usize, peer: u32) {
+        if self.areas & 1 << peer == 0 {
+            let area = self.staging[self.rank as usize].offset(staging::area_flag(peer));
+            let begun = self.staging[peer as usize].offset(staging::begun_flag(self.rank));
+            self.await_flag(lane, area, Board::note(0, phase::CREDIT, peer));
+            self.lanes[lane].pending.push(MemoryOp::Write(begun, UP));
+        }
+        self.areas |= 1 << peer;
+    }
+
+    /// Holds a stream until a flag is up, and takes it down.
+    fn await_flag(&mut self, lane: usize, flag: DevicePtr, note: u32) {
+        let at = self.note_of(lane);
+        self.lanes[lane].await_flag(flag, at, note);
+    }
+
+    /// The word of the board that says what a stream waits for.
+    fn note_of(&self, lane: usize) -> DevicePtr {
+        self.board.offset(offset_of!(Board, notes) + 4 * lane)
+    }
+}
+
+/// How many streams `rank` may have for its steps. Ranks on one GPU divide its hardware queues: where the
+/// streams were as many as all queues, monitors' not counted, 8 ranks on two H200s stood still, and no deadline
+/// ended it.
+fn streams(gpu: &GpuRef, rank: u32, group: &Group) -> Result<usize> {
+    let members = &group.mailboxes.members;
+    let ordinal = members[rank as usize].ordinal;
+    let sharers = members.iter().filter(|member| member.ordinal == ordinal).count();
+    let (all, least) = (gpu.hardware_queues(), steps::LEAST_QUEUES);
+    if all / sharers < least {
+        return Err(Error::Unsupported {
+            op: "scheduled steps",
+            reason: format!(
+                "they need {least} hardware queues for each of the {sharers} ranks on GPU {ordinal}, which has {all}; CUDA_DEVICE_MAX_CONNECTIONS=32 gives it more"
+            ),
+        });
+    }
+    Ok(all / sharers - least + 1)
+}
+
+impl Drop for Scheduled {
+    fn drop(&mut self) {
+        self.monitor.stop();
+        // What fails here has failed before, where a call said so.
+        // SAFETY: made in `new` and not used again; queued work still completes.
+        unsafe {
+            let _ = self.gpu.event_destroy(self.fork);
+            self.lanes.iter().for_each(|lane| lane.destroy(&self.gpu));
+        }
+    }
+}
