@@ -23,8 +23,9 @@ use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, f
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-/// Bytes of a staging area where one is wanted and its size is not said.
-const STAGING_BYTES: usize = FLAG_BYTES + (64 << 20);
+/// Bytes of a staging area where one is wanted and its size is not said: two ranks have room for 64 MiB in two
+/// chunks a part.
+pub const STAGING_BYTES: usize = FLAG_BYTES + (64 << 20);
 
 /// What all ranks of a communicator agree on when they meet.
 #[derive(Clone, Debug, PartialEq)]

@@ -81,6 +81,16 @@ impl TuningTable {
         check_entries::<Algorithm>("all_reduce", &self.all_reduce)?;
         check_entries::<Algorithm>("all_reduce_any", &self.all_reduce_any)?;
         check_entries::<Route>("broadcast", &self.broadcast)?;
+        let all = self.all_reduce.iter().chain(&self.all_reduce_any);
+        let algorithms = all.filter_map(|entry| entry.choice.parse::<Algorithm>().ok());
+        let routes = self.broadcast.iter().filter_map(|entry| entry.choice.parse::<Route>().ok());
+        let copies = algorithms.filter(|a| a.is_scheduled()).map(Algorithm::name);
+        let copies = copies.chain(routes.filter(|r| r.is_scheduled()).map(Route::name)).next();
+        if let Some(name) = copies {
+            // A communicator has a staging area only where its Config asks for one.
+            let expected = "algorithms and routes that are one kernel; copies are asked for by name";
+            return Err((expected.into(), name.into()));
+        }
         let wrong = self.all_reduce.iter().find(|entry| {
             let algorithm = entry.choice.parse();
             algorithm.is_ok_and(|algorithm| !super::is_exact(algorithm, self.world))

@@ -79,10 +79,10 @@ pub(crate) struct Options {
     /// What carries data from rank to rank: auto, p2p or host. Left out: PEERLANE_TRANSPORT, else auto.
     #[arg(long, value_parser = parse::transport)]
     transport: Option<Transport>,
-    /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 32M for those.
+    /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 64M for those.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     staging: Option<usize>,
-    /// Bytes that algorithms named copy-... copy at once. Left out: a quarter of a part, at least 4M.
+    /// Bytes that algorithms named copy-... copy at once. Left out: half of a part, at least 4M.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     chunk: Option<usize>,
     /// Root of broadcast and gather.
@@ -302,7 +302,7 @@ impl Plan<'_> {
     fn config(options: &Options, sim: bool) -> peerlane::Result<Config> {
         let Options { staging, chunk: chunk_bytes, transport, .. } = *options;
         let is_scheduled = |way: &Option<Algorithm>| matches!(way, Some(Algorithm::Scheduled(_)));
-        let usual = if sim { 1 << 20 } else { 32 << 20 };
+        let usual = if sim { 1 << 20 } else { STAGING_BYTES };
         let wanted = options.algorithm.0.iter().any(is_scheduled).then_some(usual);
         let config = options.choosing.config()?;
         let transport = transport.unwrap_or(config.transport);

@@ -216,7 +216,8 @@ impl Session<'_> {
     /// happens next must not depend on what happened before.
     fn connect(&mut self, world: u32) -> Result<Group, peerlane::Error> {
         // Every connection clears the memory of simulated GPUs, which takes its time.
-        let staging_bytes = if self.devices.simulated_only() { 1 << 20 } else { 32 << 20 };
+        let simulated = self.devices.simulated_only();
+        let staging_bytes = if simulated { 1 << 20 } else { STAGING_BYTES };
         let mut config = Config {
             deadline: Duration::from_secs(self.options.deadline),
             transport: self.transport,

@@ -1,4 +1,5 @@
-//! What competes: every algorithm and every route that the communicator carries out.
+//! What competes: every algorithm and every route that is one kernel. Copies are asked for by name: no table
+//! may name them (`choice/table.rs`).
 //!
 //! Invariant: all candidates of a rank are calls of one communicator, which differ in nothing but the
 //! algorithm or route that they name.
@@ -19,8 +20,8 @@ pub(super) enum Way {
 impl Way {
     /// Every way, in the order in which contenders are numbered.
     pub(super) fn all() -> Vec<Way> {
-        let reductions = Algorithm::ALL.into_iter().map(Way::AllReduce);
-        reductions.chain(Route::ALL.into_iter().map(Way::Broadcast)).collect()
+        let reductions = Algorithm::FUSED.into_iter().map(Way::AllReduce);
+        reductions.chain(Route::FUSED.into_iter().map(Way::Broadcast)).collect()
     }
 
     pub(super) fn operation(self) -> Operation {
