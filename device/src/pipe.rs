@@ -282,7 +282,8 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 lane.sync_threads();
             }
             if self.books {
-                if !self.broken(flags::BREAK_FENCE) {
+                let fences = !self.broken(flags::BREAK_FENCE);
+                if fences {
                     lane.fence_system();
                 }
                 let number = self.sent(thread).wrapping_add(index);
@@ -290,7 +291,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 self.put_units(slot, 0, number, [[0; 4]]);
                 let number = self.received(thread).wrapping_add(index);
                 self.take::<1>(thread, number, 0, phase);
-                lane.fence_system();
+                if fences {
+                    lane.fence_system();
+                }
             }
             !lane.sync_threads_or(!self.ok())
         }
