@@ -130,6 +130,8 @@ impl Communicator {
     pub unsafe fn register(&mut self, tensor: DevicePtr, bytes: usize) -> Result<Registration> {
         const OP: &str = "register";
         self.registers(OP)?;
+        // What ails one rank ails all, so nobody is left waiting.
+        self.health()?;
         let (number, mut table) = self.sit(OP)?;
         let among_processes = matches!(table, Table::Processes(_));
         let (outcome, file) = match self.offer(tensor, bytes, among_processes) {
@@ -182,7 +184,7 @@ impl Communicator {
     ) -> Result<Vec<Registration>> {
         const OP: &str = "register_all";
         whole_group(OP, ranks, tensors.len())?;
-        ranks.iter().try_for_each(|rank| rank.registers(OP))?;
+        ranks.iter().try_for_each(|rank| rank.registers(OP).and_then(|()| rank.health()))?;
         let mut cards: Cards = Vec::new();
         for (rank, (tensor, bytes)) in ranks.iter().zip(tensors) {
             let (offer, file) = rank.offer(*tensor, *bytes, false)?;
@@ -267,7 +269,6 @@ impl Communicator {
         among_processes: bool,
     ) -> Result<(Offer, Option<OwnedFd>)> {
         const OP: &str = "register";
-        self.health()?;
         if bytes == 0 {
             return Err(invalid(OP, "bytes", "at least 1".into(), 0));
         }
