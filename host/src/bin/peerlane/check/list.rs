@@ -132,9 +132,11 @@ impl Family {
                 calls
             }
             Family::Registered(dtype, wire) => {
+                // Not the only one: the reference has no bound for a maximum of nothing.
+                let absent = (world > 1).then_some(Some(world / 2));
                 let of_op = |op| {
-                    let ranks = [None, Some(world / 2)];
-                    ranks.map(|absent| Call::Registered { dtype, wire, op, absent })
+                    let ranks = [None].into_iter().chain(absent);
+                    ranks.map(move |absent| Call::Registered { dtype, wire, op, absent })
                 };
                 ReduceOp::ALL.into_iter().flat_map(of_op).collect()
             }
