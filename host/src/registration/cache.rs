@@ -184,3 +184,86 @@ impl Registrations {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::sim;
+    use peerlane_device::abi::MAX_RANKS;
+    use std::sync::Mutex;
+
+    /// A GPU of another process's machine, and memory of that process.
+    fn mapping(gpu: &GpuRef, id: u64) -> Arc<Mapping> {
+        let config = sim::Config { devices: 2, ..Default::default() };
+        let owner = sim::devices(&config)[0].clone();
+        let base = owner.alloc_shared(4096).unwrap();
+        let at = gpu.import(owner.export(base).unwrap(), 4096, 0).unwrap();
+        let key = Key { rank: 0, base: base.0, bytes: 4096, id };
+        Arc::new(Mapping { gpu: gpu.clone(), key, at })
+    }
+
+    fn entry(owner: u64, mappings: &[Arc<Mapping>]) -> Arc<Entry> {
+        let kept = Mutex::new(Some(mappings.to_vec()));
+        let (addresses, own) = ([0; MAX_RANKS], DevicePtr(0));
+        Arc::new(Entry { owner, number: 1, bytes: 4096, own, addresses, mappings: kept })
+    }
+
+    fn gpu() -> GpuRef {
+        sim::devices(&sim::Config { devices: 2, ..Default::default() })[1].clone()
+    }
+
+    #[test]
+    fn idle_mappings_go_beyond_the_limit_the_longest_unused_first() {
+        let (gpu, mut table) = (gpu(), Registrations::default());
+        let keys: Vec<Key> = (0..3)
+            .map(|id| {
+                let mapping = mapping(&gpu, id);
+                let key = mapping.key;
+                let entry = entry(table.owner(), std::slice::from_ref(&mapping));
+                assert!(table.find(key).is_none());
+                // The entry, and so the registration, ends here: the mapping is idle.
+                assert!(table.keep(&entry, vec![mapping]).is_empty());
+                key
+            })
+            .collect();
+        assert_eq!(table.statistics().entries, 3);
+        assert!(table.find(keys[0]).is_some());
+        let gone: Vec<u64> = table.set_limit(1).iter().map(|mapping| mapping.key.id).collect();
+        assert_eq!(gone, [1, 2]);
+        let reused = Key { id: 9, ..keys[0] };
+        assert!(table.find(reused).is_none() && table.find(keys[0]).is_some());
+        let RegistrationStatistics { registrations, entries, mapped_bytes, hits, misses } =
+            table.statistics();
+        assert_eq!((registrations, entries, mapped_bytes, hits, misses), (0, 1, 4096, 2, 4));
+    }
+
+    #[test]
+    fn mappings_in_use_stay_whatever_the_limit_and_end_with_the_last_use() {
+        let (gpu, mut table) = (gpu(), Registrations::default());
+        assert!(table.set_limit(0).is_empty());
+        let shared = mapping(&gpu, 1);
+        let (address, uses) =
+            (shared.at, [0; 2].map(|_| entry(table.owner(), std::slice::from_ref(&shared))));
+        assert!(uses.iter().all(|one| table.keep(one, vec![shared.clone()]).is_empty()));
+        drop(shared);
+        let end = |one: &Entry| one.lock().take().unwrap_or_default();
+        table.forget(end(&uses[0]));
+        assert_eq!((table.statistics().registrations, table.statistics().entries), (1, 1));
+        table.forget(end(&uses[1]));
+        assert_eq!(table.statistics().entries, 0);
+        // SAFETY: nothing uses it.
+        assert!(unsafe { gpu.release(address) }.is_err(), "it was still mapped");
+    }
+
+    #[test]
+    fn the_end_of_a_communicator_ends_all_uses() {
+        let (gpu, mut table) = (gpu(), Registrations::default());
+        let mapping = mapping(&gpu, 1);
+        let (address, one) = (mapping.at, entry(table.owner(), std::slice::from_ref(&mapping)));
+        assert!(table.keep(&one, vec![mapping]).is_empty());
+        table.clear();
+        assert!(one.lock().is_none());
+        // SAFETY: nothing uses it.
+        assert!(unsafe { gpu.release(address) }.is_err(), "it was still mapped");
+    }
+}
