@@ -5,8 +5,8 @@
 
 use peerlane::error::{Error, Result};
 use peerlane::gpu::{
-    Backend, DevicePtr, Event, Exported, Gpu, GpuRef, Graph, HostMemory, MemoryOp, PeerAccess,
-    Properties, Stream,
+    Allocation, Backend, DevicePtr, Event, Exported, Gpu, GpuRef, Graph, HostMemory, MemoryOp,
+    PeerAccess, Properties, Stream,
 };
 use peerlane_device::abi::{Args, Kernel};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -128,6 +128,10 @@ impl Gpu for NullGpu {
 
     fn export(&self, _: DevicePtr) -> Result<Exported> {
         Self::not_shared("export")
+    }
+
+    fn allocation(&self, memory: DevicePtr) -> Result<Allocation> {
+        Ok(Allocation { base: memory, bytes: usize::MAX, id: memory.0, peers_reach: true })
     }
 
     fn import(&self, _: Exported, _: usize, _: u32) -> Result<DevicePtr> {

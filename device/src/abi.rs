@@ -24,7 +24,7 @@ pub const UNROLL: usize = 4;
 pub const MAX_THREADS: u32 = 256;
 
 /// Version of everything in this file. Ranks with different versions refuse each other.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Element type of a tensor, for reductions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -207,6 +207,10 @@ macro_rules! for_each_kernel {
             AllReduceTreeF16 "peerlane_all_reduce_tree_f16" tree::<F16> 2;
             AllReduceTreeBf16 "peerlane_all_reduce_tree_bf16" tree::<Bf16> 2;
             AllReduceTreeF32AsBf16 "peerlane_all_reduce_tree_f32_as_bf16" tree::<F32AsBf16> 2;
+            AllReduceDirectF32 "peerlane_all_reduce_direct_f32" direct::<F32> 5;
+            AllReduceDirectF16 "peerlane_all_reduce_direct_f16" direct::<F16> 5;
+            AllReduceDirectBf16 "peerlane_all_reduce_direct_bf16" direct::<Bf16> 5;
+            AllReduceDirectF32AsBf16 "peerlane_all_reduce_direct_f32_as_bf16" direct::<F32AsBf16> 5;
             ReduceScatterF32 "peerlane_reduce_scatter_f32" reduce_scatter::<F32> 2;
             ReduceScatterF16 "peerlane_reduce_scatter_f16" reduce_scatter::<F16> 2;
             ReduceScatterBf16 "peerlane_reduce_scatter_bf16" reduce_scatter::<Bf16> 2;
@@ -290,6 +294,11 @@ impl Kernel {
         Kernel::ALL[Kernel::AllReduceTreeF32 as usize + Self::element(dtype, wire)]
     }
 
+    /// The direct all-reduce for registered `dtype` tensors whose elements are rounded as if they travelled as `wire`.
+    pub const fn all_reduce_direct(dtype: DType, wire: Wire) -> Kernel {
+        Kernel::ALL[Kernel::AllReduceDirectF32 as usize + Self::element(dtype, wire)]
+    }
+
     /// The reduce-scatter for `dtype` tensors travelling as `wire`.
     pub const fn reduce_scatter(dtype: DType, wire: Wire) -> Kernel {
         Kernel::ALL[Kernel::ReduceScatterF32 as usize + Self::element(dtype, wire)]
@@ -304,7 +313,7 @@ impl Kernel {
     /// than in the turn after its own was sent.
     pub const fn can_seal_all(self) -> bool {
         let staged = Kernel::AllReduceStagedF32 as usize <= self as usize
-            && self as usize <= Kernel::AllReduceTreeF32AsBf16 as usize;
+            && self as usize <= Kernel::AllReduceDirectF32AsBf16 as usize;
         !staged && self as usize != Kernel::BroadcastTree as usize
     }
 
@@ -399,7 +408,7 @@ pub struct Args {
     /// Unused; keeps the struct free of padding.
     pub reserved: u32,
     /// Gather: bytes per row that each rank brings; 0 for ranks that bring nothing. Trees: this
-    /// rank's [`Role`] in each part.
+    /// rank's [`Role`] in each part. Direct all-reduces: every rank's tensor, as this rank reaches it.
     pub table: [u64; MAX_RANKS],
 }
 
@@ -506,6 +515,10 @@ pub mod flags {
     pub const BREAK_SYNC: u32 = 1 << 20;
     /// Test only: look at one word of a unit instead of all four.
     pub const BREAK_TEAR: u32 = 1 << 21;
+    /// Test only: read registered tensors without the flags that say that they are ready.
+    pub const BREAK_READY: u32 = 1 << 22;
+    /// Test only: end without the flags that say that registered tensors are written.
+    pub const BREAK_DONE: u32 = 1 << 23;
 }
 
 /// Codes of [`Args::mode`] for the probe kernel.

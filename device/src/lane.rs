@@ -2,7 +2,8 @@
 //! coroutines; nothing else in this crate knows which of the two it runs on.
 //!
 //! Memory comes in three kinds, and each has its own accesses:
-//! - *tensors* belong to the caller and are touched by the local kernel only: plain accesses;
+//! - *tensors* belong to the caller and are touched by the local kernel only: plain accesses; those that
+//!   all ranks have registered are accessed as slots are, between two exchanges of flags (`kernels/direct.rs`);
 //! - *slots* of a mailbox are written by one peer and polled by their owner: relaxed,
 //!   system-scope accesses, single 16-byte instructions that the hardware may split into their two
 //!   8-byte halves, but not further (NCCL's LL protocol rests on the same);
@@ -71,10 +72,10 @@ pub trait Lane: Copy {
     /// See [`Lane::store_u8`].
     unsafe fn store_u32x4(self, address: u64, value: Unit);
 
-    /// Stores a unit into a slot, a peer's or (to clean it) this rank's own. Relaxed, system scope:
+    /// Stores a unit into a slot, a peer's or (to clean it) this rank's own, or into a registered tensor. Relaxed, system scope:
     /// it orders nothing, and other lanes may see its two 8-byte halves one by one.
     unsafe fn put_unit(self, address: u64, value: Unit);
-    /// Loads a unit of this rank's own slots. Relaxed, system scope.
+    /// Loads a unit of this rank's own slots, or of a registered tensor. Relaxed, system scope.
     unsafe fn poll_unit(self, address: u64) -> Unit;
 
     /// Stores a word. Relaxed, system scope.

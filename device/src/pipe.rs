@@ -262,6 +262,43 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         seals_all::<F>(self.args)
     }
 
+    /// Tells every peer that all threads of this block have come here, by slot number `index` of this call, and waits until
+    /// this block of every peer has. What it stored before is visible to this block after. False for all
+    /// threads if one of them has waited in vain. `without` is the test-only switch that leaves it all out.
+    ///
+    /// The barrier orders the other threads' accesses before this thread's fence, the fence orders them before the
+    /// packet; at the other end the same in reverse. Without the first, peers would see old data or have theirs
+    /// overwritten while they are still read; without the second, this block would read ahead.
+    #[inline(always)]
+    pub unsafe fn meet(&mut self, index: u32, phase: u32, without: u32) -> bool {
+        let (lane, thread) = (self.lane, self.lane.thread());
+        if self.broken(without) {
+            return true;
+        }
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.return_credits();
+            if !self.broken(flags::BREAK_SYNC) {
+                lane.sync_threads();
+            }
+            if self.books {
+                let fences = !self.broken(flags::BREAK_FENCE);
+                if fences {
+                    lane.fence_system();
+                }
+                let number = self.sent(thread).wrapping_add(index);
+                let slot = self.reserve(thread, number);
+                self.put_units(slot, 0, number, [[0; 4]]);
+                let number = self.received(thread).wrapping_add(index);
+                self.take::<1>(thread, number, 0, phase);
+                if fences {
+                    lane.fence_system();
+                }
+            }
+            !lane.sync_threads_or(!self.ok())
+        }
+    }
+
     /// Waits until `peer` has freed slot number `number`, and returns the slot's address there.
     #[inline(always)]
     pub unsafe fn reserve(&mut self, peer: u32, number: u32) -> u64 {

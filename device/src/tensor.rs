@@ -30,6 +30,10 @@ pub trait Codec: Copy {
         valid: u32,
         unit: Unit,
     );
+    /// Loads a whole unit of four payload words at an aligned address, from a tensor that other GPUs write to.
+    unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit;
+    /// Stores a whole unit of four payload words at an aligned address, into a tensor of any GPU.
+    unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit);
 }
 
 impl Codec for Bytes {
@@ -70,6 +74,18 @@ impl Codec for Bytes {
             }
             store_narrow(lane, at, valid, unit);
         }
+    }
+
+    #[inline(always)]
+    unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit {
+        // SAFETY: the same contract.
+        unsafe { lane.poll_unit(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit) {
+        // SAFETY: the same contract.
+        unsafe { lane.put_unit(at, unit) };
     }
 }
 
@@ -114,6 +130,23 @@ impl Codec for F32AsBf16 {
             }
         }
     }
+
+    #[inline(always)]
+    unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit {
+        // SAFETY: the same contract; the unit has 32 tensor bytes.
+        let (first, second) = unsafe { (lane.poll_unit(at), lane.poll_unit(at + 16)) };
+        let ([a, b], [c, d]) = (round_pairs(lane, first), round_pairs(lane, second));
+        [a, b, c, d]
+    }
+
+    #[inline(always)]
+    unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit) {
+        // SAFETY: the same contract; the unit has 32 tensor bytes.
+        unsafe {
+            lane.put_unit(at, widen_pairs(lane, unit[0], unit[1]));
+            lane.put_unit(at + 16, widen_pairs(lane, unit[2], unit[3]));
+        }
+    }
 }
 
 /// Four f32 as two words of bf16.
@@ -148,6 +181,18 @@ macro_rules! as_bytes {
             unsafe fn store<L: Lane, const WHOLE: bool>(lane: L, words: usize, at: u64, valid: u32, unit: Unit) {
                 // SAFETY: the same contract.
                 unsafe { Bytes::store::<L, WHOLE>(lane, words, at, valid, unit) }
+            }
+
+            #[inline(always)]
+            unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit {
+                // SAFETY: the same contract.
+                unsafe { Bytes::pull(lane, at) }
+            }
+
+            #[inline(always)]
+            unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit) {
+                // SAFETY: the same contract.
+                unsafe { Bytes::push(lane, at, unit) };
             }
         }
     )*};
@@ -329,6 +374,12 @@ pub struct Chunk {
 }
 
 impl Chunk {
+    /// The same chunk of a tensor at `base`, if this one is counted from a tensor's first byte.
+    #[inline(always)]
+    pub fn from(self, base: u64) -> Chunk {
+        Chunk { address: base + self.address, ..self }
+    }
+
     /// Bytes of the unit at `index` that exist.
     #[inline(always)]
     pub fn valid(self, index: u32) -> u32 {

@@ -162,6 +162,9 @@ typedef struct peerlane_comm peerlane_comm;
 // A GPU of this machine or of a simulated one.
 typedef struct peerlane_gpu peerlane_gpu;
 
+// A tensor of each rank that all ranks reach.
+typedef struct peerlane_registration peerlane_registration;
+
 // An asynchronous call. It may outlive its communicator.
 typedef struct peerlane_work peerlane_work;
 
@@ -487,6 +490,51 @@ peerlane_status peerlane_event_record(const peerlane_gpu *gpu, void *event, void
 // Destroys an event of `peerlane_event_create`; what waits for its record still does. Fine with NULL.
 peerlane_status peerlane_event_destroy(const peerlane_gpu *gpu,
                                        void *event);
+
+// Lets every rank reach `bytes` bytes at `tensor` of every other: the same size on every rank, at a
+// multiple of 16. Every rank calls it, from a thread or a process of its own, and waits for the others, but no
+// longer than the deadline. All ranks succeed, or none does. The memory stays allocated until
+// `peerlane_deregister` has returned or all ranks have closed their communicators, and as long as a graph
+// exists in which a call on it was captured. On failure *registration is NULL.
+peerlane_status peerlane_register(peerlane_comm *comm,
+                                  void *tensor,
+                                  size_t bytes,
+                                  peerlane_registration **registration);
+
+// `peerlane_register` for one thread that has all ranks of a group: rank r's communicator is `comms[r]`, its
+// tensor `tensors[r]`, its registration `registrations[r]`. On failure all of these are NULL, unless it is
+// `world_size` that is refused.
+peerlane_status peerlane_register_all(peerlane_comm *const *comms,
+                                      uint32_t world_size,
+                                      void *const *tensors,
+                                      size_t bytes,
+                                      peerlane_registration **registrations);
+
+// Ends the use of a registration, after everything queued on this rank's GPU. Every rank calls it, as
+// `peerlane_register`. Once it has returned no rank maps the memory any more. The handle is still to be freed.
+peerlane_status peerlane_deregister(peerlane_comm *comm,
+                                    const peerlane_registration *registration);
+
+// `peerlane_deregister` for one thread that has all ranks of a group, in rank order.
+peerlane_status peerlane_deregister_all(peerlane_comm *const *comms,
+                                        uint32_t world_size,
+                                        peerlane_registration *const *registrations);
+
+// Frees the handle and tells nobody: the tensors stay mapped, and must stay allocated, until the communicators
+// are closed. Fine with NULL.
+void peerlane_registration_free(peerlane_registration *registration);
+
+// Reduces `count` elements of all ranks' registered tensors, in place and without a mailbox: those from byte `offset` on,
+// a multiple of 16 that is the same on every rank. `options` may be NULL; its algorithm must be
+// PEERLANE_ALGORITHM_AUTO.
+peerlane_status peerlane_all_reduce_registered(peerlane_comm *comm,
+                                               const peerlane_registration *registration,
+                                               size_t offset,
+                                               size_t count,
+                                               peerlane_dtype dtype,
+                                               peerlane_op op,
+                                               const peerlane_reduce_options *options,
+                                               void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Stream};
 use crate::plan::roles::Roles;
 use crate::plan::{self, Grid};
-use crate::request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
+use crate::registration::Registration;
+use crate::request::{AllGather, AllReduce, AllReduceRegistered, Broadcast, Gather, ReduceScatter};
 use crate::scheduled::{self, Scheme};
 use peerlane_device::abi::{
     Args, DType, Format, Kernel, MAX_RANKS, Operation, ReduceOp, UNIT, Wire, flags,
@@ -69,6 +70,57 @@ impl Communicator {
             flags: self.args(operation).flags | call_flags(call.contribution) | single,
             ..self.args(operation)
         };
+        // SAFETY: passed on to the caller.
+        unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
+    }
+
+    /// Reduces a part of all ranks' registered tensors, in place. Other ranks' kernels read and write that part
+    /// between the call's turn on `stream` and its end there, and nothing else may.
+    pub unsafe fn all_reduce_registered(
+        &mut self,
+        registration: &Registration,
+        call: &AllReduceRegistered,
+        stream: Stream,
+    ) -> Result<()> {
+        let operation = Operation::AllReduce;
+        const OP: &str = "all_reduce_registered";
+        let shape = self.ready(operation)?;
+        self.uses(OP, registration)?;
+        let bytes = sized(OP, "count", call.count, call.dtype.bytes())?;
+        let room = registration.bytes().saturating_sub(call.offset);
+        if !call.offset.is_multiple_of(UNIT) || call.offset > registration.bytes() {
+            let all = registration.bytes();
+            let expected = format!("a multiple of {UNIT} up to {all}");
+            return Err(invalid(OP, "offset", expected, call.offset));
+        }
+        if bytes > room {
+            let expected = format!("at most {room} bytes, where the registration ends");
+            return Err(invalid(OP, "count", expected, format!("{bytes} bytes")));
+        }
+        if bytes == 0 {
+            return Ok(());
+        }
+        let (units, tail) = units(bytes, Format::Full, plan::expansion(call.dtype, call.wire));
+        let part_units = plan::part_units(shape.world, units);
+        let grid = plan::grid(&shape, part_units);
+        // No slot limits what a block moves at once.
+        let grid = Grid { chunk_units: grid.block_units, ..grid };
+        let place = registration.number() << 40 ^ (call.offset / UNIT) as u64;
+        let signature = Signature {
+            shape: hash(place),
+            ..reduction(operation, call.dtype, call.wire, call.op, DIRECT, bytes)
+        };
+        let args = Args {
+            units: units as u32,
+            tail,
+            part_units: part_units as u32,
+            table: registration.table(shape.world, call.offset),
+            op: call.op as u32,
+            scale: scale(call.op, shape.world),
+            flags: self.args(operation).flags | call_flags(call.contribution),
+            ..self.args(operation)
+        };
+        let kernel = Kernel::all_reduce_direct(call.dtype, call.wire);
         // SAFETY: passed on to the caller.
         unsafe { self.start(kernel, grid, args, self.everyone(), signature, stream) }
     }
@@ -447,6 +499,15 @@ fn units(bytes: usize, format: Format, expansion: usize) -> (usize, u32) {
 
 fn scale(op: ReduceOp, world: u32) -> f32 {
     if op == ReduceOp::Avg { 1.0 / world as f32 } else { 1.0 }
+}
+
+/// What a call log knows direct all-reduces by: no other algorithm has it.
+const DIRECT: u8 = 15;
+const _: () = assert!(Algorithm::ALL.len() < DIRECT as usize);
+
+/// 28 bits that differ where `value` does, but for bad luck.
+fn hash(value: u64) -> u32 {
+    (value.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 36) as u32
 }
 
 fn reduction(

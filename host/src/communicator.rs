@@ -15,6 +15,7 @@ use crate::mailbox::Member;
 use crate::plan::Shape;
 use crate::plan::roles::Places;
 use crate::plan::staging::FLAG_BYTES;
+use crate::registration::Registrations;
 use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
 use crate::transport::{Pairs, Transport};
@@ -123,6 +124,8 @@ pub struct Communicator {
     calls: [u64; MAX_RANKS],
     last_stream: Option<Stream>,
     order: Event,
+    /// Tensors that all ranks reach.
+    registrations: Registrations,
     /// Made by the first scheduled call.
     scheduled: Option<Box<Scheduled>>,
     /// Made by the first asynchronous call.
@@ -226,6 +229,7 @@ impl Communicator {
             calls: [0; MAX_RANKS],
             last_stream: None,
             order,
+            registrations: Registrations::default(),
             scheduled: None,
             side: None,
         })
@@ -353,6 +357,7 @@ impl Communicator {
         // Its monitor has ended the waits of its streams if nobody else would.
         self.scheduled = None;
         self.side = None;
+        self.registrations.clear();
         self.group = None;
         drained.and(health)
     }
@@ -367,6 +372,16 @@ impl Communicator {
         let shape = self.group(operation.name())?.shape;
         self.health()?;
         Ok(shape)
+    }
+
+    /// This rank's registrations.
+    pub(crate) fn registrations(&mut self) -> &mut Registrations {
+        &mut self.registrations
+    }
+
+    /// This rank's registrations, to look at.
+    pub(crate) fn registrations_ref(&self) -> &Registrations {
+        &self.registrations
     }
 
     /// This rank's places in all trees.

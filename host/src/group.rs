@@ -12,7 +12,7 @@ use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
-use crate::rendezvous::{ABORTED, Membership, Segment};
+use crate::rendezvous::{ABORTED, Assembly, Membership, Segment};
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
@@ -421,6 +421,8 @@ pub(crate) struct Group {
     pub(crate) shape: Shape,
     pub(crate) mailboxes: Mailboxes,
     pub(crate) log: Arc<CallLog>,
+    /// Where the ranks meet again.
+    pub(crate) assembly: Assembly,
     /// If the ranks are processes: this one's belonging to the group. After the mailboxes, since it
     /// tells the others that this process writes to them no more.
     membership: Option<Arc<Membership>>,
@@ -430,7 +432,8 @@ impl Group {
     /// A group of ranks of this process.
     pub(crate) fn new(shape: Shape, mailboxes: Mailboxes) -> Group {
         let log = Arc::new(CallLog::new(shape.world));
-        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, membership: None }
+        let assembly = Assembly::of_threads(shape.world);
+        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, assembly, membership: None }
     }
 
     /// One process's view of a group of processes.
@@ -440,8 +443,9 @@ impl Group {
         membership: Membership,
     ) -> Group {
         let log = Arc::new(CallLog::shared(shape.world, membership.segment.clone()));
+        let assembly = Assembly::Processes(membership.segment.clone());
         let membership = Some(Arc::new(membership));
-        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, membership }
+        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, assembly, membership }
     }
 
     /// What carries data from one rank to another.

@@ -21,6 +21,7 @@ pub mod plan;
 pub mod pool;
 mod probe;
 pub mod reference;
+mod registration;
 pub mod rendezvous;
 pub mod request;
 mod scheduled;
@@ -30,11 +31,14 @@ pub mod work;
 
 pub use algorithm::{Algorithm, Pattern, Route, Spread};
 pub use choice::{Choice, Tuning};
-pub use communicator::{Communicator, Config};
+pub use communicator::{Communicator, Config, STAGING_BYTES};
 pub use error::{Error, Result};
 pub use group::Aborter;
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
+pub use registration::{Registration, RegistrationStatistics};
 pub use rendezvous::{Meeting, Processes};
-pub use request::{AllGather, AllReduce, Broadcast, Chunk, Gather, ReduceScatter};
+pub use request::{
+    AllGather, AllReduce, AllReduceRegistered, Broadcast, Chunk, Gather, ReduceScatter,
+};
 pub use transport::Transport;
 pub use work::Work;

@@ -263,7 +263,7 @@ pub(crate) struct Offer {
 
 /// What no two living processes have in common, whatever their namespaces: a process's number and
 /// where its memory begins to differ.
-fn this_process() -> (u32, u64) {
+pub(crate) fn this_process() -> (u32, u64) {
     static MARK: OnceLock<u64> = OnceLock::new();
     let mark = MARK.get_or_init(|| std::hash::RandomState::new().hash_one(0));
     (std::process::id(), *mark)

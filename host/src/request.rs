@@ -45,6 +45,39 @@ impl AllReduce {
     }
 }
 
+/// Every rank's registered tensor, or a part of it, ends as the reduction of all ranks', in place and without a
+/// mailbox. The registration is a second argument of the call.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AllReduceRegistered {
+    /// Bytes of the registered tensors before the part: a multiple of 16, the same on every rank.
+    pub offset: usize,
+    /// Elements in the part.
+    pub count: usize,
+    /// Element type.
+    pub dtype: DType,
+    /// How values are combined.
+    pub op: ReduceOp,
+    /// How f32 elements are rounded, before they are combined and after. Over bf16, results have the bits of an
+    /// [`AllReduce`] with this wire, but as many bytes travel as over native.
+    pub wire: Wire,
+    /// As in [`AllReduce::contribution`].
+    pub contribution: bool,
+}
+
+impl AllReduceRegistered {
+    /// Sums the first `count` elements.
+    pub const fn new(count: usize, dtype: DType) -> AllReduceRegistered {
+        AllReduceRegistered {
+            offset: 0,
+            count,
+            dtype,
+            op: ReduceOp::Sum,
+            wire: Wire::Native,
+            contribution: true,
+        }
+    }
+}
+
 /// A part of a tensor that becomes ready by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {

@@ -1,6 +1,14 @@
 """Peer-to-peer collectives for the GPUs of one machine."""
 
-from ._peerlane import Communicator, Event, PreparedAllReduce, Work, topology, version
+from ._peerlane import (
+    Communicator,
+    Event,
+    PreparedAllReduce,
+    Registration,
+    Work,
+    topology,
+    version,
+)
 from .errors import (
     AbortedError,
     ClosedError,
@@ -29,6 +37,7 @@ __all__ = [
     "NoDriverError",
     "PeerLostError",
     "PreparedAllReduce",
+    "Registration",
     "RendezvousError",
     "UnreachableError",
     "UnsupportedError",

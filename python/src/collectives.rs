@@ -27,7 +27,7 @@ const MOST: usize = 16;
 
 impl Communicator {
     #[inline]
-    fn place(&self, call: &'static str, argument: &'static str) -> Place<'_> {
+    pub(crate) fn place(&self, call: &'static str, argument: &'static str) -> Place<'_> {
         Place::new(call, argument, &self.gpu, self.ordinal)
     }
 }

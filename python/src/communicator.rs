@@ -2,12 +2,14 @@
 //!
 //! Invariant: the interpreter is let go of wherever a call waits (meeting, synchronizing, closing)
 //! and nowhere else; the lock around the library's communicator is never held while something
-//! waits, so any thread may abort, close or ask at any time.
+//! waits, so any thread may abort, close or ask at any time. Registering holds it while the ranks meet, which the
+//! deadline bounds.
 
 use crate::collectives::{self, Reduction};
 use crate::device::Device;
 use crate::options::{self, Given};
 use crate::prepared::PreparedAllReduce;
+use crate::registration::{self, Registration};
 use crate::work::Kept;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
@@ -15,17 +17,20 @@ use peerlane::{Aborter, Algorithm, Config, Error, Processes, Route, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyString, PyTuple};
+use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// How long the ranks wait for each other to join, unless the caller says.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+type Inner = Mutex<Option<peerlane::Communicator>>;
+
 /// One rank of a group of GPUs. The calls queue work on a stream and return at once.
 #[pyclass(frozen, weakref, module = "peerlane")]
 pub(crate) struct Communicator {
     /// Empty once closed.
-    inner: Mutex<Option<peerlane::Communicator>>,
+    inner: Inner,
     /// Works while the rest is being closed.
     aborter: Aborter,
     pub(crate) gpu: Device,
@@ -174,8 +179,8 @@ impl Communicator {
 
     /// Every rank ends with the reduction of all ranks' tensors, in place unless there is an out.
     #[pyo3(
-        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, stream=None),
-        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, stream=None)"
+        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, stream=None, registration=None),
+        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, stream=None, registration=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn all_reduce(
@@ -188,9 +193,50 @@ impl Communicator {
         contribution: Given<'_, '_>,
         dtype: Given<'_, '_>,
         stream: Given<'_, '_>,
+        registration: Given<'_, '_>,
     ) -> PyResult<()> {
         let how = Reduction { op, wire, contribution, dtype };
-        collectives::all_reduce(self, py, tensor, out, &how, stream)
+        let Some(registration) = registration else {
+            return collectives::all_reduce(self, py, tensor, out, &how, stream);
+        };
+        if let Some(out) = out {
+            let expected = "None beside a registration, which is reduced in place";
+            return Err(error::value("all_reduce", "out", expected, error::kind(out)));
+        }
+        registration::all_reduce(self, py, tensor, registration, &how, stream)
+    }
+
+    /// Lets every rank reach this tensor of every other. All ranks call it, each from its own thread or process.
+    fn register(
+        slf: &Bound<'_, Communicator>,
+        tensor: &Bound<'_, PyAny>,
+    ) -> PyResult<Registration> {
+        registration::register(slf, tensor)
+    }
+
+    /// Ends the use of a registration. All ranks call it; it waits for this rank's GPU.
+    fn deregister(&self, py: Python<'_>, registration: &Bound<'_, Registration>) -> PyResult<()> {
+        registration::deregister(self, py, registration.get())
+    }
+
+    /// register, for one thread that drives all ranks.
+    #[staticmethod]
+    fn register_all(
+        py: Python<'_>,
+        ranks: Vec<Bound<'_, Communicator>>,
+        tensors: Vec<Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<Registration>> {
+        registration::register_all(py, &ranks, &tensors)
+    }
+
+    /// deregister, for one thread that drives all ranks.
+    #[staticmethod]
+    fn deregister_all(
+        py: Python<'_>,
+        ranks: Vec<Bound<'_, Communicator>>,
+        registrations: Vec<Bound<'_, Registration>>,
+    ) -> PyResult<()> {
+        registration::deregister_all(py, &ranks, &registrations)
     }
 
     /// An all-reduce in place whose options are fixed, for callers to whom every microsecond counts.
@@ -393,6 +439,42 @@ impl Communicator {
             None => Err(Error::Closed { op: call, rank: self.number }),
         };
         drop(guard);
+        done.map_err(|e| error::raise(py, e))
+    }
+
+    /// As `queue`, for a call that waits for the other ranks: the interpreter is let go of, and the lock is held meanwhile. Aborting
+    /// needs none.
+    pub(crate) fn waiting<T: Send>(
+        &self,
+        py: Python<'_>,
+        call: &'static str,
+        work: impl FnOnce(&mut peerlane::Communicator) -> peerlane::Result<T> + Send,
+    ) -> PyResult<T> {
+        Communicator::waiting_all(py, call, &[self], |ranks| work(ranks[0]))
+    }
+
+    /// As `waiting`, with all ranks of a thread.
+    pub(crate) fn waiting_all<T: Send>(
+        py: Python<'_>,
+        call: &'static str,
+        ranks: &[&Communicator],
+        work: impl FnOnce(&mut [&mut peerlane::Communicator]) -> peerlane::Result<T> + Send,
+    ) -> PyResult<T> {
+        let inner: Vec<_> = ranks.iter().map(|rank| (rank.number, &rank.inner)).collect();
+        let twice = |at: usize| inner[..at].iter().any(|(_, other)| ptr::eq(*other, inner[at].1));
+        if (0..inner.len()).any(twice) {
+            return Err(error::value(call, "ranks", "each rank once", "one of them twice"));
+        }
+        let done = py.detach(|| {
+            let locks = inner
+                .iter()
+                .map(|(rank, inner)| (*rank, inner.lock().unwrap_or_else(PoisonError::into_inner)));
+            let mut locked: Vec<_> = locks.collect();
+            let open = locked
+                .iter_mut()
+                .map(|(rank, inner)| inner.as_mut().ok_or(Error::Closed { op: call, rank: *rank }));
+            work(&mut open.collect::<peerlane::Result<Vec<_>>>()?)
+        });
         done.map_err(|e| error::raise(py, e))
     }
 

@@ -14,6 +14,7 @@ mod exchange;
 mod memory;
 mod options;
 mod prepared;
+mod registration;
 mod tensor;
 mod torch;
 mod work;
@@ -27,6 +28,8 @@ mod _peerlane {
     use crate::communicator::Communicator;
     #[pymodule_export]
     use crate::prepared::PreparedAllReduce;
+    #[pymodule_export]
+    use crate::registration::Registration;
     #[pymodule_export]
     use crate::work::{Event, Work};
 

@@ -128,7 +128,7 @@ impl Kept {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A push or a take is done or not, whatever panicked.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -8,6 +8,7 @@ pub mod group;
 pub mod job;
 pub mod machine;
 pub mod processes;
+pub mod registered;
 pub mod runner;
 pub mod script;
 pub mod suite;

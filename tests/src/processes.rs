@@ -7,6 +7,7 @@
 use crate::group::{Memory, Rank};
 use crate::job::{Call, random_jobs};
 use crate::machine::{Links, small};
+use crate::registered;
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, cuda, sim};
@@ -273,6 +274,13 @@ impl Servant {
             "steps" => {
                 let algorithm = parts[1].parse::<Algorithm>().map_err(|e| e.to_string())?;
                 reduce(rank, number(2)? as usize, Some(algorithm)).map_err(text)
+            }
+            "registered" => {
+                registered::reduce(rank, number(1)? as usize, number(2)? as usize).map_err(text)
+            }
+            "register" => registered::register(rank, number(1)? as usize, true).map_err(text),
+            "register-unshared" => {
+                registered::register(rank, number(1)? as usize, false).map_err(text)
             }
             "health" => rank.communicator.health().map(|()| "well".into()).map_err(text),
             "transports" => transports(rank).map_err(text),

@@ -37,6 +37,9 @@ const EVERYWHERE: &[Test] = &[
     ("two_groups_share_the_processes", two_groups_share_the_processes),
     ("different_configurations_are_named", different_configurations_are_named),
     ("contradictory_overrides_are_named", contradictory_overrides_are_named),
+    ("registered_tensors_are_right", registered_tensors_are_right),
+    ("registrations_that_differ_are_named", registrations_that_differ_are_named),
+    ("a_rank_that_never_registers_is_named", a_rank_that_never_registers_is_named),
     ("nothing_stays_behind", nothing_stays_behind),
 ];
 
@@ -48,6 +51,8 @@ const SIMULATED: &[Test] = &[
     ("tuning_tables_are_compared", tuning_tables_are_compared),
     ("a_rank_that_gives_up_stops_the_others_through_host_memory", one_gives_up_by_host),
     ("pairs_without_access_use_host_memory", pairs_without_access_use_host_memory),
+    ("memory_that_cannot_be_shared_is_named", memory_that_cannot_be_shared_is_named),
+    ("ranks_that_meet_in_host_memory_register_nothing", no_registration_by_host),
     ("pairs_that_lose_stores_use_host_memory", pairs_that_lose_stores_use_host_memory),
 ];
 
@@ -266,6 +271,78 @@ fn a_rank_killed_between_calls_is_an_error(gpus: &Gpus) {
     let answer = ranks[1].ask("reduce 100");
     assert!(answer.contains("health: rank 1 lost rank 0"), "{answer}");
     assert!(ranks.pop().expect("rank 1").end());
+}
+
+fn registered_tensors_are_right(gpus: &Gpus) {
+    for world in [2, 4] {
+        let mut ranks = joined(&start(gpus, world));
+        all_agree(&mut ranks, "script 3 5 1000");
+        for bytes in [48, 40_000] {
+            let answers = ask_all(&mut ranks, &format!("registered 3 {bytes}"));
+            let peers = world as usize - 1;
+            for answer in answers {
+                assert!(answer.starts_with(&format!("ok mapped {peers} in ")), "{answer}");
+                let kept = format!("{peers} left, 0 at the end");
+                assert!(answer.ends_with(&kept), "{answer}");
+                // The first of four registrations maps, in either round.
+                let misses = if bytes == 48 { peers } else { 2 * peers };
+                let times = format!("{} hits, {misses} misses", 3 * misses);
+                assert!(answer.contains(&times), "{answer}");
+            }
+        }
+        all_agree(&mut ranks, "script 4 5 1000");
+        end(ranks);
+    }
+}
+
+fn registrations_that_differ_are_named(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 2));
+    ranks[0].tell("register 4096");
+    ranks[1].tell("register 2048");
+    for rank in &ranks {
+        let answer = rank.answer();
+        let expected =
+            "error: register: bytes: expected 4096, as rank 0 brings, got 2048 from rank 1";
+        assert_eq!(answer, expected);
+    }
+    assert_eq!(ask_all(&mut ranks, "register 64"), ["ok registered", "ok registered"]);
+    end(ranks);
+}
+
+fn a_rank_that_never_registers_is_named(gpus: &Gpus) {
+    let deadline = Duration::from_secs(1);
+    let mut ranks = joined(&Start { deadline, ..start(gpus, 2) });
+    let begin = Instant::now();
+    let answer = ranks[1].ask("register 64");
+    assert!(answer.contains("in vain for rank 0"), "{answer}");
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    // Its own attempt finds nobody either; then both are in step again.
+    let answer = ranks[0].ask("register 64");
+    assert!(answer.contains("in vain for rank 1"), "{answer}");
+    assert_eq!(ask_all(&mut ranks, "register 64"), ["ok registered", "ok registered"]);
+    end(ranks);
+}
+
+fn memory_that_cannot_be_shared_is_named(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 3));
+    ranks[0].tell("register 64");
+    ranks[1].tell("register-unshared 64");
+    ranks[2].tell("register 64");
+    for rank in &ranks {
+        let answer = rank.answer();
+        let expected = "the memory cannot be shared with other processes";
+        assert!(answer.starts_with("error: register: ") && answer.contains(expected), "{answer}");
+    }
+    assert_eq!(ask_all(&mut ranks, "register 64"), ["ok registered"; 3]);
+    end(ranks);
+}
+
+fn no_registration_by_host(gpus: &Gpus) {
+    let mut ranks = joined(&Start { transport: Transport::Host, ..start(gpus, 2) });
+    for answer in ask_all(&mut ranks, "register 64") {
+        assert!(answer.contains("through host memory only"), "{answer}");
+    }
+    end(ranks);
 }
 
 fn a_rank_killed_while_they_meet_is_named(gpus: &Gpus) {

@@ -7,6 +7,7 @@
 mod all_gather;
 mod barrier;
 mod broadcast;
+mod direct;
 mod gather;
 mod local_reduce;
 mod one_shot;
@@ -21,6 +22,7 @@ mod two_shot;
 pub use all_gather::all_gather;
 pub use barrier::barrier;
 pub use broadcast::broadcast;
+pub use direct::direct;
 pub use gather::gather;
 pub use local_reduce::local_reduce;
 pub use one_shot::one_shot;

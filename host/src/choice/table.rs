@@ -88,7 +88,8 @@ impl TuningTable {
         let copies = copies.chain(routes.filter(|r| r.is_scheduled()).map(Route::name)).next();
         if let Some(name) = copies {
             // A communicator has a staging area only where its Config asks for one.
-            let expected = "algorithms and routes that are one kernel; copies are asked for by name";
+            let expected =
+                "algorithms and routes that are one kernel; copies are asked for by name";
             return Err((expected.into(), name.into()));
         }
         let wrong = self.all_reduce.iter().find(|entry| {

@@ -69,6 +69,19 @@ pub struct Exported {
     pub file: Option<std::os::fd::OwnedFd>,
 }
 
+/// What an address belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// Its first byte.
+    pub base: DevicePtr,
+    /// Its size.
+    pub bytes: usize,
+    /// No two allocations of a process have the same, whether or not one of them was freed before.
+    pub id: u64,
+    /// Whether every GPU of this process that has access to its GPU reaches it.
+    pub peers_reach: bool,
+}
+
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Properties {
@@ -148,6 +161,15 @@ pub trait Gpu: Send + Sync {
     fn alloc_shared(&self, bytes: usize) -> Result<DevicePtr>;
     /// Describes memory of [`Gpu::alloc_shared`] to another process.
     fn export(&self, memory: DevicePtr) -> Result<Exported>;
+    /// Describes an allocation to another process, however it was made, by its first byte.
+    ///
+    /// # Errors
+    /// Not every kind of memory can be described.
+    fn export_any(&self, base: DevicePtr) -> Result<Exported> {
+        self.export(base)
+    }
+    /// The allocation of this GPU that `memory` lies in.
+    fn allocation(&self, memory: DevicePtr) -> Result<Allocation>;
     /// Maps `bytes` bytes of GPU `owner` (an ordinal of this process) that another process has
     /// exported, so that kernels of this GPU reach them.
     ///

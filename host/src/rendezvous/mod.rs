@@ -1,5 +1,6 @@
 //! How ranks meet: as threads of one process, or as processes of one machine.
 
+mod assembly;
 mod host;
 mod processes;
 mod segment;
@@ -8,13 +9,14 @@ mod socket;
 mod tests;
 mod threads;
 
+pub(crate) use assembly::{Assembly, Table};
 pub use processes::Processes;
 pub(crate) use processes::{Membership, Seat};
 pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 
 /// Names ranks: "rank 1" or "ranks 1, 2".
 fn ranks(which: impl Iterator<Item = u32>) -> String {

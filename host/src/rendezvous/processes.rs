@@ -238,6 +238,12 @@ impl Seat {
         Ok(Membership { segment, rank, connection, leave: Some(leave), thread: Some(thread) })
     }
 
+    /// Ends a meeting that was held for its rounds alone.
+    pub(super) fn finish(&self) {
+        // The host is gone only if it has been told by everybody.
+        let _ = self.connection.send(&Request::Joined, &[]);
+    }
+
     /// Gives the seat up after a failure. `mailbox` is dropped once no other rank can write into it
     /// any more: one may still be in the round in which this rank failed.
     pub(crate) fn abandon(self, mailbox: Arc<dyn Any + Send + Sync>) {

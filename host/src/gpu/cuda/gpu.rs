@@ -14,8 +14,8 @@ use super::modules::Kernels;
 use super::shared::{EXPORT_VARIABLE, wants_parts};
 use crate::error::{Error, Result};
 use crate::gpu::{
-    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess, Properties,
-    Stream,
+    Allocation, Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess,
+    Properties, Stream,
 };
 use cust::sys::{self, CUdevice_P2PAttribute as P2p};
 use peerlane_device::abi::{Args, Kernel};
@@ -75,6 +75,14 @@ impl Gpu for CudaGpu {
 
     fn export(&self, memory: DevicePtr) -> Result<Exported> {
         self.export_shared(memory)
+    }
+
+    fn export_any(&self, base: DevicePtr) -> Result<Exported> {
+        self.export_allocation(base)
+    }
+
+    fn allocation(&self, memory: DevicePtr) -> Result<Allocation> {
+        self.allocation_of(memory)
     }
 
     fn import(&self, exported: Exported, bytes: usize, owner: u32) -> Result<DevicePtr> {

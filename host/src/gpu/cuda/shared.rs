@@ -14,7 +14,7 @@ use super::call::{
 };
 use super::device::CudaGpu;
 use crate::error::{Error, Result};
-use crate::gpu::{DevicePtr, Exported, Gpu, HostMemory, MemoryHandle};
+use crate::gpu::{Allocation, DevicePtr, Exported, Gpu, HostMemory, MemoryHandle};
 use cust::sys;
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -198,6 +198,49 @@ impl CudaGpu {
             }
             _ => Err(self.not_from("export", "memory", "alloc_shared", memory)),
         }
+    }
+
+    /// As `export_any`.
+    pub(super) fn export_allocation(&self, base: DevicePtr) -> Result<Exported> {
+        let is_known = self.table().iter().any(|(at, _)| *at == base);
+        if is_known {
+            return self.export_shared(base);
+        }
+        let _entered = self.enter()?;
+        let mut handle = sys::CUipcMemHandle { reserved: [0; HANDLE_BYTES] };
+        // SAFETY: `handle` outlives the call. The driver checks the address.
+        unsafe { cu!(self.ordinal(), cuIpcGetMemHandle(&mut handle, base.0)) }?;
+        let handle = handle.reserved.map(|byte| byte as u8).to_vec();
+        Ok(Exported { handle: MemoryHandle::Ipc(handle), file: None })
+    }
+
+    /// As `allocation`.
+    pub(super) fn allocation_of(&self, memory: DevicePtr) -> Result<Allocation> {
+        if self.owner_of(memory) != Some(self.ordinal()) {
+            return Err(Error::InvalidArgument {
+                op: "allocation",
+                argument: "memory",
+                expected: format!("memory of GPU {}", self.ordinal()),
+                got: format!("{:#x}", memory.0),
+            });
+        }
+        let _entered = self.enter()?;
+        let number = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_BUFFER_ID;
+        // True for memory of cuMemAlloc only: that of pools, or mapped from parts, is reached by those GPUs that
+        // it was opened to.
+        let capable = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
+        let (mut base, mut bytes, mut id, mut is_plain) = (0, 0, 0_u64, 0_i32);
+        // SAFETY: all places outlive the calls; the first attribute is a 64-bit number, the second at most an
+        // `int`. The address is looked up, not followed.
+        unsafe {
+            cu!(self.ordinal(), cuMemGetAddressRange_v2(&mut base, &mut bytes, memory.0))?;
+            cu!(self.ordinal(), cuPointerGetAttribute((&raw mut id).cast(), number, memory.0))?;
+            cu!(
+                self.ordinal(),
+                cuPointerGetAttribute((&raw mut is_plain).cast(), capable, memory.0)
+            )?;
+        }
+        Ok(Allocation { base: DevicePtr(base), bytes, id, peers_reach: is_plain != 0 })
     }
 
     /// As `import`.

@@ -10,8 +10,8 @@ use super::stream::{EventState, Queue};
 use super::work::Work;
 use crate::error::{Error, Result};
 use crate::gpu::{
-    Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess, Properties,
-    Stream,
+    Allocation, Backend, DevicePtr, Event, Exported, Gpu, Graph, HostMemory, MemoryOp, PeerAccess,
+    Properties, Stream,
 };
 use peerlane_device::abi::{Args, Kernel, MAX_THREADS};
 use std::sync::Arc;
@@ -59,6 +59,10 @@ impl Gpu for SimGpu {
 
     fn export(&self, memory: DevicePtr) -> Result<Exported> {
         self.export_file(memory)
+    }
+
+    fn allocation(&self, memory: DevicePtr) -> Result<Allocation> {
+        self.allocation_of(memory)
     }
 
     fn import(&self, exported: Exported, bytes: usize, owner: u32) -> Result<DevicePtr> {

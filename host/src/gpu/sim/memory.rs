@@ -10,6 +10,7 @@
 
 use super::backing::Backing;
 use super::work::Work;
+use crate::gpu::{self, DevicePtr};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -47,6 +48,8 @@ struct Allocation {
     user: u32,
     /// Another process may know of it.
     outside: bool,
+    /// Its number among all allocations.
+    id: u64,
 }
 
 impl Allocation {
@@ -68,6 +71,7 @@ pub(super) struct Memory {
     /// `enabled[a][b]`: a may touch b's memory.
     enabled: Vec<Vec<bool>>,
     used: Vec<u64>,
+    made: u64,
     /// Changes whenever an answer of `find` may change from yes to no.
     generation: u64,
 }
@@ -81,6 +85,7 @@ impl Memory {
             freed: Vec::new(),
             enabled,
             used: vec![0; devices],
+            made: 0,
             generation: 1,
         }
     }
@@ -113,7 +118,9 @@ impl Memory {
             self.used[owner as usize] += backing.bytes as u64;
         }
         let outside = origin == Origin::Import;
-        self.allocations.insert(base, Allocation { backing, origin, owner, user, outside });
+        self.made += 1;
+        let id = self.made;
+        self.allocations.insert(base, Allocation { backing, origin, owner, user, outside, id });
         base
     }
 
@@ -144,6 +151,18 @@ impl Memory {
         let file = allocation.backing.exportable()?;
         allocation.outside = true;
         Some(file)
+    }
+
+    /// The allocation of `device` that `address` lies in.
+    pub(super) fn allocation(&self, device: u32, address: u64) -> Option<gpu::Allocation> {
+        let allocation = self.below(address).filter(|a| a.range().contains(&address))?;
+        let own = allocation.origin == Origin::Alloc && allocation.user == device;
+        own.then_some(gpu::Allocation {
+            base: DevicePtr(allocation.backing.base),
+            bytes: allocation.backing.bytes,
+            id: allocation.id,
+            peers_reach: true,
+        })
     }
 
     /// Whether another world may write into this one's memory, or wait for what this one writes.

@@ -8,7 +8,7 @@ use super::device::SimGpu;
 use super::fail;
 use super::memory::Origin;
 use crate::error::{Error, Result};
-use crate::gpu::{DevicePtr, Exported, HostMemory, MemoryHandle};
+use crate::gpu::{Allocation, DevicePtr, Exported, HostMemory, MemoryHandle};
 use std::os::fd::OwnedFd;
 
 /// What registered host memory is aligned to, as the trait says.
@@ -33,6 +33,19 @@ impl SimGpu {
             reason: format!("the file cannot be opened once more: {error}"),
         })?;
         Ok(Exported { handle: MemoryHandle::File, file: Some(file) })
+    }
+
+    /// The allocation of this GPU that `memory` lies in.
+    pub(super) fn allocation_of(&self, memory: DevicePtr) -> Result<Allocation> {
+        let state = self.world.enter();
+        state.engine.check(self.ordinal())?;
+        let map = state.engine.machine().memory.borrow();
+        map.allocation(self.ordinal(), memory.0).ok_or_else(|| Error::InvalidArgument {
+            op: "allocation",
+            argument: "memory",
+            expected: format!("memory of GPU {}", self.ordinal()),
+            got: map.describe(memory.0),
+        })
     }
 
     /// Maps what another world exported.

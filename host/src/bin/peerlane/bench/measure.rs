@@ -57,7 +57,7 @@ impl Ranks {
         let algorithm = self.ranks[0].contenders[contender].algorithm(job).or(job.algorithm);
         let outcome = Job { algorithm, ..*job }.outcome(inputs);
         self.each(|rank| {
-            rank.load(job, &inputs[rank.rank as usize])?;
+            rank.load(contender, job, &inputs[rank.rank as usize])?;
             rank.call(contender, job)
         })?;
         let verdicts =

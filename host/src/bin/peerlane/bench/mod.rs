@@ -12,6 +12,7 @@ mod ours;
 pub(crate) mod plot;
 mod predict;
 pub(crate) mod rank;
+mod registered;
 pub(crate) mod report;
 pub(crate) mod results;
 
@@ -25,9 +26,11 @@ use nccl::Nccl;
 use ours::Ours;
 use peerlane::model::Preset;
 use peerlane::{
-    Algorithm, Communicator, Config, DType, Operation, ReduceOp, Transport, Tuning, Wire,
+    Algorithm, Communicator, Config, DType, Operation, ReduceOp, STAGING_BYTES, Transport, Tuning,
+    Wire,
 };
 use rank::{Fail, Rank, Timing};
+use registered::Registered;
 use results::{Results, Row, Series};
 use serde_json::json;
 use std::path::PathBuf;
@@ -85,6 +88,9 @@ pub(crate) struct Options {
     /// Bytes that algorithms named copy-... copy at once. Left out: half of a part, at least 4M.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     chunk: Option<usize>,
+    /// All-reduce registered tensors, in place and without mailboxes, instead of by an algorithm.
+    #[arg(long, conflicts_with = "algorithm")]
+    registered: bool,
     /// Root of broadcast and gather.
     #[arg(long, default_value_t = 0)]
     root: u32,
@@ -236,6 +242,13 @@ impl Plan<'_> {
         if options.min == 0 || options.min > max {
             return Err(format!("--min: expected 1 to {max}, got {}", options.min).into());
         }
+        let Operations(operations) = &options.operations;
+        if options.registered && operations[..] != [Operation::AllReduce] {
+            let names: Vec<_> = operations.iter().map(|op| op.name()).collect();
+            return Err(
+                format!("--registered: expected all_reduce, got {}", names.join(", ")).into()
+            );
+        }
         let shared = world as usize > devices.gpus.len();
         if options.compare.is_some() && (sim || shared) {
             return Err(format!(
@@ -279,7 +292,7 @@ impl Plan<'_> {
 
     /// Whether the job's times are predicted.
     fn is_predicted(&self, job: &Job) -> bool {
-        self.sim && predict::knows(job)
+        self.sim && !self.options.registered && predict::knows(job)
     }
 
     /// The sizes of a job. A barrier has one: none.
@@ -325,10 +338,21 @@ impl Plan<'_> {
         let mut ranks = Vec::new();
         let communicators = Communicator::connect(&gpus, &self.config)?;
         let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
-        for communicator in communicators {
-            let mut rank = Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?;
-            rank.contenders.push(Box::new(Ours(communicator)));
-            ranks.push(rank);
+        for communicator in &communicators {
+            ranks.push(Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?);
+        }
+        if self.options.registered {
+            let outputs: Vec<_> = ranks.iter().map(Rank::output).collect();
+            // SAFETY: a rank's buffers go when nothing is queued any more; within a process nothing else maps
+            // them.
+            let all = unsafe { Registered::all(communicators, &outputs, dst)? };
+            for (rank, contender) in ranks.iter_mut().zip(all) {
+                rank.contenders.push(Box::new(contender));
+            }
+        } else {
+            for (rank, communicator) in ranks.iter_mut().zip(communicators) {
+                rank.contenders.push(Box::new(Ours(communicator)));
+            }
         }
         if let Some(nccl) = rival {
             let ordinals: Vec<_> = gpus.iter().map(|gpu| gpu.properties().ordinal).collect();
@@ -394,7 +418,10 @@ impl Plan<'_> {
             dtype: job.dtype.name().into(),
             wire: parse::wire_name(job.wire).into(),
             reduce: job.reduce.name().into(),
-            algorithm: parse::algorithm_name(job.algorithm).into(),
+            algorithm: match self.options.registered {
+                true => "direct".into(),
+                false => parse::algorithm_name(job.algorithm).into(),
+            },
             root: job.root,
             world: job.world,
             mode: if self.timing.eager { "eager" } else { "graph" }.into(),
@@ -440,6 +467,16 @@ mod tests {
             assert!(series.rows.iter().all(|row| row.failure.is_none() && row.predicted.is_some()));
             assert_eq!(series.fabric.as_deref(), Some("pcie"));
         }
+    }
+
+    #[test]
+    fn registered_tensors_are_checked() {
+        let line = "all-reduce --devices sim:3 --registered --max 20K --factor 16";
+        assert!(run(&options(line).unwrap()).unwrap());
+        let other = run(&options("broadcast --devices sim:2 --registered").unwrap());
+        let error = other.unwrap_err().to_string();
+        assert_eq!(error, "--registered: expected all_reduce, got broadcast");
+        assert!(options("all-reduce --registered --algorithm ring").is_err());
     }
 
     #[test]

@@ -35,6 +35,11 @@ pub(crate) trait Contender: Send {
     /// Its name in messages.
     fn name(&self) -> &'static str;
 
+    /// Whether it finds its input in the output.
+    fn is_in_place(&self) -> bool {
+        false
+    }
+
     /// How it would carry out an all-reduce, where that decides the order of additions.
     fn algorithm(&self, _job: &Job) -> Option<Algorithm> {
         None
@@ -82,9 +87,10 @@ impl Rank {
         Ok(Rank { rank, contenders, gpu, stream, start, stop, src, dst, graphs })
     }
 
-    /// Writes the input and poisons the output.
-    pub(crate) fn load(&self, job: &Job, input: &[u8]) -> Result<(), Fail> {
-        let is_source = job.op == Operation::Broadcast && self.rank == job.root;
+    /// Writes the input where the contender finds it, and poisons the output.
+    pub(crate) fn load(&self, contender: usize, job: &Job, input: &[u8]) -> Result<(), Fail> {
+        let is_source = job.op == Operation::Broadcast && self.rank == job.root
+            || self.contenders[contender].is_in_place();
         // SAFETY: both buffers were made for the largest job.
         unsafe {
             self.gpu.upload(self.src, &input[..job.src_bytes()], self.stream)?;
@@ -118,6 +124,11 @@ impl Rank {
         who.health().map_err(|error| error.to_string())?;
         let verdict = job.compare(&found, expected, who.is_exact());
         verdict.map_err(|reason| format!("{}, rank {}: {reason}", who.name(), self.rank))
+    }
+
+    /// Its output.
+    pub(crate) fn output(&self) -> DevicePtr {
+        self.dst
     }
 
     /// Writes a byte all over the input and the output.

@@ -23,6 +23,14 @@ pub(crate) enum Call {
         /// A rank that contributes nothing.
         absent: Option<u32>,
     },
+    /// An all-reduce of registered tensors, in place.
+    Registered {
+        dtype: DType,
+        wire: Wire,
+        op: ReduceOp,
+        /// A rank that contributes nothing.
+        absent: Option<u32>,
+    },
     /// An all-gather; in place, each rank's bytes already lie in its destination.
     AllGather { in_place: bool },
     /// A broadcast.
@@ -147,6 +155,9 @@ impl Case {
                     if all { format!("/{}", algorithm_name(algorithm)) } else { String::new() };
                 format!("{name}/{}/{}{algorithm}/w{world}", dtype.name(), wire_name(wire))
             }
+            Call::Registered { dtype, wire, .. } => {
+                format!("{name}/{}/{}/registered/w{world}", dtype.name(), wire_name(wire))
+            }
             _ => format!("{name}/bytes/w{world}"),
         }
     }
@@ -155,8 +166,10 @@ impl Case {
     pub(crate) fn name(&self) -> String {
         let what = match self.call {
             Call::Reduce { op, in_place, absent, .. } => {
-                let absent = absent.map_or("all".into(), |rank| format!("without{rank}"));
-                format!("{}/{}/{absent}", op.name(), place_name(in_place))
+                format!("{}/{}/{}", op.name(), place_name(in_place), absent_name(absent))
+            }
+            Call::Registered { op, absent, .. } => {
+                format!("{}/{}/{}", op.name(), place_name(true), absent_name(absent))
             }
             Call::AllGather { in_place } => place_name(in_place).into(),
             Call::Broadcast { root } => format!("root{root}"),
@@ -171,7 +184,7 @@ impl Case {
     /// The collective.
     pub(crate) fn operation(&self) -> Operation {
         match self.call {
-            Call::Reduce { all: true, .. } => Operation::AllReduce,
+            Call::Reduce { all: true, .. } | Call::Registered { .. } => Operation::AllReduce,
             Call::Reduce { all: false, .. } => Operation::ReduceScatter,
             Call::AllGather { .. } => Operation::AllGather,
             Call::Broadcast { .. } => Operation::Broadcast,
@@ -190,6 +203,7 @@ impl Case {
     pub(crate) fn is_plain(&self) -> bool {
         let plain_call = match self.call {
             Call::Reduce { in_place, absent, .. } => !in_place && absent.is_none(),
+            Call::Registered { absent, .. } => absent.is_none(),
             Call::AllGather { in_place } => !in_place,
             Call::Broadcast { .. } | Call::Barrier => true,
             Call::Gather { widths, .. } => widths == Widths::Even,
@@ -199,6 +213,10 @@ impl Case {
             && self.values == Values::Ordinary
             && self.style == Style::Once
     }
+}
+
+fn absent_name(absent: Option<u32>) -> String {
+    absent.map_or("all".into(), |rank| format!("without{rank}"))
 }
 
 const fn place_name(in_place: bool) -> &'static str {

@@ -83,6 +83,9 @@ impl Filter<'_> {
             for wire in wires {
                 let algorithms = algorithms(*wire).filter(|algorithm| all || algorithm.is_none());
                 families.extend(algorithms.map(|a| Family::Reduces(all, *dtype, *wire, a)));
+                if all {
+                    families.push(Family::Registered(*dtype, *wire));
+                }
             }
         }
         families
@@ -97,6 +100,7 @@ fn sizes(operation: Operation, sizes: &[usize]) -> &[usize] {
 /// Cases that are reported together.
 enum Family {
     Reduces(bool, DType, Wire, Option<Algorithm>),
+    Registered(DType, Wire),
     Moves(Operation),
 }
 
@@ -127,6 +131,15 @@ impl Family {
                 }
                 calls
             }
+            Family::Registered(dtype, wire) => {
+                // Not the only one: the reference has no bound for a maximum of nothing.
+                let absent = (world > 1).then_some(Some(world / 2));
+                let of_op = |op| {
+                    let ranks = [None].into_iter().chain(absent);
+                    ranks.map(move |absent| Call::Registered { dtype, wire, op, absent })
+                };
+                ReduceOp::ALL.into_iter().flat_map(of_op).collect()
+            }
             Family::Moves(Operation::AllGather) => {
                 places.map(|in_place| Call::AllGather { in_place }).into()
             }
@@ -150,6 +163,10 @@ fn variants(world: u32, count: usize, call: Call, mut take: impl FnMut(Case)) {
     for style in Style::ALL {
         for values in Values::ALL {
             for misaligned in [false, true] {
+                // Registered tensors begin aligned.
+                if misaligned && matches!(call, Call::Registered { .. }) {
+                    continue;
+                }
                 let case = Case { world, count, call, values, misaligned, style };
                 if !only_plain || case.is_plain() {
                     take(case);

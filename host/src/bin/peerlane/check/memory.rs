@@ -75,6 +75,11 @@ impl Arena {
         region
     }
 
+    /// All that has been given out.
+    pub(crate) const fn given(&self) -> (DevicePtr, usize) {
+        (self.base, self.used)
+    }
+
     /// Queues writing a tensor and its guards.
     pub(crate) fn upload(&self, region: Region, tensor: &Tensor, stream: Stream) -> Result<()> {
         let mut image = vec![MARK; region.total()];

@@ -16,7 +16,7 @@ use case::Case;
 use list::Filter;
 use peerlane::gpu::GpuRef;
 use peerlane::plan::steps::LEAST_QUEUES;
-use peerlane::{Config, DType, Operation, Transport};
+use peerlane::{Config, DType, Operation, STAGING_BYTES, Transport};
 pub(crate) use round::POISON;
 use run::{Group, Verdict};
 use serde_json::{Value, json};
@@ -185,6 +185,11 @@ impl Session<'_> {
                     Some(group) => group,
                     None => self.connect(world)?,
                 };
+                if !current.can_run(case) {
+                    group = Some(current);
+                    progress.inc(1);
+                    continue;
+                }
                 let verdict = current.run(case, self.options.common.seed);
                 // After an error ranks may still wait for each other: the next case gets new ones.
                 if verdict.is_ok() {
@@ -206,7 +211,9 @@ impl Session<'_> {
                 progress.inc(1);
             }
             tally.time = started.elapsed();
-            progress.suspend(|| self.report(&name, &tally));
+            if tally.cases != 0 {
+                progress.suspend(|| self.report(&name, &tally));
+            }
         }
         progress.finish_and_clear();
         group.map_or(Ok(()), Group::close)

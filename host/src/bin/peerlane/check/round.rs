@@ -100,7 +100,7 @@ impl Round {
     pub(crate) fn new(case: &Case, seed: u64, index: usize) -> Result<Round, String> {
         let draw = Draw { case, rng: Rng::new(seed, &format!("{}#{index}", case.name())) };
         match case.call {
-            Call::Reduce { .. } => draw.reduction(),
+            Call::Reduce { .. } | Call::Registered { .. } => draw.reduction(),
             Call::AllGather { in_place } => Ok(draw.all_gather(in_place)),
             Call::Broadcast { root } => Ok(draw.broadcast(root)),
             Call::Gather { .. } => Ok(draw.gather()),
@@ -140,9 +140,14 @@ impl Draw<'_> {
     }
 
     fn reduction(mut self) -> Result<Round, String> {
-        let Call::Reduce { all, dtype, wire, op, in_place, absent, algorithm } = self.case.call
-        else {
-            return Err("not a reduction".into());
+        let (all, dtype, wire, op, in_place, absent, algorithm) = match self.case.call {
+            Call::Reduce { all, dtype, wire, op, in_place, absent, algorithm } => {
+                (all, dtype, wire, op, in_place, absent, algorithm)
+            }
+            Call::Registered { dtype, wire, op, absent } => {
+                (true, dtype, wire, op, true, absent, None)
+            }
+            _ => return Err("not a reduction".into()),
         };
         let count = if all { self.case.count } else { self.case.count * self.case.world as usize };
         let values = self.case.values;
@@ -259,7 +264,7 @@ pub(crate) fn widths(case: &Case) -> Vec<usize> {
 
 /// Whether the ranks' results must be the same bits.
 pub(crate) const fn is_shared(call: &Call) -> bool {
-    matches!(call, Call::Reduce { all: true, .. })
+    matches!(call, Call::Reduce { all: true, .. } | Call::Registered { .. })
 }
 
 /// Whether the values of a case say something about the error of a result.

@@ -8,7 +8,8 @@ use super::memory::{Arena, Region};
 use super::round::{Part, Place, ROWS, Round, is_shared, widths};
 use peerlane::gpu::{DevicePtr, GpuRef, Graph, Stream};
 use peerlane::{
-    AllGather, AllReduce, Broadcast, Communicator, Config, Gather, ReduceScatter, Result,
+    AllGather, AllReduce, AllReduceRegistered, Broadcast, Communicator, Config, Gather,
+    ReduceScatter, Registration, Result, Transport,
 };
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ struct Rank {
     gpu: GpuRef,
     stream: Stream,
     arena: Arena,
+    /// All of its arena, while a case needs it.
+    registration: Option<Registration>,
 }
 
 impl Drop for Rank {
@@ -49,7 +52,7 @@ impl Group {
         for communicator in Communicator::connect(gpus, config)? {
             let gpu = communicator.gpu().clone();
             let (stream, arena) = (gpu.stream_create()?, Arena::new(gpu.clone()));
-            ranks.push(Rank { communicator, gpu, stream, arena });
+            ranks.push(Rank { communicator, gpu, stream, arena, registration: None });
         }
         Ok(Group { ranks })
     }
@@ -59,11 +62,49 @@ impl Group {
         self.ranks.iter_mut().try_for_each(|rank| rank.communicator.close())
     }
 
+    /// Whether the ranks can do what a case asks for.
+    pub(crate) fn can_run(&self, case: &Case) -> bool {
+        let mut pairs = (0..case.world).flat_map(|from| (0..case.world).map(move |to| (from, to)));
+        let by_host = |(from, to): (u32, u32)| {
+            from != to && self.ranks[0].communicator.transport(from, to) == Ok(Transport::Host)
+        };
+        !matches!(case.call, Call::Registered { .. }) || !pairs.any(by_host)
+    }
+
+    /// Lets all ranks reach each other's arenas, which are alike.
+    fn register(&mut self) -> Result<()> {
+        let tensors: Vec<_> = self.ranks.iter().map(|rank| rank.arena.given()).collect();
+        let mut ranks: Vec<_> = self.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
+        // SAFETY: `run` deregisters them before it ends, or the group is not used again.
+        let all = unsafe { Communicator::register_all(&mut ranks, &tensors)? };
+        for (rank, registration) in self.ranks.iter_mut().zip(all) {
+            rank.registration = Some(registration);
+        }
+        Ok(())
+    }
+
+    /// Ends that.
+    fn deregister(&mut self) -> Result<()> {
+        let all: Vec<_> =
+            self.ranks.iter_mut().filter_map(|rank| rank.registration.take()).collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let mut ranks: Vec<_> = self.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
+        Communicator::deregister_all(&mut ranks, &all)
+    }
+
     /// Runs a case. `Err` and `Wrong` alike fail it; after `Err` the group is unusable.
     pub(crate) fn run(&mut self, case: &Case, seed: u64) -> Result<Verdict> {
         if case.call == Call::Barrier {
             return self.run_barrier();
         }
+        let verdict = self.run_rounds(case, seed)?;
+        self.deregister()?;
+        Ok(verdict)
+    }
+
+    fn run_rounds(&mut self, case: &Case, seed: u64) -> Result<Verdict> {
         let (calls, replays) = (case.style.calls(), case.style.replays());
         let mut regions = Vec::new();
         let mut graphs = Vec::new();
@@ -80,6 +121,9 @@ impl Group {
             };
             if replay == 0 {
                 regions = self.place(&rounds)?;
+                if matches!(case.call, Call::Registered { .. }) {
+                    self.register()?;
+                }
             }
             self.upload(&rounds, &regions)?;
             if case.style == Style::Graph {
@@ -264,6 +308,14 @@ impl Rank {
                     let contribution = absent != Some(me);
                     let call = ReduceScatter { src, dst, count, dtype, op, wire, contribution };
                     communicator.reduce_scatter(&call, stream)
+                }
+                Call::Registered { dtype, wire, op, absent } => {
+                    // Registered before it was issued.
+                    let Some(registration) = &self.registration else { return Ok(()) };
+                    let offset = (dst.0 - registration.tensor().0) as usize;
+                    let contribution = absent != Some(me);
+                    let call = AllReduceRegistered { offset, count, dtype, op, wire, contribution };
+                    communicator.all_reduce_registered(registration, &call, stream)
                 }
                 Call::AllGather { .. } => {
                     communicator.all_gather(&AllGather { src, dst, bytes: count }, stream)
