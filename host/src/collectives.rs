@@ -92,11 +92,14 @@ impl Communicator {
             return Err(invalid(op, "wire", expected, "bf16"));
         }
         let bytes = call.count * call.dtype.bytes();
-        let cut = self.scheduled(op)?.cut(pattern, units(bytes, Format::Full, 1))?;
+        let units = units(bytes, Format::Full, 1);
+        let cut = self.scheduled(op)?.cut(pattern, units)?;
+        let wants = self.scheduled(op)?.staging_bytes(pattern, units.0);
         let variant = 1 + algorithm.index() as u8;
         let signature = reduction(operation, call.dtype, call.wire, call.op, variant, bytes);
         let (op_code, scale) = (call.op as u32, scale(call.op, self.world_size()));
         let args = Args { op: op_code, scale, ..self.args(operation) };
+        let captured = self.is_captured(stream)?;
         self.follow(op, stream)?;
         self.announce(self.everyone(), signature)?;
         let mut begun = false;
@@ -109,7 +112,10 @@ impl Communicator {
             // Peers wait for what will not come, and so would this rank's own streams.
             self.abort();
         }
-        queued
+        queued?;
+        self.tally.scheduled(bytes, wants, self.config().staging());
+        self.tally.captured += u64::from(captured);
+        Ok(())
     }
 
     /// Reduces `world x call.count` elements of all ranks; rank r's `dst` gets the r-th part.
@@ -271,7 +277,7 @@ impl Communicator {
         if shape.world == 1 {
             return Ok(());
         }
-        let grid = Grid { blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
+        let grid = Grid { units: 0, blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
         let signature = movement(operation, 0, 0, 0);
         // SAFETY: the kernel touches no tensor.
         unsafe {
@@ -296,6 +302,7 @@ impl Communicator {
         signature: Signature,
         stream: Stream,
     ) -> Result<()> {
+        let captured = self.is_captured(stream)?;
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
         args.block_units = grid.block_units;
@@ -304,7 +311,10 @@ impl Communicator {
             args.flags |= flags::SEAL_ALL;
         }
         // SAFETY: passed on to the caller.
-        unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
+        unsafe { self.queue(kernel, grid.blocks, grid.threads, &args)? };
+        self.tally.kernel(signature.operation, signature.bytes, &grid);
+        self.tally.captured += u64::from(captured);
+        Ok(())
     }
 
     /// How an all-reduce that sends `wire_bytes` bytes is carried out.

@@ -12,13 +12,14 @@ use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::steps::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
-use crate::rendezvous::{ABORTED, Membership, Segment};
+use crate::rendezvous::{ABORTED, Membership, Reunion, Segment};
+use crate::sizing;
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// What a rank shows the others first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -121,6 +122,7 @@ impl Agreement {
             });
         };
         check_staging(config)?;
+        sizing::check(config, world)?;
         let max_blocks = max_blocks(cards, config);
         let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
@@ -421,6 +423,8 @@ pub(crate) struct Group {
     pub(crate) shape: Shape,
     pub(crate) mailboxes: Mailboxes,
     pub(crate) log: Arc<CallLog>,
+    /// Where the ranks meet again, if they are threads of this process.
+    pub(crate) reunion: Arc<Reunion>,
     /// If the ranks are processes: this one's belonging to the group. After the mailboxes, since it
     /// tells the others that this process writes to them no more.
     membership: Option<Arc<Membership>>,
@@ -430,7 +434,8 @@ impl Group {
     /// A group of ranks of this process.
     pub(crate) fn new(shape: Shape, mailboxes: Mailboxes) -> Group {
         let log = Arc::new(CallLog::new(shape.world));
-        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, membership: None }
+        let reunion = Arc::new(Reunion::new(shape.world));
+        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, reunion, membership: None }
     }
 
     /// One process's view of a group of processes.
@@ -440,8 +445,9 @@ impl Group {
         membership: Membership,
     ) -> Group {
         let log = Arc::new(CallLog::shared(shape.world, membership.segment.clone()));
-        let membership = Some(Arc::new(membership));
-        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, membership }
+        let (membership, reunion) =
+            (Some(Arc::new(membership)), Arc::new(Reunion::new(shape.world)));
+        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, reunion, membership }
     }
 
     /// What carries data from one rank to another.
@@ -461,7 +467,7 @@ impl Group {
 
     /// What can stop every rank's waits for as long as the group lasts.
     pub(crate) fn aborter(&self) -> Aborter {
-        Aborter { members: Arc::downgrade(&self.mailboxes.members) }
+        Aborter { members: Arc::new(Mutex::new(Arc::downgrade(&self.mailboxes.members))) }
     }
 
     /// The ordinal of the GPU that holds `rank`.
@@ -477,16 +483,17 @@ fn shape_with(shape: Shape, mailboxes: &Mailboxes) -> Shape {
 }
 
 /// Stops a group's waits, from any thread and while its communicators are in use or being closed.
-/// It does not keep the group alive.
+/// It does not keep the group alive. Clones share what they stop: the group that the communicator has
+/// now, which [`Communicator::adapt`](crate::Communicator::adapt) may replace.
 #[derive(Clone)]
 pub struct Aborter {
-    members: Weak<[Arc<Member>]>,
+    members: Arc<Mutex<Weak<[Arc<Member>]>>>,
 }
 
 impl Default for Aborter {
     /// One that stops nothing.
     fn default() -> Aborter {
-        Aborter { members: Weak::<[Arc<Member>; 0]>::new() }
+        Aborter { members: Arc::new(Mutex::new(Weak::<[Arc<Member>; 0]>::new())) }
     }
 }
 
@@ -494,7 +501,9 @@ impl Aborter {
     /// Ends every wait of every rank; their calls return errors from then on. Does nothing once
     /// the communicator is closed.
     pub fn abort(&self) {
-        for member in self.members.upgrade().iter().flat_map(|members| members.iter()) {
+        // Held until all words are stored: who lets the clones follow another group looks at them after that.
+        let members = self.lock();
+        for member in members.upgrade().iter().flat_map(|members| members.iter()) {
             let status = member.status.host.cast::<Status>();
             // SAFETY: the page is alive as long as the member, and hosts write this word as an
             // atomic; kernels only read it.
@@ -502,5 +511,15 @@ impl Aborter {
             // A rank that was lost before is the reason to report.
             let _ = abort.compare_exchange(0, ABORTED, Ordering::AcqRel, Ordering::Relaxed);
         }
+    }
+
+    /// From now on stops the waits of `group`, for all clones.
+    pub(crate) fn follow(&self, group: &Group) {
+        *self.lock() = Arc::downgrade(&group.mailboxes.members);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Weak<[Arc<Member>]>> {
+        // Every change is one assignment.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,5 +1,6 @@
 //! Peer-to-peer collectives for the GPUs of one machine.
 
+mod adapt;
 pub mod algorithm;
 mod call_log;
 pub mod cases;
@@ -24,10 +25,13 @@ pub mod reference;
 pub mod rendezvous;
 pub mod request;
 mod scheduled;
+mod sizing;
 pub mod topology;
 pub mod transport;
+mod usage;
 pub mod work;
 
+pub use adapt::Adapted;
 pub use algorithm::{Algorithm, Pattern, Route};
 pub use choice::{Choice, Tuning};
 pub use communicator::{Communicator, Config};
@@ -36,5 +40,7 @@ pub use group::Aborter;
 pub use peerlane_device::abi::{DType, Format, Kernel, Operation, ReduceOp, Wire};
 pub use rendezvous::{Meeting, Processes};
 pub use request::{AllGather, AllReduce, Broadcast, Chunk, Gather, ReduceScatter};
+pub use sizing::{Sizes, Sizing};
 pub use transport::Transport;
+pub use usage::{Counts, Family, Usage};
 pub use work::Work;

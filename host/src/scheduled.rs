@@ -141,6 +141,12 @@ impl Scheduled {
         self.steps(pattern).cut(units, staging_bytes, chunk_bytes)
     }
 
+    /// Bytes of the staging area that a tensor of `units` units would have a use for.
+    pub(crate) fn staging_bytes(&mut self, pattern: Pattern, units: usize) -> usize {
+        let chunk_bytes = self.chunk_bytes;
+        self.steps(pattern).staging_bytes(units, chunk_bytes)
+    }
+
     fn steps(&mut self, pattern: Pattern) -> &Steps {
         let (shape, rank) = (&self.shape, self.rank);
         self.steps[pattern as usize].get_or_insert_with(|| {

@@ -229,6 +229,21 @@ impl Steps {
         (bytes - bytes % ALIGNMENT) / UNIT
     }
 
+    /// Bytes of the staging area in which a tensor of `units` units is cut as is best for it.
+    pub fn staging_bytes(&self, units: usize, chunk_bytes: Option<usize>) -> usize {
+        let part = super::part_units(self.parts, units);
+        let wanted = chunk_bytes.unwrap_or_else(|| self.wanted_units(units).min(part) * UNIT);
+        let slots = (SLOTS * self.regions.max(1)) as usize;
+        FLAG_BYTES + slots * wanted.next_multiple_of(ALIGNMENT)
+    }
+
+    /// Units in a chunk of a tensor of `units` units, where there is room.
+    fn wanted_units(&self, units: usize) -> usize {
+        let part_units = super::part_units(self.parts, units);
+        let wanted = part_units.div_ceil(CHUNKS).next_multiple_of(ALIGNMENT / UNIT);
+        wanted.max(LEAST_CHUNK_BYTES / UNIT)
+    }
+
     /// How a tensor of `units` units, the last of `tail` bytes, is cut; `chunk_bytes` as in
     /// [`Config::chunk_bytes`](crate::Config::chunk_bytes).
     pub fn cut(
@@ -252,10 +267,7 @@ impl Steps {
                 });
             }
             Some(bytes) => bytes / UNIT,
-            None => {
-                let wanted = part_units.div_ceil(CHUNKS).next_multiple_of(ALIGNMENT / UNIT);
-                wanted.max(LEAST_CHUNK_BYTES / UNIT).min(slot_units)
-            }
+            None => self.wanted_units(units).min(slot_units),
         };
         Ok(Cut { units, tail, part_units, chunk_units, slot_bytes: slot_units * UNIT })
     }

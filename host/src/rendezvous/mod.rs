@@ -12,9 +12,10 @@ pub use processes::Processes;
 pub(crate) use processes::{Membership, Seat};
 pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
+pub(crate) use threads::Reunion;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 
 /// Names ranks: "rank 1" or "ranks 1, 2".
 fn ranks(which: impl Iterator<Item = u32>) -> String {

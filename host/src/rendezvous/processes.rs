@@ -221,6 +221,12 @@ impl Seat {
         parsed.collect()
     }
 
+    /// Leaves a meeting in which the ranks had no more to do than to exchange values.
+    pub(crate) fn part(self) {
+        // Who has all values needs nobody any more.
+        let _ = self.connection.send(&Request::Joined, &[]);
+    }
+
     /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
     /// write into it any more.
     pub(crate) fn join(self, mailbox: Arc<dyn Any + Send + Sync>) -> Result<Membership> {

@@ -5,7 +5,7 @@
 //! another process stores there to stop a wait is the word that a kernel polls.
 //!
 //! ```text
-//! page 0          magic, protocol, world size
+//! page 0          magic, protocol, world size, the group's number
 //! page 1 + rank   Status (kernel and hosts), then at HOST: presence, pid, pid namespace
 //! then            the call log
 //! ```
@@ -17,6 +17,7 @@ use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::Pid;
 use std::ffi::c_void;
+use std::hash::BuildHasher;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -73,6 +74,9 @@ impl Segment {
         segment.header(0).store(MAGIC, Ordering::Relaxed);
         segment.header(1).store(super::PROTOCOL, Ordering::Relaxed);
         segment.header(2).store(world, Ordering::Relaxed);
+        let number = std::hash::RandomState::new().hash_one(std::process::id());
+        segment.header(3).store(number as u32, Ordering::Relaxed);
+        segment.header(4).store((number >> 32) as u32, Ordering::Relaxed);
         Ok(segment)
     }
 
@@ -114,6 +118,12 @@ impl Segment {
 
     fn offset(rank: u32) -> usize {
         PAGE * (1 + rank as usize)
+    }
+
+    /// A number that no other group has: drawn at random when the memory was made.
+    pub(crate) fn number(&self) -> u64 {
+        let word = |index| u64::from(self.header(index).load(Ordering::Relaxed));
+        word(3) | word(4) << 32
     }
 
     /// Number of ranks.
