@@ -312,7 +312,8 @@ impl Communicator {
         }
         // SAFETY: passed on to the caller.
         unsafe { self.queue(kernel, grid.blocks, grid.threads, &args)? };
-        self.tally.kernel(signature.operation, signature.bytes, &grid);
+        let sent = (self.world_size() > 1).then_some(&grid);
+        self.tally.kernel(signature.operation, signature.bytes, sent);
         self.tally.captured += u64::from(captured);
         Ok(())
     }

@@ -32,6 +32,8 @@ mod usage;
 pub mod work;
 
 pub use adapt::Adapted;
+#[doc(hidden)]
+pub use adapt::BREAK_DRAIN;
 pub use algorithm::{Algorithm, Pattern, Route};
 pub use choice::{Choice, Tuning};
 pub use communicator::{Communicator, Config};

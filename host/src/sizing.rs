@@ -124,7 +124,7 @@ impl State {
     ) -> State {
         let current = self.sizes.mailbox_bytes;
         let best = service(sizing.most_mailbox_bytes, need.units, shape);
-        let fits = service(current, need.units, shape) == best;
+        let fits = need.units == 0 || service(current, need.units, shape) == best;
         let needed = mailbox_bytes(need.units, sizing, shape);
         let next = self.mailbox.next((current, fits), needed, sizing.patience);
         // A limit that changes nothing is not worth a meeting.
@@ -219,7 +219,7 @@ mod tests {
         assert!(grown.sizes.mailbox_bytes > small.sizes.mailbox_bytes, "{grown:?}");
         let best = service(sizing.most_mailbox_bytes, need.units, &shape);
         assert_eq!(service(grown.sizes.mailbox_bytes, need.units, &shape), best);
-        assert_eq!(service(grown.sizes.mailbox_bytes / 2, need.units, &shape) == best, false);
+        assert_ne!(service(grown.sizes.mailbox_bytes / 2, need.units, &shape), best);
         assert_eq!(grown.next(need, &sizing, &shape, true), grown, "that was enough");
     }
 
@@ -249,7 +249,8 @@ mod tests {
         assert_eq!(grown, 64 * MIB);
         let most = begin.next(need(4000 * MIB), &sizing, &shape, true);
         assert_eq!(most.sizes.staging_bytes, 128 * MIB);
-        assert_eq!(most.next(need(4000 * MIB), &sizing, &shape, true).sizes, most.sizes);
+        let same = most.next(need(4000 * MIB), &sizing, &shape, true);
+        assert_eq!(same.sizes.staging_bytes, 128 * MIB);
         let idle = |may_shrink| {
             let once = most.next(need(0), &sizing, &shape, may_shrink);
             assert_eq!(once.sizes.staging_bytes, 128 * MIB);
@@ -262,26 +263,31 @@ mod tests {
 
     #[test]
     fn limits_that_cannot_be_kept_are_refused() {
-        let refused = |change: &dyn Fn(&mut Config, &mut Sizing)| {
+        type Change = fn(&mut Config, &mut Sizing);
+        let refused = |change: Change| {
             let (mut config, mut sizing) = (Config::default(), Sizing::default());
             change(&mut config, &mut sizing);
             config.sizing = Some(sizing);
             check(&config, 4).unwrap_err().to_string()
         };
-        for (text, change) in [
-            ("mailbox_bytes", &(|c, _| c.mailbox_bytes = 1) as &dyn Fn(&mut Config, &mut Sizing)),
-            ("mailbox_bytes", &|c, _| c.mailbox_bytes = 1 << 40),
-            ("sizing.least_mailbox_bytes", &|_, s| s.least_mailbox_bytes = 0),
-            ("mailbox_bytes", &|_, s| s.least_mailbox_bytes = 1 << 40),
-            ("staging_bytes", &|c, _| c.staging_bytes = Some(1 << 40)),
-            ("sizing.least_staging_bytes", &|_, s| s.least_staging_bytes = 5),
-            ("staging_bytes", &|_, s| s.most_staging_bytes = 1 << 20),
-            ("sizing.patience", &|_, s| s.patience = 0),
-        ] {
+        let changes: [(&str, Change); 8] = [
+            ("mailbox_bytes", |config, _| config.mailbox_bytes = 1),
+            ("mailbox_bytes", |config, _| config.mailbox_bytes = 1 << 40),
+            ("sizing.least_mailbox_bytes", |_, sizing| sizing.least_mailbox_bytes = 0),
+            ("mailbox_bytes", |_, sizing| sizing.least_mailbox_bytes = 1 << 40),
+            ("staging_bytes", |config, _| config.staging_bytes = Some(1 << 40)),
+            ("sizing.least_staging_bytes", |_, sizing| sizing.least_staging_bytes = 5),
+            ("staging_bytes", |_, sizing| sizing.most_staging_bytes = 1 << 20),
+            ("sizing.patience", |_, sizing| sizing.patience = 0),
+        ];
+        for (text, change) in changes {
             let error = refused(change);
             assert!(error.starts_with(&format!("connect: {text}: expected ")), "{error}");
         }
-        assert_eq!(check(&Config { sizing: Some(Sizing::default()), ..Config::default() }, 4), Ok(()));
+        assert_eq!(
+            check(&Config { sizing: Some(Sizing::default()), ..Config::default() }, 4),
+            Ok(())
+        );
     }
 
     proptest! {

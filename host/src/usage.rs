@@ -124,11 +124,12 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Counts a kernel's call.
+    /// Counts a kernel's call, which sends messages as `sent` says; a rank alone sends none.
     #[inline]
-    pub(crate) fn kernel(&mut self, operation: Operation, bytes: usize, grid: &Grid) {
-        self.count(Family::of(operation), bytes, grid.block_units > grid.chunk_units);
-        self.need.units = self.need.units.max(grid.units);
+    pub(crate) fn kernel(&mut self, operation: Operation, bytes: usize, sent: Option<&Grid>) {
+        let several_turns = sent.is_some_and(|grid| grid.block_units > grid.chunk_units);
+        self.count(Family::of(operation), bytes, several_turns);
+        self.need.units = self.need.units.max(sent.map_or(0, |grid| grid.units));
     }
 
     /// Counts a scheduled call that `wants` so many bytes of a staging area of `has`.
@@ -182,7 +183,7 @@ mod tests {
         for code in 1..=6 {
             let operation = Operation::from_code(code).unwrap();
             let mut tally = Tally::default();
-            tally.kernel(operation, 100, &grid(7, 1));
+            tally.kernel(operation, 100, Some(&grid(7, 1)));
             let usage = tally.report(sizes);
             let family = Family::ALL.into_iter().find(|f| f.name() == operation.name()).unwrap();
             assert_eq!(usage.of(family).calls, 1);
@@ -194,15 +195,15 @@ mod tests {
     fn the_high_water_is_of_the_calls_since_and_of_all() {
         let sizes = Sizes { mailbox_bytes: 1, staging_bytes: 2 };
         let mut tally = Tally::default();
-        tally.kernel(Operation::AllReduce, 1000, &grid(63, 3));
-        tally.kernel(Operation::Broadcast, 10, &grid(1, 1));
+        tally.kernel(Operation::AllReduce, 1000, Some(&grid(63, 3)));
+        tally.kernel(Operation::Broadcast, 10, Some(&grid(1, 1)));
         tally.scheduled(500, 64, 32);
         let counts = *tally.report(sizes).of(Family::AllReduce);
         assert_eq!((counts.largest, counts.largest_since, counts.several_turns), (1000, 1000, 1));
         assert_eq!(tally.need, Need { units: 63, staging_bytes: 64 });
         tally.roll(true);
         assert_eq!(tally.need, Need::default());
-        tally.kernel(Operation::AllReduce, 10, &grid(2, 1));
+        tally.kernel(Operation::AllReduce, 10, None);
         let usage = tally.report(sizes);
         let counts = usage.of(Family::AllReduce);
         assert_eq!((counts.largest, counts.largest_since), (1000, 10));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const UPDATE: &str = "PEERLANE_UPDATE_HEADER";
 
 /// The files with something for C to see, in the header's order.
-const SOURCES: [&str; 6] = ["status", "types", "gpu", "comm", "collectives", "work"];
+const SOURCES: [&str; 7] = ["status", "types", "gpu", "comm", "sizing", "collectives", "work"];
 
 fn host() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -3,8 +3,8 @@
 use peerlane::cases::Rng;
 use peerlane::gpu::sim;
 use peerlane::{
-    Adapted, Algorithm, Communicator, Config, DType, Error, Family, Meeting, Pattern, ReduceOp,
-    Sizes, Sizing, Transport, Wire,
+    Adapted, Algorithm, BREAK_DRAIN, Communicator, Config, DType, Error, Family, Meeting, Pattern,
+    ReduceOp, Sizes, Sizing, Transport, Wire,
 };
 use peerlane_tests::{Call, Group, Job, Links, Machine, Memory, Rank, Script, random_jobs, small};
 use std::time::{Duration, Instant};
@@ -55,7 +55,8 @@ fn mailboxes_grow_until_calls_fit_and_shrink_when_idle() {
         let turns = several_turns(&group, Family::AllReduce);
         let before = group.ranks[0].communicator.mailbox_bytes();
         let adapted = adapt(&mut group).expect("it goes well");
-        assert_eq!(adapted.changed(), world > 1 || turns > 0, "{world} ranks: {adapted:?}");
+        assert_eq!(turns > 0, world > 1);
+        assert_eq!(adapted.changed(), world > 1, "{world} ranks: {adapted:?}");
         for rank in &group.ranks {
             let (communicator, bytes) = (&rank.communicator, adapted.after.mailbox_bytes);
             assert_eq!(communicator.config().mailbox_bytes, bytes);
@@ -73,7 +74,9 @@ fn mailboxes_grow_until_calls_fit_and_shrink_when_idle() {
         group.check(&[all_reduce(9, None)], 5);
         assert_eq!(adapt(&mut group).expect("it goes well").after, grown);
         let idle = adapt(&mut group).expect("it goes well").after;
-        assert!(world == 1 || idle.mailbox_bytes < grown.mailbox_bytes, "{world}: {idle:?}");
+        // What 16 ranks need at least is more than a quarter of the limit.
+        let shrinks = (2..16).contains(&world);
+        assert_eq!(idle.mailbox_bytes < grown.mailbox_bytes, shrinks, "{world}: {idle:?}");
         check(&mut group, 20, 20_000, 6);
     }
 }
@@ -120,6 +123,33 @@ fn works_and_aborters_outlive_the_memory_they_began_with() {
     assert_eq!(adapt(&mut group), Err(Error::Stopped { rank: 0 }));
 }
 
+/// Under which seeds calls that are under way when the ranks adapt go wrong.
+fn failures(broken: u32) -> Vec<String> {
+    let attempt = |seed| {
+        let config = Config { broken, deadline: Duration::from_millis(100), ..config(3) };
+        let mut group = Group::connect(&Machine::sim(3, seed), 3, &config);
+        let jobs = random_jobs(3, 12, 9000, &mut Rng::new(seed, "drain"));
+        let script = Script::new(3, &jobs, seed);
+        let memory = group.load(&script)?;
+        group.issue(&script, &memory)?;
+        assert!(adapt(&mut group)?.changed());
+        group.collect(&memory, &script)
+    };
+    let fails = |seed| {
+        let jobs = random_jobs(3, 12, 9000, &mut Rng::new(seed, "drain"));
+        let verdict = attempt(seed).map_err(|error| error.to_string());
+        verdict.and_then(|found| Script::new(3, &jobs, seed).verify(&found)).err()
+    };
+    (1..=8).filter_map(fails).collect()
+}
+
+#[test]
+fn calls_under_way_are_waited_for_before_their_memory_goes() {
+    assert_eq!(failures(0), Vec::<String>::new());
+    let broken = failures(BREAK_DRAIN);
+    assert!(!broken.is_empty(), "8 seeds do not notice that calls are not waited for");
+}
+
 #[test]
 fn calls_in_a_graph_keep_the_memory_as_it_is() {
     let mut group = Group::connect(&Machine::sim(2, 1), 2, &config(2));
@@ -147,7 +177,9 @@ fn mistakes_are_named() {
         let mut ranks: Vec<_> = [&mut *first, &mut *second]
             .into_iter()
             .enumerate()
-            .flat_map(|(group, g)| g.ranks.iter_mut().enumerate().map(move |(r, x)| ((group, r), x)))
+            .flat_map(|(group, g)| {
+                g.ranks.iter_mut().enumerate().map(move |(r, x)| ((group, r), x))
+            })
             .filter(|(at, _)| which.contains(at))
             .map(|(_, rank)| &mut rank.communicator)
             .collect();
