@@ -230,8 +230,20 @@ typedef struct {
 typedef struct {
     // sizeof(peerlane_usage).
     size_t size;
-    // By `peerlane_family`.
-    peerlane_counts counts[7];
+    // All-reduces that are one kernel each.
+    peerlane_counts all_reduce;
+    // All-reduces by the copy engines, through the staging area.
+    peerlane_counts scheduled;
+    // Reduce-scatters.
+    peerlane_counts reduce_scatter;
+    // All-gathers.
+    peerlane_counts all_gather;
+    // Broadcasts.
+    peerlane_counts broadcast;
+    // Gathers.
+    peerlane_counts gather;
+    // Barriers.
+    peerlane_counts barrier;
     // Calls captured in CUDA graphs; counted only if `peerlane_config.adaptive` was set.
     uint64_t captured;
     // How often the ranks have looked at their sizes together.

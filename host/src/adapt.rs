@@ -14,7 +14,7 @@ use crate::gpu::{Backend, GpuRef};
 use crate::group::Group;
 use crate::join;
 use crate::plan::Shape;
-use crate::rendezvous::{Processes, Segment};
+use crate::rendezvous::{Meeting, Processes, Segment};
 use crate::sizing::{Need, Sizes, Sizing, State};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -25,6 +25,8 @@ const OP: &str = "adapt";
 /// Test only: a bit of [`Config::broken`] that lets a rank on a simulated GPU go on before its calls are done.
 #[doc(hidden)]
 pub const BREAK_DRAIN: u32 = 1 << 30;
+/// The round of threads that comes after those of [`Communicator::meet`]: all have let go of the old memory.
+const LEFT: usize = 5;
 /// How long the ranks may take to join again, once their calls are done.
 const REJOIN: Duration = Duration::from_secs(30);
 /// Between two looks at whether the calls are done.
@@ -122,8 +124,12 @@ impl Communicator {
             let config = verdict.config(self.config());
             let joined = self.meet_again(&config, verdict.deadline);
             self.meetings += 1;
-            let (group, known) = joined.map_err(as_adapt)?;
+            let (group, known, meeting) = joined.map_err(as_adapt)?;
             self.move_to(config, group, &known)?;
+            // Freeing may wait for the GPU: for calls that need one of this rank's, if a peer made them now.
+            if let Some(meeting) = meeting {
+                let _ = meeting.exchange(self.rank(), LEFT, ());
+            }
         }
         self.adapted(verdict.state, after != before);
         Ok(Adapted { before, after })
@@ -192,8 +198,13 @@ impl Communicator {
         Ok(join::values(all?))
     }
 
-    /// Joins once more, with other sizes; the others wait for this rank's calls to be done.
-    fn meet_again(&self, config: &Config, deadline: Duration) -> Result<(Group, Known)> {
+    /// Joins once more, with other sizes; the others wait for this rank's calls to be done. Says where the
+    /// ranks met, if they are threads.
+    fn meet_again(
+        &self,
+        config: &Config,
+        deadline: Duration,
+    ) -> Result<(Group, Known, Option<Meeting>)> {
         let (group, rank) = (self.group(OP)?, self.rank());
         // All ranks are here. One may spend its deadline on its calls, and a probe may last.
         let patience = deadline + REJOIN;
@@ -203,13 +214,15 @@ impl Communicator {
                 let ready = self.drain(deadline);
                 let joined =
                     ready.and_then(|()| Communicator::meet(&meeting, rank, self.gpu(), config));
-                joined.inspect_err(|error| meeting.give_up(rank, error))
+                let (group, known) = joined.inspect_err(|error| meeting.give_up(rank, error))?;
+                Ok((group, known, Some(meeting)))
             }
             Some(segment) => {
                 let meeting = self.next_meeting(segment, patience);
                 let ready = self.drain(deadline);
-                join::join(&meeting, rank, ready.clone(), self.gpu(), config)
-                    .map_err(|error| ready.err().unwrap_or(error))
+                let (group, known) = join::join(&meeting, rank, ready.clone(), self.gpu(), config)
+                    .map_err(|error| ready.err().unwrap_or(error))?;
+                Ok((group, known, None))
             }
         }
     }
@@ -245,6 +258,7 @@ impl Communicator {
     /// Goes on with the memory of `group`. All ranks can or none can.
     fn move_to(&mut self, config: Config, group: Group, known: &Known) -> Result<()> {
         let choice = Choice::settle(&config, &group.shape, known)?;
+        self.group(OP)?.leave_together(config.deadline);
         let config = Config { deadline: self.config().deadline, ..config };
         let aborted = self.replace_group(config, group, choice);
         if aborted {

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 /// What a rank shows the others first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -463,6 +464,14 @@ impl Group {
     /// What the ranks share if they are processes.
     pub(crate) fn segment(&self) -> Option<&Arc<Segment>> {
         self.membership.as_ref().map(|membership| &membership.segment)
+    }
+
+    /// That all ranks let go of the group now: letting go waits, for at most `patience`, until this rank's
+    /// memory is freed.
+    pub(crate) fn leave_together(&self, patience: Duration) {
+        if let Some(membership) = &self.membership {
+            membership.leave_together(patience);
+        }
     }
 
     /// What can stop every rank's waits for as long as the group lasts.

@@ -316,9 +316,9 @@ impl Communicator {
             return Err(error::value("adapt_all", "ranks", "each rank once", "one twice"));
         }
         let adapted = py.detach(|| {
-            let lock =
-                |rank: &&Communicator| rank.inner.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut guards: Vec<_> = ranks.iter().map(lock).collect();
+            let locks = ranks.iter().map(|rank| rank.inner.lock());
+            let guards = locks.map(|lock| lock.unwrap_or_else(PoisonError::into_inner));
+            let mut guards: Vec<_> = guards.collect();
             let open = guards.iter_mut().zip(&ranks).map(|(guard, rank)| {
                 guard.as_mut().ok_or(Error::Closed { op: "adapt_all", rank: rank.number })
             });
