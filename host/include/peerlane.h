@@ -192,6 +192,12 @@ typedef struct {
     const char *tuning;
     // What carries data from rank to rank.
     peerlane_transport transport;
+    // If not 0, `peerlane_comm_adapt` may change `mailbox_bytes`, which is then what the ranks begin with.
+    int adaptive;
+    // Mailboxes do not shrink below this.
+    size_t least_mailbox_bytes;
+    // Mailboxes do not grow above this.
+    size_t most_mailbox_bytes;
 } peerlane_config;
 
 // What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -206,6 +212,52 @@ typedef struct {
     // The only field in which ranks may differ.
     int no_contribution;
 } peerlane_reduce_options;
+
+// What the calls of one family have brought. A call's bytes are those of its tensor: of the whole one for
+// all-reduces and broadcasts, of one rank's part for reduce-scatters and all-gathers, of the largest
+// rank's rows for gathers.
+typedef struct {
+    // Calls that were queued.
+    uint64_t calls;
+    // Bytes of all of them.
+    uint64_t bytes;
+    // Bytes of the largest call ever.
+    uint64_t largest;
+    // Bytes of the largest call since `peerlane_comm_adapt`.
+    uint64_t largest_since;
+    // Calls that did not fit the mailbox or the staging area at once.
+    uint64_t several_turns;
+} peerlane_counts;
+
+// What a rank's calls have brought.
+typedef struct {
+    // sizeof(peerlane_usage).
+    size_t size;
+    // All-reduces that are one kernel each.
+    peerlane_counts all_reduce;
+    // All-reduces by the copy engines, through the staging area.
+    peerlane_counts scheduled;
+    // Reduce-scatters.
+    peerlane_counts reduce_scatter;
+    // All-gathers.
+    peerlane_counts all_gather;
+    // Broadcasts.
+    peerlane_counts broadcast;
+    // Gathers.
+    peerlane_counts gather;
+    // Barriers.
+    peerlane_counts barrier;
+    // Calls captured in CUDA graphs; counted only if `peerlane_config.adaptive` was set.
+    uint64_t captured;
+    // How often the ranks have looked at their sizes together.
+    uint64_t adapts;
+    // How often sizes have changed.
+    uint64_t resizes;
+    // Most bytes of device memory for this rank's mailbox.
+    size_t mailbox_bytes;
+    // Bytes of this rank's staging area.
+    size_t staging_bytes;
+} peerlane_usage;
 
 // A part of a tensor that becomes ready by itself.
 typedef struct {
@@ -339,6 +391,22 @@ peerlane_status peerlane_comm_close(peerlane_comm *comm);
 
 // Closes the communicator if it is open, and frees the handle. Fine with NULL.
 void peerlane_comm_destroy(peerlane_comm *comm);
+
+// Says what this rank's calls have brought. `size` is sizeof(peerlane_usage).
+peerlane_status peerlane_comm_usage(const peerlane_comm *comm, peerlane_usage *usage, size_t size);
+
+// Lets the sizes of mailboxes and staging areas follow the calls since the last time, if
+// `peerlane_config.adaptive` was set; *changed says whether there is new memory. All ranks call it, each
+// from its thread or process, after the same calls. Waits for the others, and for this rank's calls if
+// sizes change, for as long as the deadline. On failure all ranks go on with the memory they have. A
+// rank with calls captured in a CUDA graph refuses for all. The stream of the last call still exists.
+peerlane_status peerlane_comm_adapt(peerlane_comm *comm,
+                                    int *changed);
+
+// `peerlane_comm_adapt` for all ranks of a group of `peerlane_connect`, in rank order, by one thread.
+peerlane_status peerlane_adapt_all(peerlane_comm *const *comms,
+                                   uint32_t world_size,
+                                   int *changed);
 
 // Reduces `count` elements of all ranks into every rank's `dst`. `src` and `dst` are aligned to
 // the element; they may be the same. `options` may be NULL.

@@ -103,8 +103,8 @@ impl Communicator {
         let (units, tail) = units(bytes, Format::Full, plan::expansion(call.dtype, call.wire));
         let part_units = plan::part_units(shape.world, units);
         let grid = plan::grid(&shape, part_units);
-        // No slot limits what a block moves at once.
-        let grid = Grid { chunk_units: grid.block_units, ..grid };
+        // No slot limits what a block moves at once, and no mailbox carries any of it.
+        let grid = Grid { units: 0, chunk_units: grid.block_units, ..grid };
         let place = registration.number() << 40 ^ (call.offset / UNIT) as u64;
         let signature = Signature {
             shape: hash(place),
@@ -206,6 +206,8 @@ impl Communicator {
         stream: Stream,
     ) -> Result<()> {
         let op = job.signature.operation.name();
+        let wants = self.scheduled(op)?.staging_bytes(scheme, job.cut.units());
+        let captured = self.is_captured(stream)?;
         self.follow(op, stream)?;
         self.announce(self.everyone(), job.signature)?;
         let mut begun = false;
@@ -215,7 +217,10 @@ impl Communicator {
             // Peers wait for what will not come, and so would this rank's own streams.
             self.abort();
         }
-        queued
+        queued?;
+        self.tally.scheduled(job.signature.bytes, wants, self.config().staging());
+        self.tally.captured += u64::from(captured);
+        Ok(())
     }
 
     /// Reduces `world x call.count` elements of all ranks; rank r's `dst` gets the r-th part.
@@ -381,7 +386,7 @@ impl Communicator {
         if shape.world == 1 {
             return Ok(());
         }
-        let grid = Grid { blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
+        let grid = Grid { units: 0, blocks: 1, threads: 32, block_units: 1, chunk_units: 1 };
         let signature = movement(operation, 0, 0, 0);
         // SAFETY: the kernel touches no tensor.
         unsafe {
@@ -406,6 +411,7 @@ impl Communicator {
         signature: Signature,
         stream: Stream,
     ) -> Result<()> {
+        let captured = self.is_captured(stream)?;
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
         args.block_units = grid.block_units;
@@ -414,7 +420,11 @@ impl Communicator {
             args.flags |= flags::SEAL_ALL;
         }
         // SAFETY: passed on to the caller.
-        unsafe { self.queue(kernel, grid.blocks, grid.threads, &args) }
+        unsafe { self.queue(kernel, grid.blocks, grid.threads, &args)? };
+        let sent = (self.world_size() > 1).then_some(&grid);
+        self.tally.kernel(signature.operation, signature.bytes, sent);
+        self.tally.captured += u64::from(captured);
+        Ok(())
     }
 
     /// How an all-reduce that sends `wire_bytes` bytes is carried out.

@@ -18,7 +18,9 @@ use crate::plan::staging::FLAG_BYTES;
 use crate::registration::Registrations;
 use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
+use crate::sizing::{Sizes, Sizing, State};
 use crate::transport::{Pairs, Transport};
+use crate::usage::{Tally, Usage};
 use crate::work::Side;
 use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
 use std::sync::{Arc, Weak};
@@ -63,6 +65,9 @@ pub struct Config {
     /// Bytes that a scheduled call copies at once, a multiple of 16. `None`: half of a part of the tensor,
     /// but at least 4 MiB and at most what the staging area has room for.
     pub chunk_bytes: Option<usize>,
+    /// Between which limits [`Communicator::adapt`] may change `mailbox_bytes` and `staging_bytes`, which
+    /// are then what the ranks begin with. `None`: they stay as they are.
+    pub sizing: Option<Sizing>,
     /// Test only: `abi::flags::BREAK_*` bits that break the protocol on purpose. Real GPUs ignore
     /// them.
     #[doc(hidden)]
@@ -88,6 +93,7 @@ impl Default for Config {
             transport: Transport::Auto,
             staging_bytes: None,
             chunk_bytes: None,
+            sizing: None,
             broken: 0,
             first_slot: 0,
         }
@@ -130,12 +136,29 @@ pub struct Communicator {
     scheduled: Option<Box<Scheduled>>,
     /// Made by the first asynchronous call.
     pub(crate) side: Option<Side>,
+    /// What all clones of this rank's aborter stop.
+    aborter: Aborter,
+    /// What the calls have brought.
+    pub(crate) tally: Tally,
+    /// The sizes, and how long they have been too large.
+    pub(crate) state: State,
+    /// How often the processes of this group have met since they joined.
+    pub(crate) meetings: u64,
 }
 
 impl Communicator {
     /// Makes all ranks of a group at once, rank r on `gpus[r]`, for one thread to drive. Several
     /// ranks may share a GPU.
     pub fn connect(gpus: &[GpuRef], config: &Config) -> Result<Vec<Communicator>> {
+        let (group, known) = Communicator::assemble(gpus, config)?;
+        (0..)
+            .zip(gpus)
+            .map(|(rank, gpu)| Communicator::new(rank, gpu, config, (group.clone(), &known)))
+            .collect()
+    }
+
+    /// All of a group's memory, rank r's on `gpus[r]`.
+    pub(crate) fn assemble(gpus: &[GpuRef], config: &Config) -> Result<(Group, Known)> {
         let cards: Vec<Card> =
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
         let agreement = Agreement::of(&cards, config)?;
@@ -148,10 +171,7 @@ impl Communicator {
         let mut mailboxes = Mailboxes::new(members, pairs);
         let hosts = ranks().map(|(rank, gpu)| agreement.host_mailbox(gpu, config, (rank, pairs)));
         mailboxes.hosts = hosts.collect::<Result<_>>()?;
-        let group = Group::new(agreement.shape, mailboxes);
-        ranks()
-            .map(|(rank, gpu)| Communicator::new(rank, gpu, config, (group.clone(), &known)))
-            .collect()
+        Ok((Group::new(agreement.shape, mailboxes), known))
     }
 
     /// Joins a group as `rank` from a thread of its own; returns once all ranks have joined.
@@ -162,11 +182,9 @@ impl Communicator {
         config: &Config,
     ) -> Result<Communicator> {
         meeting.enter(rank)?;
-        let joined = Self::join_rounds(meeting, rank, gpu, config);
-        if let Err(error) = &joined {
-            meeting.give_up(rank, error);
-        }
-        joined
+        let joined = Self::meet(meeting, rank, gpu, config)
+            .and_then(|(group, known)| Communicator::new(rank, gpu, config, (group, &known)));
+        joined.inspect_err(|error| meeting.give_up(rank, error))
     }
 
     /// Joins a group as `rank` from a process of its own; returns once all ranks have joined and
@@ -177,19 +195,21 @@ impl Communicator {
         gpu: &GpuRef,
         config: &Config,
     ) -> Result<Communicator> {
-        let (group, known) = join::join(meeting, rank, gpu, config)?;
+        let (group, known) = join::join(meeting, rank, Ok(()), gpu, config)?;
         Communicator::new(rank, gpu, config, (group, &known))
     }
 
-    fn join_rounds(
+    /// Builds a group with the others, in a meeting that `rank` has entered.
+    pub(crate) fn meet(
         meeting: &Meeting,
         rank: u32,
         gpu: &GpuRef,
         config: &Config,
-    ) -> Result<Communicator> {
+    ) -> Result<(Group, Known)> {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
         let agreement = Agreement::of(&cards, config)?;
-        let known = meeting.exchange(rank, 1, agreement.known(rank, &cards, config)?)?;
+        let known = agreement.known(rank, &cards, config)?;
+        let known = meeting.exchange(rank, 1, known)?.swap_remove(0);
         let unreached = agreement.map_peers(gpu, rank, config.transport)?;
         let own = (agreement.member(gpu, config)?, unreached);
         let (members, unreached): (Vec<_>, Vec<_>) =
@@ -199,8 +219,8 @@ impl Communicator {
         let host = agreement.host_mailbox(gpu, config, (rank, pairs))?;
         mailboxes.hosts = meeting.exchange(rank, 3, host)?;
         // Rank 0's group is everybody's, so that all share one call log.
-        let groups = meeting.exchange(rank, 4, Group::new(agreement.shape, mailboxes))?;
-        Communicator::new(rank, gpu, config, (groups[0].clone(), &known[0]))
+        let group = Group::new(agreement.shape, mailboxes);
+        Ok((meeting.exchange(rank, 4, group)?.swap_remove(0), known))
     }
 
     fn new(
@@ -209,30 +229,43 @@ impl Communicator {
         config: &Config,
         (group, known): (Group, &Known),
     ) -> Result<Communicator> {
-        let shape = group.shape;
-        let Shape { world, layout, .. } = shape;
-        let mut template = Args {
-            flags: config.broken,
-            deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
-            ..Args::new(rank, world, layout)
-        };
-        group.mailboxes.address(&mut template);
+        let choice = Choice::settle(config, &group.shape, known)?;
         let order = gpu.event_create()?;
         Ok(Communicator {
             rank,
             gpu: gpu.clone(),
             config: config.clone(),
+            template: template(rank, config, &group),
+            places: Places::of(&group.shape, rank),
+            aborter: group.aborter(),
             group: Some(group),
-            template,
-            places: Places::of(&shape, rank),
-            choice: Choice::settle(config, &shape, known)?,
+            choice,
             calls: [0; MAX_RANKS],
             last_stream: None,
             order,
             registrations: Registrations::default(),
             scheduled: None,
             side: None,
+            tally: Tally::default(),
+            state: State::new(Sizes::of(config)),
+            meetings: 0,
         })
+    }
+
+    /// Takes another group's place in all calls from now on. Says whether the one until now was aborted;
+    /// an abort that comes later finds the new one.
+    pub(crate) fn replace_group(&mut self, config: Config, group: Group, choice: Choice) -> bool {
+        self.template = template(self.rank, &config, &group);
+        self.places = Places::of(&group.shape, self.rank);
+        (self.config, self.choice) = (config, choice);
+        self.calls = [0; MAX_RANKS];
+        self.meetings = 0;
+        // It knows the addresses of the memory that goes.
+        self.scheduled = None;
+        self.aborter.follow(&group);
+        let aborted = self.health().is_err();
+        self.group = Some(group);
+        aborted
     }
 
     /// This rank's number.
@@ -263,6 +296,11 @@ impl Communicator {
     /// Bytes of device memory that this rank's mailbox takes.
     pub fn mailbox_bytes(&self) -> usize {
         self.layout().mailbox_bytes(self.world_size())
+    }
+
+    /// What this rank's calls have brought, and the sizes in force.
+    pub fn usage(&self) -> Usage {
+        self.tally.report(self.state.sizes)
     }
 
     /// What calls take that do not choose for themselves.
@@ -331,14 +369,12 @@ impl Communicator {
 
     /// Ends every wait of every rank of the group. Their calls return errors from then on.
     pub fn abort(&self) {
-        if let Some(group) = &self.group {
-            group.aborter().abort();
-        }
+        self.aborter().abort();
     }
 
     /// What aborts this communicator's group from another thread, while this one is inside a call.
     pub fn aborter(&self) -> Aborter {
-        self.group.as_ref().map(Group::aborter).unwrap_or_default()
+        self.group.as_ref().map(|_| self.aborter.clone()).unwrap_or_default()
     }
 
     /// Ends the communicator: waits for everything queued on this rank's GPU and lets go of the group,
@@ -419,6 +455,18 @@ impl Communicator {
         Ok(())
     }
 
+    /// Whether a call on `stream` becomes part of a graph, where that matters: asking takes time.
+    pub(crate) fn is_captured(&self, stream: Stream) -> Result<bool> {
+        Ok(self.config.sizing.is_some() && self.gpu.is_capturing(stream)?)
+    }
+
+    /// Whether everything is done that this rank has queued until now. All calls are behind each other, so
+    /// the end of the last is the end of all.
+    pub(crate) fn is_drained(&self) -> Result<bool> {
+        let Some(last) = self.last_stream else { return Ok(true) };
+        self.gpu.stream_query(last)
+    }
+
     /// Makes `stream` the one that calls are queued on, after everything queued before.
     pub(crate) fn follow(&mut self, op: &'static str, stream: Stream) -> Result<()> {
         if self.last_stream == Some(stream) {
@@ -474,6 +522,18 @@ impl Drop for Communicator {
         // SAFETY: made in `new` and not used again.
         let _ = unsafe { self.gpu.event_destroy(self.order) };
     }
+}
+
+/// What no call of `rank` changes as long as it belongs to `group`.
+fn template(rank: u32, config: &Config, group: &Group) -> Args {
+    let Shape { world, layout, .. } = group.shape;
+    let mut template = Args {
+        flags: config.broken,
+        deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
+        ..Args::new(rank, world, layout)
+    };
+    group.mailboxes.address(&mut template);
+    template
 }
 
 /// The flag bits of a call.

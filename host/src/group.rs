@@ -12,13 +12,15 @@ use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
-use crate::rendezvous::{ABORTED, Assembly, Membership, Segment};
+use crate::rendezvous::{ABORTED, Assembly, Membership, Reunion, Segment};
+use crate::sizing;
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 /// What a rank shows the others first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -121,6 +123,7 @@ impl Agreement {
             });
         };
         check_staging(config)?;
+        sizing::check(config, world)?;
         let max_blocks = max_blocks(cards, config);
         let (islands, hub) = (islands(world, config)?, hub(world, config)?);
         Ok(Agreement {
@@ -423,6 +426,8 @@ pub(crate) struct Group {
     pub(crate) log: Arc<CallLog>,
     /// Where the ranks meet again.
     pub(crate) assembly: Assembly,
+    /// Where the ranks meet again, if they are threads of this process.
+    pub(crate) reunion: Arc<Reunion>,
     /// If the ranks are processes: this one's belonging to the group. After the mailboxes, since it
     /// tells the others that this process writes to them no more.
     membership: Option<Arc<Membership>>,
@@ -433,7 +438,9 @@ impl Group {
     pub(crate) fn new(shape: Shape, mailboxes: Mailboxes) -> Group {
         let log = Arc::new(CallLog::new(shape.world));
         let assembly = Assembly::of_threads(shape.world);
-        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, assembly, membership: None }
+        let reunion = Arc::new(Reunion::new(shape.world));
+        let shape = shape_with(shape, &mailboxes);
+        Group { shape, mailboxes, log, assembly, reunion, membership: None }
     }
 
     /// One process's view of a group of processes.
@@ -444,8 +451,10 @@ impl Group {
     ) -> Group {
         let log = Arc::new(CallLog::shared(shape.world, membership.segment.clone()));
         let assembly = Assembly::Processes(membership.segment.clone());
-        let membership = Some(Arc::new(membership));
-        Group { shape: shape_with(shape, &mailboxes), mailboxes, log, assembly, membership }
+        let (membership, reunion) =
+            (Some(Arc::new(membership)), Arc::new(Reunion::new(shape.world)));
+        let shape = shape_with(shape, &mailboxes);
+        Group { shape, mailboxes, log, assembly, reunion, membership }
     }
 
     /// What carries data from one rank to another.
@@ -463,9 +472,17 @@ impl Group {
         self.membership.as_ref().map(|membership| &membership.segment)
     }
 
+    /// That all ranks let go of the group now: letting go waits, for at most `patience`, until this rank's
+    /// memory is freed.
+    pub(crate) fn leave_together(&self, patience: Duration) {
+        if let Some(membership) = &self.membership {
+            membership.leave_together(patience);
+        }
+    }
+
     /// What can stop every rank's waits for as long as the group lasts.
     pub(crate) fn aborter(&self) -> Aborter {
-        Aborter { members: Arc::downgrade(&self.mailboxes.members) }
+        Aborter { members: Arc::new(Mutex::new(Arc::downgrade(&self.mailboxes.members))) }
     }
 
     /// The ordinal of the GPU that holds `rank`.
@@ -481,16 +498,17 @@ fn shape_with(shape: Shape, mailboxes: &Mailboxes) -> Shape {
 }
 
 /// Stops a group's waits, from any thread and while its communicators are in use or being closed.
-/// It does not keep the group alive.
+/// It does not keep the group alive. Clones share what they stop: the group that the communicator has
+/// now, which [`Communicator::adapt`](crate::Communicator::adapt) may replace.
 #[derive(Clone)]
 pub struct Aborter {
-    members: Weak<[Arc<Member>]>,
+    members: Arc<Mutex<Weak<[Arc<Member>]>>>,
 }
 
 impl Default for Aborter {
     /// One that stops nothing.
     fn default() -> Aborter {
-        Aborter { members: Weak::<[Arc<Member>; 0]>::new() }
+        Aborter { members: Arc::new(Mutex::new(Weak::<[Arc<Member>; 0]>::new())) }
     }
 }
 
@@ -498,7 +516,9 @@ impl Aborter {
     /// Ends every wait of every rank; their calls return errors from then on. Does nothing once
     /// the communicator is closed.
     pub fn abort(&self) {
-        for member in self.members.upgrade().iter().flat_map(|members| members.iter()) {
+        // Held until all words are stored: who lets the clones follow another group looks at them after that.
+        let members = self.lock();
+        for member in members.upgrade().iter().flat_map(|members| members.iter()) {
             let status = member.status.host.cast::<Status>();
             // SAFETY: the page is alive as long as the member, and hosts write this word as an
             // atomic; kernels only read it.
@@ -506,5 +526,15 @@ impl Aborter {
             // A rank that was lost before is the reason to report.
             let _ = abort.compare_exchange(0, ABORTED, Ordering::AcqRel, Ordering::Relaxed);
         }
+    }
+
+    /// From now on stops the waits of `group`, for all clones.
+    pub(crate) fn follow(&self, group: &Group) {
+        *self.lock() = Arc::downgrade(&group.mailboxes.members);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Weak<[Arc<Member>]>> {
+        // Every change is one assignment.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -21,16 +21,19 @@ use std::sync::Arc;
 /// Most characters of a reason that travels. A compiler's log can be longer than a message.
 const LONGEST_REASON: usize = 1000;
 
-/// Joins as `rank`; returns this process's view of the group, and what rank 0 found out for it.
+/// Joins as `rank`, which is `ready` to or says why it cannot; returns this process's view of the group,
+/// and what rank 0 found out for it.
 pub(crate) fn join(
     meeting: &Processes,
     rank: u32,
+    ready: Result<()>,
     gpu: &GpuRef,
     config: &Config,
 ) -> Result<(Group, Known)> {
     let seat = meeting.enter(rank)?;
     let segment = seat.segment.clone();
-    let cards: Vec<Card> = values(share(&seat, rank, Card::prepare(gpu, config), None)?);
+    let card = ready.and_then(|()| Card::prepare(gpu, config));
+    let cards: Vec<Card> = values(share(&seat, rank, card, None)?);
     let agreement = Agreement::of(&cards, config)?;
     let known = share(&seat, rank, agreement.known(rank, &cards, config), None)?.swap_remove(0).0;
     let (own, offer, file) = match agreement.offer(gpu, config, &segment, rank) {
@@ -161,12 +164,12 @@ impl Entered<'_> {
 }
 
 /// What the ranks brought to a round without files.
-fn values<T>(all: Vec<(T, Option<OwnedFd>)>) -> Vec<T> {
+pub(crate) fn values<T>(all: Vec<(T, Option<OwnedFd>)>) -> Vec<T> {
     all.into_iter().map(|(value, _)| value).collect()
 }
 
 /// Brings `outcome` to the next round. If any rank brings a failure, all return the first one.
-fn share<T: Serialize + DeserializeOwned>(
+pub(crate) fn share<T: Serialize + DeserializeOwned>(
     seat: &Seat,
     rank: u32,
     outcome: Result<T>,

@@ -1,5 +1,6 @@
 //! Peer-to-peer collectives for the GPUs of one machine.
 
+mod adapt;
 pub mod algorithm;
 mod call_log;
 pub mod cases;
@@ -25,10 +26,15 @@ mod registration;
 pub mod rendezvous;
 pub mod request;
 mod scheduled;
+mod sizing;
 pub mod topology;
 pub mod transport;
+mod usage;
 pub mod work;
 
+pub use adapt::Adapted;
+#[doc(hidden)]
+pub use adapt::BREAK_DRAIN;
 pub use algorithm::{Algorithm, Pattern, Route, Spread};
 pub use choice::{Choice, Tuning};
 pub use communicator::{Communicator, Config, STAGING_BYTES};
@@ -40,5 +46,7 @@ pub use rendezvous::{Meeting, Processes};
 pub use request::{
     AllGather, AllReduce, AllReduceRegistered, Broadcast, Chunk, Gather, ReduceScatter,
 };
+pub use sizing::{Sizes, Sizing};
 pub use transport::Transport;
+pub use usage::{Counts, Family, Usage};
 pub use work::Work;

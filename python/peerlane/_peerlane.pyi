@@ -56,6 +56,7 @@ class Communicator:
         exact: bool = True,
         tuning: _Tuning = "auto",
         transport: _Transport | None = None,
+        sizing: bool | tuple[int, int] = False,
     ) -> None:
         """Joins the group called name and returns once all world_size ranks have.
 
@@ -63,7 +64,8 @@ class Communicator:
         simulated machine of 8. Waits on the GPU end after deadline seconds, the wait for the
         other ranks to join after patience seconds. transport says what carries data: "p2p", "host"
         (pinned host memory), or "auto", each pair's better one. What is left out of algorithm, route,
-        fixed, exact, tuning and transport the environment may say (docs/tuning.md).
+        fixed, exact, tuning and transport the environment may say (docs/tuning.md). With sizing,
+        adapt may change mailbox_bytes, between the least and the most bytes given (docs/sizing.md).
         """
 
     @staticmethod
@@ -79,6 +81,7 @@ class Communicator:
         exact: bool = True,
         tuning: _Tuning = "auto",
         transport: _Transport | None = None,
+        sizing: bool | tuple[int, int] = False,
     ) -> list[Communicator]:
         """All ranks of a group in this process, rank r on devices[r], for one thread to drive."""
 
@@ -244,6 +247,19 @@ class Communicator:
 
     def synchronize(self, stream: _Stream = None) -> None:
         """Waits until everything queued on the stream is done, then raises what went wrong."""
+
+    def adapt(self) -> bool:
+        """Lets the sizes of mailboxes follow the calls since the last time; whether there is new
+        memory. All ranks call it, each in its thread or process, after the same calls."""
+
+    @staticmethod
+    def adapt_all(ranks: Sequence[Communicator]) -> bool:
+        """adapt for all ranks of a group of connect, in rank order, by one thread."""
+
+    def usage(self) -> dict[str, Any]:
+        """What this rank's calls have brought: calls, bytes, largest, largest_since (the last adapt) and
+        several_turns (did not fit at once) for all_reduce, scheduled, reduce_scatter, all_gather, broadcast,
+        gather and barrier; captured (with sizing), adapts, resizes, mailbox_bytes, staging_bytes."""
 
     def health(self) -> None:
         """Raises what went wrong so far; never waits."""

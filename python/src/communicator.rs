@@ -1,9 +1,9 @@
 //! `peerlane.Communicator`: one rank of a group, as a Python object.
 //!
-//! Invariant: the interpreter is let go of wherever a call waits (meeting, synchronizing, closing)
-//! and nowhere else; the lock around the library's communicator is never held while something
-//! waits, so any thread may abort, close or ask at any time. Registering holds it while the ranks meet, which the
-//! deadline bounds.
+//! Invariant: the interpreter is let go of wherever a call waits (meeting, synchronizing, adapting,
+//! closing) and nowhere else; the lock around the library's communicator is never held while something
+//! waits, so any thread may abort, close or ask at any time. Registering and adapting hold it while the ranks
+//! meet, which the deadline bounds.
 
 use crate::collectives::{self, Reduction};
 use crate::device::Device;
@@ -13,11 +13,12 @@ use crate::registration::{self, Registration};
 use crate::work::Kept;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Aborter, Algorithm, Config, Error, Processes, Route, Transport};
+use peerlane::{Aborter, Algorithm, Config, Error, Family, Processes, Route, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::{PyString, PyTuple};
+use pyo3::types::{PyDict, PyString, PyTuple};
 use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ pub(crate) struct Communicator {
     pub(crate) ordinal: u32,
     pub(crate) number: u32,
     pub(crate) world: u32,
-    mailbox: usize,
+    mailbox: AtomicUsize,
     /// The arguments of torch's question for the current stream, for a real GPU.
     pub(crate) stream_arguments: Option<Py<PyTuple>>,
     /// Tensors of asynchronous calls that nobody else refers to.
@@ -48,8 +49,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None)"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -68,6 +69,7 @@ impl Communicator {
         exact: Given<'_, '_>,
         tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
+        sizing: Given<'_, '_>,
     ) -> PyResult<Communicator> {
         const CALL: &str = "Communicator";
         let rank = options::whole32(CALL, "rank", rank)?;
@@ -88,6 +90,7 @@ impl Communicator {
             exact,
             tuning,
             transport,
+            sizing,
         };
         let config = config(py, CALL, &agreed)?;
         let device = Device::open(CALL, "device", device)?;
@@ -101,8 +104,8 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None)"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn connect(
@@ -117,6 +120,7 @@ impl Communicator {
         exact: Given<'_, '_>,
         tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
+        sizing: Given<'_, '_>,
     ) -> PyResult<Vec<Communicator>> {
         const CALL: &str = "connect";
         let agreed = Agreed {
@@ -129,6 +133,7 @@ impl Communicator {
             exact,
             tuning,
             transport,
+            sizing,
         };
         let config = config(py, CALL, &agreed)?;
         let devices = Device::open_all(CALL, devices)?;
@@ -160,7 +165,7 @@ impl Communicator {
     /// Bytes of device memory that this rank's mailbox takes.
     #[getter]
     fn mailbox_bytes(&self) -> usize {
-        self.mailbox
+        self.mailbox.load(Ordering::Relaxed)
     }
 
     /// What carries data from rank `from_rank` to rank `to_rank`: 'p2p' or 'host'.
@@ -334,6 +339,66 @@ impl Communicator {
         self.queue(py, "synchronize", |rank| rank.health())
     }
 
+    /// Lets the sizes of mailboxes follow the calls since the last time; whether there is new memory.
+    fn adapt(&self, py: Python<'_>) -> PyResult<bool> {
+        let adapted = py.detach(|| {
+            let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            let rank = guard.as_mut().ok_or(Error::Closed { op: "adapt", rank: self.number })?;
+            let adapted = rank.adapt()?;
+            self.mailbox.store(rank.mailbox_bytes(), Ordering::Relaxed);
+            Ok(adapted)
+        });
+        adapted.map(|adapted| adapted.changed()).map_err(|e: Error| error::raise(py, e))
+    }
+
+    /// `adapt` for all ranks of a group of `connect`, in rank order, by one thread.
+    #[staticmethod]
+    fn adapt_all(py: Python<'_>, ranks: Vec<Py<Communicator>>) -> PyResult<bool> {
+        let ranks: Vec<&Communicator> = ranks.iter().map(Py::get).collect();
+        let twice = |(index, rank): (usize, &&Communicator)| {
+            ranks[..index].iter().any(|other| ptr::eq(*other, *rank))
+        };
+        if ranks.iter().enumerate().any(twice) {
+            return Err(error::value("adapt_all", "ranks", "each rank once", "one twice"));
+        }
+        let adapted = py.detach(|| {
+            let locks = ranks.iter().map(|rank| rank.inner.lock());
+            let guards = locks.map(|lock| lock.unwrap_or_else(PoisonError::into_inner));
+            let mut guards: Vec<_> = guards.collect();
+            let open = guards.iter_mut().zip(&ranks).map(|(guard, rank)| {
+                guard.as_mut().ok_or(Error::Closed { op: "adapt_all", rank: rank.number })
+            });
+            let mut open = open.collect::<Result<Vec<_>, Error>>()?;
+            let adapted = peerlane::Communicator::adapt_all(&mut open)?;
+            for (rank, communicator) in ranks.iter().zip(&open) {
+                rank.mailbox.store(communicator.mailbox_bytes(), Ordering::Relaxed);
+            }
+            Ok(adapted)
+        });
+        adapted.map(|adapted| adapted.changed()).map_err(|e: Error| error::raise(py, e))
+    }
+
+    /// What this rank's calls have brought, and the sizes in force.
+    fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let usage = self.queue(py, "usage", |rank| Ok(rank.usage()))?;
+        let facts = PyDict::new(py);
+        for family in Family::ALL {
+            let (of, counts) = (PyDict::new(py), usage.of(family));
+            of.set_item("calls", counts.calls)?;
+            of.set_item("bytes", counts.bytes)?;
+            of.set_item("largest", counts.largest)?;
+            of.set_item("largest_since", counts.largest_since)?;
+            of.set_item("several_turns", counts.several_turns)?;
+            facts.set_item(family.name(), of)?;
+        }
+        facts.set_item("captured", usage.captured)?;
+        facts.set_item("adapts", usage.adapts)?;
+        facts.set_item("resizes", usage.resizes)?;
+        facts.set_item("mailbox_bytes", usage.sizes.mailbox_bytes)?;
+        facts.set_item("staging_bytes", usage.sizes.staging_bytes)?;
+        Ok(facts)
+    }
+
     /// Raises what went wrong so far; never waits.
     fn health(&self, py: Python<'_>) -> PyResult<()> {
         self.queue(py, "health", |rank| rank.health())
@@ -403,7 +468,7 @@ impl Communicator {
         Ok(Communicator {
             number: rank.rank(),
             world: rank.world_size(),
-            mailbox: rank.mailbox_bytes(),
+            mailbox: rank.mailbox_bytes().into(),
             ordinal,
             gpu,
             stream_arguments,
@@ -515,6 +580,7 @@ struct Agreed<'a, 'py> {
     exact: Given<'a, 'py>,
     tuning: Given<'a, 'py>,
     transport: Given<'a, 'py>,
+    sizing: Given<'a, 'py>,
 }
 
 /// The configuration: what the caller says, else what the environment says, else the default.
@@ -551,6 +617,9 @@ fn config(py: Python<'_>, call: &str, given: &Agreed<'_, '_>) -> PyResult<Config
     if let Some(name) = given.transport {
         let choices = Transport::ALL.map(|transport| (transport.name(), transport));
         config.transport = options::choose(call, "transport", name, &choices)?;
+    }
+    if let Some(sizing) = given.sizing {
+        config.sizing = options::sizing(call, sizing)?;
     }
     Ok(config)
 }

@@ -6,7 +6,7 @@
 use crate::error;
 use crate::torch::Torch;
 use peerlane::gpu::Stream;
-use peerlane::{DType, ReduceOp, Tuning, Wire};
+use peerlane::{DType, ReduceOp, Sizing, Tuning, Wire};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString, PyTuple};
@@ -101,6 +101,18 @@ pub(crate) fn tuning(call: &str, given: &Bound<'_, PyAny>) -> PyResult<Tuning> {
         }
         None => Ok(Tuning::File(path)),
     }
+}
+
+/// `sizing`: whether sizes may follow the workload, or between which bytes of a mailbox.
+pub(crate) fn sizing(call: &str, given: &Bound<'_, PyAny>) -> PyResult<Option<Sizing>> {
+    if let Ok(truth) = given.cast::<PyBool>() {
+        return Ok(truth.is_true().then(Sizing::default));
+    }
+    let Ok((least_mailbox_bytes, most_mailbox_bytes)) = given.extract() else {
+        let expected = "a bool, or the least and the most bytes of a mailbox";
+        return Err(error::wrong_type(call, "sizing", expected, error::kind(given)));
+    };
+    Ok(Some(Sizing { least_mailbox_bytes, most_mailbox_bytes, ..Sizing::default() }))
 }
 
 /// A number that counts or names something.

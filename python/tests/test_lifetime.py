@@ -32,6 +32,54 @@ def test_a_mailbox_of_another_size(group: Group) -> None:
         group(2, mailbox_bytes=16)
 
 
+def test_mailboxes_follow_the_workload(group: Group) -> None:
+    ranks = group(2, mailbox_bytes=1 << 17, max_blocks=2, sizing=(1 << 17, 8 << 20))
+    arrays = [store(rank, integers(1, (60_000,)), "float32") for rank in ranks]
+    before = ranks[0].mailbox_bytes
+    changed = []
+    for turn in range(5):
+        if turn < 2:
+            for rank, array in zip(ranks, arrays):
+                rank.all_reduce(array)
+        changed.append(Communicator.adapt_all(ranks))
+        if turn == 0:
+            assert ranks[0].mailbox_bytes == ranks[1].mailbox_bytes > before
+    assert changed == [True, False, False, False, True]
+    synchronize(ranks)
+    np.testing.assert_array_equal(arrays[1], 4 * integers(1, (60_000,)))
+    usage = ranks[1].usage()
+    counts = {"calls": 2, "bytes": 480_000, "largest": 240_000, "largest_since": 0}
+    assert counts.items() <= usage["all_reduce"].items()
+    assert usage["gather"]["calls"] == usage["captured"] == 0
+    assert (usage["adapts"], usage["resizes"]) == (5, 2)
+
+
+def test_adapting_alone_ends_at_the_deadline(group: Group) -> None:
+    ranks = group(2, deadline=0.5, sizing=True)
+    with pytest.raises(RuntimeError, match="in vain for rank 1"):
+        ranks[0].adapt()
+    threads = [threading.Thread(target=rank.adapt) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [rank.usage()["adapts"] for rank in ranks] == [1, 1]
+
+
+def test_mistakes_in_sizing(group: Group) -> None:
+    with pytest.raises(TypeError, match="^connect: sizing: expected a bool, or the least"):
+        group(2, sizing="yes")
+    with pytest.raises(ValueError, match="^connect: mailbox_bytes: expected sizing.least"):
+        group(2, sizing=(1 << 20, 2 << 20))
+    ranks = group(2)
+    with pytest.raises(ValueError, match="^adapt: sizing: expected a Config with limits"):
+        ranks[0].adapt()
+    with pytest.raises(ValueError, match="^adapt_all: ranks: expected each rank once"):
+        Communicator.adapt_all([ranks[0], ranks[0]])
+    with pytest.raises(ValueError, match="^adapt: ranks: expected all ranks of one group"):
+        Communicator.adapt_all(ranks[::-1])
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
 def test_close_in_any_order(group: Group, order: list[int]) -> None:
     ranks = group(3)

@@ -265,6 +265,56 @@ static void refuses_null(const group *g) {
     OK(peerlane_stream_destroy(gpu, NULL));
 }
 
+/* Mailboxes grow to what the largest call needs at once; a rank twice, or one that may not, is refused. */
+static void adapts(const group *fixed) {
+    group g = {.world = 2};
+    peerlane_config config;
+    OK(peerlane_config_init(&config, sizeof config));
+    TRUE(config.adaptive == 0);
+    config.adaptive = 1;
+    config.max_blocks = 2;
+    config.mailbox_bytes = config.least_mailbox_bytes = 64 << 10;
+    for (uint32_t rank = 0; rank < 2; rank++) {
+        OK(peerlane_gpu_open(rank == 0 ? "sim:0/2" : "sim:1/2", &g.gpus[rank]));
+    }
+    OK(peerlane_connect(g.gpus, 2, &config, g.comms));
+    const size_t count = 3000;
+    for (uint32_t rank = 0; rank < 2; rank++) {
+        void *tensor;
+        OK(peerlane_gpu_alloc(g.gpus[rank], count * sizeof(float), &tensor));
+        g.tensors[rank] = tensor;
+    }
+    int changed = 7;
+    peerlane_usage usage;
+    for (uint64_t turn = 0; turn < 2; turn++) {
+        for (uint32_t rank = 0; rank < 2; rank++) {
+            OK(peerlane_all_reduce(g.comms[rank], g.tensors[rank], g.tensors[rank], count,
+                                   PEERLANE_F32, PEERLANE_SUM, NULL, NULL));
+        }
+        OK(peerlane_adapt_all(g.comms, 2, &changed));
+        TRUE(changed == (turn == 0));
+        OK(peerlane_comm_usage(g.comms[1], &usage, sizeof usage));
+        const peerlane_counts *counts = &usage.all_reduce;
+        TRUE(counts->calls == turn + 1 && counts->largest == count * sizeof(float));
+        TRUE(counts->several_turns == 1 && counts->largest_since == 0);
+        TRUE(usage.adapts == turn + 1 && usage.resizes == 1);
+        TRUE(usage.mailbox_bytes > config.mailbox_bytes);
+    }
+    const peerlane_status bad = PEERLANE_INVALID_ARGUMENT;
+    peerlane_comm *twice[2] = {g.comms[0], g.comms[0]};
+    REFUSED(bad, "adapt_all: comms", "one twice", peerlane_adapt_all(twice, 2, &changed));
+    TRUE(changed == 0);
+    REFUSED(bad, "adapt: ranks", "1 of 2 ranks", peerlane_adapt_all(g.comms, 1, &changed));
+    REFUSED(bad, "adapt: sizing", "none", peerlane_comm_adapt(fixed->comms[0], &changed));
+    REFUSED(bad, "comm_usage: size", "got 3", peerlane_comm_usage(g.comms[0], &usage, 3));
+    for (uint32_t rank = 0; rank < 2; rank++) {
+        OK(peerlane_comm_synchronize(g.comms[rank], NULL));
+        peerlane_comm_destroy(g.comms[rank]);
+        OK(peerlane_gpu_free(g.gpus[rank], g.tensors[rank]));
+        peerlane_gpu_close(g.gpus[rank]);
+    }
+}
+
 static void refuses_what_names_nothing(const group *g) {
     peerlane_gpu *gpu = NULL;
     peerlane_comm *comm = g->comms[0], *comms[2];
@@ -339,6 +389,7 @@ int main(void) {
         gathers(&g);
         refuses_null(&g);
         refuses_what_names_nothing(&g);
+        adapts(&g);
         notices_a_mismatch(&g);
         close_group(&g);
     }

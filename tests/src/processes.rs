@@ -11,7 +11,10 @@ use crate::registered;
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, cuda, sim};
-use peerlane::{Algorithm, AllReduce, Communicator, Config, DType, Error, Processes, Transport};
+use peerlane::{
+    Algorithm, AllReduce, Communicator, Config, DType, Error, Processes, Sizing, Transport,
+};
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
@@ -204,6 +207,13 @@ pub fn serve(arguments: &[String]) -> ExitCode {
             transport: arguments[6].parse()?,
             staging_bytes: Some(96 << 10),
             chunk_bytes: Some(512),
+            sizing: Some(Sizing {
+                least_mailbox_bytes: mailbox_bytes,
+                most_mailbox_bytes: 16 << 20,
+                least_staging_bytes: 96 << 10,
+                patience: 1,
+                ..Sizing::default()
+            }),
             ..Config::from_environment()?
         };
         let patience = Duration::from_millis(number(5));
@@ -283,6 +293,20 @@ impl Servant {
                 registered::register(rank, number(1)? as usize, false).map_err(text)
             }
             "health" => rank.communicator.health().map(|()| "well".into()).map_err(text),
+            "adapt" => {
+                let adapted = rank.communicator.adapt().map_err(text)?;
+                let (before, after) = (adapted.before.mailbox_bytes, adapted.after.mailbox_bytes);
+                Ok(match after.cmp(&before) {
+                    Ordering::Greater => "grown".into(),
+                    Ordering::Equal => "as it was".into(),
+                    Ordering::Less => "shrunk".into(),
+                })
+            }
+            "deadline" => {
+                rank.communicator.set_deadline(Duration::from_millis(number(1)?));
+                Ok("set".into())
+            }
+            "capture" => capture(rank, number(1)? as usize).map_err(text),
             "transports" => transports(rank).map_err(text),
             "abort" => {
                 rank.communicator.abort();
@@ -324,6 +348,20 @@ fn reduce(rank: &mut Rank, count: usize, algorithm: Option<Algorithm>) -> Result
     let after = tensor(&|index| world * (world + 1) / 2 + world * (index % 7) as u32);
     assert!(memory.read(after.len())? == after, "rank {number} holds another sum");
     Ok("reduced".into())
+}
+
+/// Captures an all-reduce of `count` numbers that never runs.
+fn capture(rank: &mut Rank, count: usize) -> Result<String, Error> {
+    let memory = Memory::with_image(&rank.gpu, rank.stream, &vec![0; 4 * count])?;
+    rank.gpu.stream_synchronize(rank.stream)?;
+    rank.gpu.capture_begin(rank.stream)?;
+    let call = AllReduce::in_place(memory.base, count, DType::F32);
+    // SAFETY: the graph is never launched.
+    let queued = unsafe { rank.communicator.all_reduce(&call, rank.stream) };
+    let graph = rank.gpu.capture_end(rank.stream)?;
+    // SAFETY: made above and not used again.
+    unsafe { rank.gpu.graph_destroy(graph)? };
+    queued.map(|()| "captured".into())
 }
 
 /// `count` random calls with sizes up to `most` bytes, each byte compared. Answers with a hash of

@@ -1,8 +1,8 @@
 //! Calls take no memory that they do not give back. One test, since it looks at the whole process.
 
-use peerlane::Config;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, sim};
+use peerlane::{Communicator, Config, Sizing};
 use peerlane_tests::{Group, Machine, Script, random_jobs, small};
 
 /// Bytes of memory that this process has in use.
@@ -60,4 +60,23 @@ fn calls_and_communicators_leave_nothing_behind() {
         let _ = Group::connect(&machine, 2, &config);
     }
     assert_eq!(free_bytes(&gpu), empty, "closed communicators give everything back");
+    let small = small(2);
+    let sizing =
+        Sizing { least_mailbox_bytes: small.mailbox_bytes, patience: 1, ..Sizing::default() };
+    let mut group = Group::connect(&machine, 2, &Config { sizing: Some(sizing), ..small });
+    let mut adapt = |calls: bool| {
+        if calls {
+            run(&mut group);
+        }
+        let mut ranks: Vec<_> = group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
+        Communicator::adapt_all(&mut ranks).expect("there is memory").changed()
+    };
+    let mut free = Vec::new();
+    for _ in 0..6 {
+        assert!(adapt(true) && adapt(false), "it grows, and shrinks when idle");
+        free.push(free_bytes(&gpu));
+    }
+    assert!(free.iter().all(|bytes| *bytes == free[0]), "{free:?}");
+    drop(group);
+    assert_eq!(free_bytes(&gpu), empty, "memory that was replaced is given back");
 }

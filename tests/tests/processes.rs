@@ -41,6 +41,10 @@ const EVERYWHERE: &[Test] = &[
     ("registrations_that_differ_are_named", registrations_that_differ_are_named),
     ("a_rank_that_never_registers_is_named", a_rank_that_never_registers_is_named),
     ("nothing_stays_behind", nothing_stays_behind),
+    ("mailboxes_follow_the_workload", mailboxes_follow_the_workload),
+    ("a_rank_that_does_not_adapt_is_named", a_rank_that_does_not_adapt_is_named),
+    ("a_rank_killed_while_others_adapt_is_named", a_rank_killed_while_others_adapt_is_named),
+    ("one_rank_with_a_graph_keeps_all_as_they_are", one_rank_with_a_graph_keeps_all_as_they_are),
 ];
 
 /// Only where machines can be made to measure.
@@ -54,6 +58,7 @@ const SIMULATED: &[Test] = &[
     ("memory_that_cannot_be_shared_is_named", memory_that_cannot_be_shared_is_named),
     ("ranks_that_meet_in_host_memory_register_nothing", no_registration_by_host),
     ("pairs_that_lose_stores_use_host_memory", pairs_that_lose_stores_use_host_memory),
+    ("mailboxes_in_host_memory_follow_too", mailboxes_in_host_memory_follow_too),
 ];
 
 fn main() -> ExitCode {
@@ -173,6 +178,91 @@ fn groups_of_many_ranks_are_right(gpus: &Gpus) {
         all_agree(&mut ranks, "script 1 8 2000");
         end(ranks);
     }
+}
+
+fn mailboxes_follow(ranks: &mut [Process]) {
+    for round in 1..=3 {
+        all_agree(ranks, &format!("script {round} 8 20000"));
+        all_agree(ranks, "reduce 30000");
+        assert!(ask_all(ranks, "adapt").iter().all(|answer| answer == "ok grown"));
+        all_agree(ranks, &format!("script {round} 8 20000"));
+        all_agree(ranks, "reduce 30000");
+        // What came until now was large, nothing comes after it.
+        assert!(ask_all(ranks, "adapt").iter().all(|answer| answer == "ok as it was"));
+        assert!(ask_all(ranks, "adapt").iter().all(|answer| answer == "ok shrunk"));
+        all_agree(ranks, &format!("script {round} 8 5000"));
+        all_agree(ranks, "health");
+    }
+}
+
+fn mailboxes_follow_the_workload(gpus: &Gpus) {
+    for world in worlds(gpus).into_iter().filter(|world| *world > 1) {
+        let mut ranks = joined(&start(gpus, world));
+        mailboxes_follow(&mut ranks);
+        all_agree(&mut ranks, "steps copy-two-shot 9000");
+        end(ranks);
+    }
+}
+
+fn mailboxes_in_host_memory_follow_too(_: &Gpus) {
+    let gpus = Gpus::linked(3, Links::Pairs);
+    let mut ranks = joined(&start(&gpus, 3));
+    mailboxes_follow(&mut ranks);
+    let answers = ask_all(&mut ranks, "transports");
+    assert!(answers.iter().all(|a| a == "ok by host: 0-2,1-2,2-0,2-1"), "{answers:?}");
+    end(ranks);
+}
+
+fn a_rank_that_does_not_adapt_is_named(gpus: &Gpus) {
+    let world = worlds(gpus)[1..].first().copied().unwrap_or(2);
+    let mut ranks = joined(&start(gpus, world));
+    all_agree(&mut ranks, "script 1 8 20000");
+    ask_all(&mut ranks, "deadline 2000");
+    let begin = Instant::now();
+    let last = world as usize - 1;
+    let answers = ask_all(&mut ranks[..last], "adapt");
+    let expected = format!("rendezvous of {world} ranks: waited 2s in vain for rank {last}");
+    assert!(answers.iter().all(|answer| answer.contains(&expected)), "{answers:?}");
+    assert!(begin.elapsed() < Duration::from_secs(8), "it took {:?}", begin.elapsed());
+    // It goes on with the memory it has, and may try again.
+    ask_all(&mut ranks, "deadline 50000");
+    all_agree(&mut ranks, "script 2 8 20000");
+    assert!(ask_all(&mut ranks, "adapt").iter().all(|answer| answer == "ok grown"));
+    all_agree(&mut ranks, "script 3 8 20000");
+    end(ranks);
+}
+
+fn a_rank_killed_while_others_adapt_is_named(gpus: &Gpus) {
+    let world = worlds(gpus)[1..].first().copied().unwrap_or(2);
+    let mut ranks = joined(&start(gpus, world));
+    all_agree(&mut ranks, "script 1 8 20000");
+    let mut victim = ranks.pop().expect("a rank");
+    ranks.iter_mut().for_each(|rank| rank.tell("deadline 3000"));
+    ranks.iter_mut().for_each(|rank| rank.tell("adapt"));
+    std::thread::sleep(Duration::from_millis(300));
+    victim.kill();
+    for rank in &mut ranks {
+        assert_eq!(rank.answer(), "ok set");
+        let answer = rank.answer();
+        assert!(answer.starts_with("error: "), "{answer}");
+        let health = rank.ask("health");
+        assert!(health.contains(&format!("lost rank {}", victim.start.rank)), "{health}");
+        assert!(rank.ask("adapt").starts_with("error: "));
+    }
+    end(ranks);
+}
+
+fn one_rank_with_a_graph_keeps_all_as_they_are(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 2));
+    all_agree(&mut ranks, "script 1 8 20000");
+    assert_eq!(ranks[1].ask("capture 100"), "ok captured");
+    let expected = "error: adapt: rank 1 has captured 1 calls in CUDA graphs, which hold the mailboxes' addresses";
+    for _ in 0..2 {
+        let answers = ask_all(&mut ranks, "adapt");
+        assert!(answers.iter().all(|answer| answer == expected), "{answers:?}");
+    }
+    all_agree(&mut ranks, "health");
+    end(ranks);
 }
 
 fn ranks_may_start_apart(gpus: &Gpus) {

@@ -38,7 +38,7 @@ impl peerlane_comm {
     // A panic under the lock was reported as PEERLANE_INTERNAL. It leaves a communicator that can
     // still be aborted and closed, which is what is left to do.
 
-    fn shared(&self) -> RwLockReadGuard<'_, Communicator> {
+    pub(super) fn shared(&self) -> RwLockReadGuard<'_, Communicator> {
         self.communicator.read().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,6 +9,7 @@ use crate::algorithm::{Algorithm, Pattern, Route};
 use crate::collectives::invalid;
 use crate::communicator::Config;
 use crate::error::Result;
+use crate::sizing::Sizing;
 use crate::transport::Transport;
 use peerlane_device::abi::{DType, Format, ReduceOp, Wire};
 use std::ffi::{c_char, c_int};
@@ -141,6 +142,12 @@ pub struct peerlane_config {
     pub tuning: *const c_char,
     /// What carries data from rank to rank.
     pub transport: MaybeUninit<peerlane_transport>,
+    /// If not 0, `peerlane_comm_adapt` may change `mailbox_bytes`, which is then what the ranks begin with.
+    pub adaptive: c_int,
+    /// Mailboxes do not shrink below this.
+    pub least_mailbox_bytes: usize,
+    /// Mailboxes do not grow above this.
+    pub most_mailbox_bytes: usize,
 }
 
 /// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -288,6 +295,9 @@ impl peerlane_config {
             inexact: c_int::from(!config.exact),
             tuning: std::ptr::null(),
             transport: MaybeUninit::new(config.transport.into()),
+            adaptive: c_int::from(config.sizing.is_some()),
+            least_mailbox_bytes: config.sizing.unwrap_or_default().least_mailbox_bytes,
+            most_mailbox_bytes: config.sizing.unwrap_or_default().most_mailbox_bytes,
         }
     }
 
@@ -308,6 +318,11 @@ impl peerlane_config {
             let known = |_| invalid(op, "config.tuning", "auto, off or a file's name".into(), name);
             name.parse().map_err(known)?
         };
+        let sizing = Sizing {
+            least_mailbox_bytes: config.least_mailbox_bytes,
+            most_mailbox_bytes: config.most_mailbox_bytes,
+            ..Sizing::default()
+        };
         Ok(Config {
             deadline: Duration::from_millis(config.deadline_ms),
             mailbox_bytes: config.mailbox_bytes,
@@ -318,6 +333,7 @@ impl peerlane_config {
             exact: config.inexact == 0,
             tuning,
             transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
+            sizing: Some(sizing).filter(|_| config.adaptive != 0),
             ..Config::default()
         })
     }

@@ -65,6 +65,8 @@ pub fn halves(world: u32) -> [u8; MAX_RANKS] {
 /// How a kernel is launched and how it cuts its message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
+    /// Units of the message.
+    pub units: usize,
     /// Blocks, the same on every rank.
     pub blocks: u32,
     /// Threads in each block.
@@ -73,6 +75,13 @@ pub struct Grid {
     pub block_units: u32,
     /// Units in a full chunk.
     pub chunk_units: u32,
+}
+
+impl Grid {
+    /// Chunks in which a block sends its part of the message, one after the other.
+    pub fn turns(&self) -> u32 {
+        self.block_units.div_ceil(self.chunk_units)
+    }
 }
 
 /// Bytes up to which broadcasts and gathers let data and flags travel together. They carry any bytes,
@@ -102,6 +111,7 @@ pub fn grid(shape: &Shape, units: usize) -> Grid {
     // Whole rows of threads, so that no warp is half empty and every share begins aligned.
     let block_units = units.div_ceil(most_blocks).next_multiple_of(threads as usize);
     Grid {
+        units,
         blocks: units.div_ceil(block_units) as u32,
         threads,
         block_units: block_units as u32,

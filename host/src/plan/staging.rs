@@ -42,6 +42,14 @@ pub fn slot_units(regions: u32, staging_bytes: usize) -> usize {
     (bytes - bytes % ALIGNMENT) / UNIT
 }
 
+/// Bytes of the staging area in which a tensor of `units` units is cut as is best for it.
+pub fn staging_bytes(steps: &Steps, units: usize, chunk_bytes: Option<usize>) -> usize {
+    let part_units = super::part_units(steps.parts, units);
+    let wanted = chunk_bytes.unwrap_or_else(|| chunk_units(part_units, usize::MAX) * UNIT);
+    let slots = (SLOTS * steps.regions.max(1)) as usize;
+    FLAG_BYTES + slots * wanted.next_multiple_of(ALIGNMENT)
+}
+
 /// Units of a chunk of a part of `part_units` units, unless a caller wants others.
 pub fn chunk_units(part_units: usize, slot_units: usize) -> usize {
     let most = part_units.div_ceil(CHUNKS).max(LEAST_CHUNK_BYTES / UNIT).min(slot_units).max(1);
@@ -107,6 +115,11 @@ impl Cut {
             None => chunk_units(part_units, slot_units),
         };
         Ok(Cut { units, tail, part_units, chunk_units, slot_bytes })
+    }
+
+    /// Units of the tensor.
+    pub fn units(&self) -> usize {
+        self.units
     }
 
     /// Units of a part: fewer or none where the tensor ends.

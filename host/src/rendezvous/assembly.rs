@@ -49,7 +49,7 @@ impl Assembly {
                 Ok(Table::Threads { rounds: rounds.clone(), meeting, number, rank, round: 0 })
             }
             Assembly::Processes(segment) => {
-                let name = format!("peerlane-{:016x}-{number}", segment.mark());
+                let name = format!("peerlane-{:016x}-{number}", segment.number());
                 let seat = Processes { name, world: segment.world(), patience }.enter(rank)?;
                 Ok(Table::Processes(seat))
             }

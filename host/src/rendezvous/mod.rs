@@ -14,6 +14,7 @@ pub use processes::Processes;
 pub(crate) use processes::{Membership, Seat};
 pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
+pub(crate) use threads::Reunion;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
 const PROTOCOL: u32 = 4;

@@ -14,8 +14,8 @@ use peerlane_device::abi::MAX_RANKS;
 use rustix::fd::{AsFd, OwnedFd};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -221,6 +221,12 @@ impl Seat {
         parsed.collect()
     }
 
+    /// Leaves a meeting in which the ranks had no more to do than to exchange values.
+    pub(crate) fn part(self) {
+        // Who has all values needs nobody any more.
+        let _ = self.connection.send(&Request::Joined, &[]);
+    }
+
     /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
     /// write into it any more.
     pub(crate) fn join(self, mailbox: Arc<dyn Any + Send + Sync>) -> Result<Membership> {
@@ -235,7 +241,8 @@ impl Seat {
             world,
             reason: format!("rank {rank} cannot start a thread: {error}"),
         })?;
-        Ok(Membership { segment, rank, connection, leave: Some(leave), thread: Some(thread) })
+        let (leave, thread) = (Some(leave), Some(thread));
+        Ok(Membership { segment, rank, connection, leave, thread, patience: OnceLock::new() })
     }
 
     /// Ends a meeting that was held for its rounds alone.
@@ -271,6 +278,16 @@ pub(crate) struct Membership {
     /// Dropped to tell the thread.
     leave: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
+    /// How long leaving waits for the others to leave too.
+    patience: OnceLock<Duration>,
+}
+
+impl Membership {
+    /// From now on all ranks leave together: who leaves waits, for at most `patience`, until its memory is
+    /// freed.
+    pub(crate) fn leave_together(&self, patience: Duration) {
+        let _ = self.patience.set(patience);
+    }
 }
 
 impl Drop for Membership {
@@ -283,6 +300,11 @@ impl Drop for Membership {
             && let Some(thread) = self.thread.take()
         {
             let _ = thread.join();
+        }
+        let until = self.patience.get().map(|patience| Instant::now() + *patience);
+        let is_going = || self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        while until.is_some_and(|until| Instant::now() < until) && is_going() {
+            thread::sleep(Duration::from_micros(200));
         }
     }
 }

@@ -5,7 +5,7 @@
 //! another process stores there to stop a wait is the word that a kernel polls.
 //!
 //! ```text
-//! page 0          magic, protocol, world size, two words that no other group has
+//! page 0          magic, protocol, world size, the group's number
 //! page 1 + rank   Status (kernel and hosts), then at HOST: presence, pid, pid namespace
 //! then            the call log
 //! ```
@@ -74,9 +74,9 @@ impl Segment {
         segment.header(0).store(MAGIC, Ordering::Relaxed);
         segment.header(1).store(super::PROTOCOL, Ordering::Relaxed);
         segment.header(2).store(world, Ordering::Relaxed);
-        let mark = std::hash::RandomState::new().hash_one(std::process::id());
-        segment.header(3).store(mark as u32, Ordering::Relaxed);
-        segment.header(4).store((mark >> 32) as u32, Ordering::Relaxed);
+        let number = std::hash::RandomState::new().hash_one(std::process::id());
+        segment.header(3).store(number as u32, Ordering::Relaxed);
+        segment.header(4).store((number >> 32) as u32, Ordering::Relaxed);
         Ok(segment)
     }
 
@@ -120,8 +120,8 @@ impl Segment {
         PAGE * (1 + rank as usize)
     }
 
-    /// What no other group has.
-    pub(super) fn mark(&self) -> u64 {
+    /// A number that no other group has: drawn at random when the memory was made.
+    pub(crate) fn number(&self) -> u64 {
         let word = |index| u64::from(self.header(index).load(Ordering::Relaxed));
         word(3) | word(4) << 32
     }

@@ -2,6 +2,7 @@
 //!
 //! A [`Meeting`] carries rounds of an exchange: every rank brings a value and leaves with all of
 //! them. A rank that gives up takes the others with it, by name; so does one that never comes.
+//! What was brought is dropped once all have it: a meeting keeps no group alive.
 
 use crate::error::{Error, Result};
 use std::sync::{Arc, Condvar, Mutex};
@@ -20,10 +21,20 @@ struct Shared {
     changed: Condvar,
 }
 
+/// Values, a rank each; any type, the same in one round.
+type Values = Vec<Option<Box<dyn std::any::Any + Send>>>;
+
+#[derive(Default)]
+struct Round {
+    values: Values,
+    /// Ranks that have left with them.
+    taken: u32,
+}
+
 #[derive(Default)]
 struct State {
-    /// One round of values after the other; a value is any type, the same in one round.
-    rounds: Vec<Vec<Option<Box<dyn std::any::Any + Send>>>>,
+    /// One round after the other.
+    rounds: Vec<Round>,
     joined: Vec<bool>,
     failed: Option<String>,
 }
@@ -74,25 +85,31 @@ impl Meeting {
         let deadline = Instant::now() + self.shared.patience;
         let mut state = self.lock();
         while state.rounds.len() <= round {
-            let empty = (0..self.shared.world).map(|_| None).collect();
-            state.rounds.push(empty);
+            let values = (0..self.shared.world).map(|_| None).collect();
+            state.rounds.push(Round { values, taken: 0 });
         }
-        state.rounds[round][rank as usize] = Some(Box::new(value));
+        state.rounds[round].values[rank as usize] = Some(Box::new(value));
         self.shared.changed.notify_all();
         loop {
             if let Some(reason) = &state.failed {
                 return Err(self.error(reason.clone()));
             }
-            let values: Vec<T> = state.rounds[round]
+            let at = &mut state.rounds[round];
+            let values: Vec<T> = at
+                .values
                 .iter()
                 .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
                 .collect();
             if values.len() == self.shared.world as usize {
+                at.taken += 1;
+                if at.taken == self.shared.world {
+                    at.values.clear();
+                }
                 return Ok(values);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let missing = missing(&state.rounds[round]);
+                let missing = missing(&state.rounds[round].values);
                 let reason =
                     format!("rank {rank} waited {:?} in vain for {missing}", self.shared.patience);
                 state.failed = Some(reason.clone());
@@ -117,6 +134,12 @@ impl Meeting {
         self.shared.changed.notify_all();
     }
 
+    /// Whether `rank` may still come.
+    fn awaits(&self, rank: u32) -> bool {
+        let state = self.lock();
+        state.failed.is_none() && state.joined.get(rank as usize) == Some(&false)
+    }
+
     fn error(&self, reason: String) -> Error {
         Error::Rendezvous { world: self.shared.world, reason }
     }
@@ -127,8 +150,36 @@ impl Meeting {
     }
 }
 
+/// Where the ranks of a group meet again: one meeting after the other.
+///
+/// Invariant: a rank that comes enters the meeting that the others wait in, if there is one. So ranks
+/// that failed to meet, whichever of them came, may try again.
+pub(crate) struct Reunion {
+    world: u32,
+    current: Mutex<Option<Meeting>>,
+}
+
+impl Reunion {
+    /// For `world` ranks.
+    pub(crate) fn new(world: u32) -> Reunion {
+        Reunion { world, current: Mutex::new(None) }
+    }
+
+    /// Enters the next meeting as `rank`. The first to come says how long the ranks wait.
+    pub(crate) fn enter(&self, rank: u32, patience: Duration) -> Result<Meeting> {
+        // A panic elsewhere has left a whole meeting or none.
+        let mut current = self.current.lock().unwrap_or_else(|poison| poison.into_inner());
+        let meeting = match &*current {
+            Some(meeting) if meeting.awaits(rank) => meeting.clone(),
+            _ => current.insert(Meeting::new(self.world, patience)).clone(),
+        };
+        meeting.enter(rank)?;
+        Ok(meeting)
+    }
+}
+
 /// The ranks that have not brought a value, as text.
-fn missing(values: &[Option<Box<dyn std::any::Any + Send>>]) -> String {
+fn missing(values: &Values) -> String {
     super::ranks((0..).zip(values).filter(|(_, value)| value.is_none()).map(|(rank, _)| rank))
 }
 
@@ -161,6 +212,37 @@ mod tests {
         let error = meeting.exchange(2, 0, ()).unwrap_err().to_string();
         assert!(error.contains("rank 1"), "{error}");
         assert!(first.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn what_all_have_taken_is_dropped() {
+        let meeting = Meeting::new(2, Duration::from_secs(10));
+        let value = Arc::new(());
+        let (other, theirs) = (meeting.clone(), value.clone());
+        let first = std::thread::spawn(move || other.exchange(0, 0, theirs).map(drop));
+        meeting.exchange(1, 0, value.clone()).map(drop).unwrap();
+        first.join().unwrap().unwrap();
+        assert_eq!(Arc::strong_count(&value), 1);
+    }
+
+    #[test]
+    fn ranks_meet_again_whoever_failed_to_come() {
+        let (reunion, soon) = (Reunion::new(2), Duration::from_millis(20));
+        let alone = |rank| reunion.enter(rank, soon).unwrap().exchange(rank, 0, rank).unwrap_err();
+        for rank in [0, 0, 1, 0] {
+            assert!(alone(rank).to_string().contains("in vain for rank"));
+        }
+        for _ in 0..20 {
+            std::thread::scope(|scope| {
+                for rank in [0, 1] {
+                    let reunion = &reunion;
+                    scope.spawn(move || {
+                        let meeting = reunion.enter(rank, Duration::from_secs(10)).unwrap();
+                        assert_eq!(meeting.exchange(rank, 0, rank).unwrap(), [0, 1]);
+                    });
+                }
+            });
+        }
     }
 
     #[test]

@@ -156,6 +156,12 @@ impl Scheduled {
         Cut::new(op, self.steps(scheme), units, staging_bytes, chunk_bytes)
     }
 
+    /// Bytes of the staging area that a tensor of `units` units would have a use for.
+    pub(crate) fn staging_bytes(&mut self, scheme: Scheme, units: usize) -> usize {
+        let chunk_bytes = self.chunk_bytes;
+        staging::staging_bytes(self.steps(scheme), units, chunk_bytes)
+    }
+
     fn steps(&mut self, scheme: Scheme) -> &Steps {
         let (shape, rank) = (&self.shape, self.rank);
         self.steps[scheme.index()].get_or_insert_with(|| Box::new(scheme.steps(shape, rank)))

@@ -3,8 +3,8 @@
 
 use crate::job::{moves, random_jobs, reductions};
 use crate::{Group, Job, Machine, Script, small};
-use peerlane::Config;
 use peerlane::cases::Rng;
+use peerlane::{Communicator, Config, Sizing};
 use std::time::Duration;
 
 fn jobs(world: u32) -> Vec<Job> {
@@ -99,6 +99,37 @@ pub fn a_closed_group_makes_room_for_another(machine: &Machine) {
             let mut group = Group::connect(machine, world, &Config::default());
             group.check(&jobs(world), round);
             group.ranks.iter_mut().for_each(|r| r.communicator.close().expect("all went well"));
+        }
+    }
+}
+
+pub fn mailboxes_grow_and_shrink_between_calls(machine: &Machine) {
+    for world in [2, 3] {
+        let small = small(world);
+        let least_mailbox_bytes = small.mailbox_bytes;
+        let sizing = Sizing { least_mailbox_bytes, patience: 1, ..Sizing::default() };
+        let mut group = Group::connect(machine, world, &Config { sizing: Some(sizing), ..small });
+        let adapt = |group: &mut Group| {
+            let mut ranks: Vec<_> = group.ranks.iter_mut().map(|r| &mut r.communicator).collect();
+            Communicator::adapt_all(&mut ranks).expect("all ranks are there")
+        };
+        let large = random_jobs(world, 12, 20_000, &mut Rng::new(world.into(), "adapt"));
+        for round in 0..3 {
+            // The calls are still queued when the ranks adapt.
+            let script = Script::new(world, &large, round);
+            let memory = group.load(&script).expect("there is memory");
+            group.issue(&script, &memory).expect("the calls are right");
+            let grown = adapt(&mut group);
+            assert!(grown.after.mailbox_bytes > grown.before.mailbox_bytes, "{grown:?}");
+            let found = group.collect(&memory, &script).expect("nobody waits in vain");
+            script.verify(&found).unwrap_or_else(|reason| panic!("{world} ranks: {reason}"));
+            group.check(&jobs(world), round);
+            let usage = group.ranks[0].communicator.usage();
+            assert_eq!(usage.sizes, grown.after);
+            adapt(&mut group);
+            let idle = adapt(&mut group);
+            assert!(idle.after.mailbox_bytes < grown.after.mailbox_bytes, "{idle:?}");
+            group.check(&jobs(world), round);
         }
     }
 }

@@ -38,6 +38,7 @@ macro_rules! for_each_test {
             lifetimes::a_barrier_holds_until_the_last_rank;
             lifetimes::communicators_end_in_any_order;
             lifetimes::a_closed_group_makes_room_for_another;
+            lifetimes::mailboxes_grow_and_shrink_between_calls;
         }
     };
 }
