@@ -309,12 +309,28 @@ impl Kernel {
         Kernel::ALL[Kernel::LocalReduceF32 as usize + dtype as usize]
     }
 
-    /// Whether the kernel works with [`flags::SEAL_ALL`]: it seals every turn and takes a chunk no sooner
-    /// than in the turn after its own was sent.
+    /// Whether the kernel works with [`flags::SEAL_ALL`]: it seals every turn, and takes a chunk only after
+    /// its own of that number was sealed.
     pub const fn can_seal_all(self) -> bool {
-        let staged = Kernel::AllReduceStagedF32 as usize <= self as usize
-            && self as usize <= Kernel::AllReduceDirectF32AsBf16 as usize;
-        !staged && self as usize != Kernel::BroadcastTree as usize
+        use Kernel::*;
+        matches!(
+            self,
+            AllReduceOneShotF32Full
+                | AllReduceOneShotF16Full
+                | AllReduceOneShotBf16Full
+                | AllReduceOneShotF32AsBf16Full
+                | AllReduceTwoShotF32
+                | AllReduceTwoShotF16
+                | AllReduceTwoShotBf16
+                | AllReduceTwoShotF32AsBf16
+                | ReduceScatterF32
+                | ReduceScatterF16
+                | ReduceScatterBf16
+                | ReduceScatterF32AsBf16
+                | AllGatherFull
+                | BroadcastFull
+                | GatherFull
+        )
     }
 
     /// The all-gather in `format`.
@@ -507,7 +523,7 @@ pub mod flags {
     pub const BREAK_CREDIT: u32 = 1 << 16;
     /// Test only: leave consumed slots dirty.
     pub const BREAK_CLEAN: u32 = 1 << 17;
-    /// Test only: do not seal chunks whose payload holds the free pattern.
+    /// Test only: do not seal.
     pub const BREAK_SEAL: u32 = 1 << 18;
     /// Test only: publish a seal without the fence before it.
     pub const BREAK_FENCE: u32 = 1 << 19;

@@ -10,8 +10,6 @@
 //! - *words* (counters, credits, seals) have one writer each: 32-bit relaxed accesses, ordered
 //!   against slots by [`Lane::fence_system`] where docs/protocol.md says so.
 
-use crate::abi::Role;
-
 /// 16 bytes, as four 32-bit words: what one slot access moves.
 pub type Unit = [u32; 4];
 
@@ -39,11 +37,6 @@ pub trait Lane: Copy {
     fn peer(self, rank: u32) -> u64;
     /// `Args::table[index]`, likewise.
     fn table(self, index: u32) -> u64;
-    /// This rank's place in the tree of part number `part`.
-    #[inline(always)]
-    fn role(self, part: u32) -> Role {
-        Role::from_bits(self.table(part))
-    }
 
     /// Waits until every thread of the block has come here. What they stored before is visible to
     /// all of them after.

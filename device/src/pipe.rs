@@ -4,7 +4,7 @@
 //! It is a first-in first-out queue of slots in the receiver's mailbox, in its GPU's memory or, for
 //! senders that cannot reach that, in host memory. Invariants:
 //! - a free slot holds `abi::FREE` in every word; a receiver sees arrival by the words changing,
-//!   and cleans what it has read;
+//!   and cleans what it has read (calls that seal all, from host memory: sees the seal, and cleans nothing);
 //! - `sent` and `received` count slots and are never reset; both ends of a lane move them by the
 //!   same amount in every call, whatever the number of blocks;
 //! - a sender writes slot number s only once `credit > s - slots`: the receiver has cleaned the
@@ -136,6 +136,11 @@ const TURNS_PER_LOOK: u32 = 128;
 pub const HOST_LOOK_SHIFT: u32 = 20;
 /// Turns between two looks at the sender's seal, which arrives after the hidden data.
 const TURNS_PER_SEAL: u32 = 4;
+/// In every stretch of so many slots there is one of [`SEAL_RENEWAL`], and calls that begin there renew their
+/// seals: a seal 2^31 slots old would look as if it were ahead, and most calls seal nothing.
+const SEAL_STRETCH: u32 = 1 << 30;
+/// More slots than any call uses whose slots have 1 KiB or more; renewals are rare, since they fence.
+const SEAL_RENEWAL: u32 = 1 << 24;
 /// Nanoseconds between two polls of host memory. Each is a read over PCIe, and polls in vain must not
 /// crowd out payload.
 const HOST_POLL_NS: u32 = 100;
@@ -171,8 +176,13 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             // SAFETY: a word of the peer's mailbox that only this rank writes.
             unsafe {
                 let thread = self.lane.thread();
-                if self.by_host(thread) {
+                let sent = self.sent(thread);
+                let renews = sent.wrapping_sub(SEAL_STRETCH / 2) % SEAL_STRETCH < SEAL_RENEWAL;
+                if renews || self.by_host(thread) {
                     self.lane.fence_system();
+                }
+                if renews {
+                    self.lane.put_word(self.peer_word(thread, lane_words::SEALED), sent);
                 }
                 self.return_credit(thread, self.received(thread));
             }
@@ -462,7 +472,8 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         units
     }
 
-    /// Waits for the `index`-th unit of slot number `number` from `peer` and leaves it where it is.
+    /// Waits for the `index`-th unit of slot number `number` from `peer` and leaves it where it is. Only for
+    /// payload that is never hidden.
     #[inline(always)]
     pub unsafe fn wait_unit(&mut self, peer: u32, number: u32, index: u32, phase: u32) {
         let slot = self.inbox(peer) + self.slot(self.args.rank, peer, number);
@@ -471,14 +482,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         // SAFETY: the unit lies in this rank's slots; nobody writes it between its arrival and
         // the next credit.
         unsafe {
-            while !F::arrived(self.lane.poll_unit(at), number) {
-                let looks = patience.turns.is_multiple_of(TURNS_PER_SEAL);
-                if looks && self.sealed(peer, number)
-                    || !self.keep_waiting(&mut patience, peer, phase)
-                {
-                    break;
-                }
-            }
+            while !F::arrived(self.lane.poll_unit(at), number)
+                && self.keep_waiting(&mut patience, peer, phase)
+            {}
         }
     }
 

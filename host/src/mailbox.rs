@@ -287,3 +287,39 @@ impl Drop for OwnStream {
         let _ = unsafe { self.gpu.stream_destroy(self.stream) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::gpu::{GpuRef, sim};
+    use crate::{Algorithm, AllReduce, Communicator, Config, DType, Format};
+    use peerlane_device::abi::lane_words;
+
+    #[test]
+    fn a_seal_that_nobody_needs_is_renewed_before_it_looks_new() {
+        let machine = sim::World::new(&sim::Config { devices: 2, ..Default::default() });
+        let gpus: Vec<GpuRef> = machine.devices();
+        let config = Config { first_slot: (1 << 29) - 2, ..Config::default() };
+        let mut ranks = Communicator::connect(&gpus, &config).unwrap();
+        let algorithm = Some(Algorithm::OneShot(Format::Full));
+        let tensors: Vec<_> = gpus.iter().map(|gpu| gpu.alloc(64).unwrap()).collect();
+        let streams: Vec<_> = gpus.iter().map(|gpu| gpu.stream_create().unwrap()).collect();
+        for _ in 0..3 {
+            for ((rank, tensor), stream) in ranks.iter_mut().zip(&tensors).zip(&streams) {
+                let call = AllReduce { algorithm, ..AllReduce::in_place(*tensor, 4, DType::F32) };
+                // SAFETY: the tensor has 64 bytes.
+                unsafe { rank.all_reduce(&call, *stream).unwrap() };
+            }
+        }
+        for ((gpu, stream), peer) in gpus.iter().zip(&streams).zip([1, 0]) {
+            let group = ranks[1 - peer].group("test").unwrap();
+            let at = group.shape.layout.words(0) as usize + lane_words::SEALED + 4 * peer;
+            let word = group.mailboxes.members[1 - peer].mailbox.offset(at);
+            let mut seal = [0; 4];
+            // SAFETY: a word of the mailbox.
+            unsafe { gpu.download(&mut seal, word, *stream).unwrap() };
+            gpu.stream_synchronize(*stream).unwrap();
+            let seal = u32::from_le_bytes(seal);
+            assert_eq!(seal, 1 << 29);
+        }
+    }
+}

@@ -12,7 +12,12 @@ fn scene(world: u32, seed: u64) -> (Group, Script) {
     let mut rng = Rng::new(seed, "scene");
     // Two in three machines have a GPU for each rank.
     let devices = if rng.below(3) > 0 { world } else { 1 + rng.below(world.into()) as u32 };
-    let first_slot = if rng.below(4) == 0 { u32::MAX - rng.below(12) as u32 } else { 0 };
+    // Where counters wrap, and where seals begin to be renewed.
+    let first_slot = match rng.below(8) {
+        0 | 1 => u32::MAX - rng.below(12) as u32,
+        2 => (1 << 29) - rng.below(12) as u32,
+        _ => 0,
+    };
     let max_blocks = Some(1 + rng.below(2) as u32);
     // Half the machines have all links.
     let links = Links::ALL[(rng.below(6) as usize).saturating_sub(2)];

@@ -7,7 +7,7 @@ use crate::element::{self, Element};
 use crate::for_units;
 use crate::lane::Lane;
 use crate::pipe::{Form, Full};
-use crate::tensor::{Chunk, Codec, Message};
+use crate::tensor::{Codec, Message};
 
 /// `dst = reduction, in rank order, of the tensors at args.peers`, `args.units` units, rounded once. An
 /// address of 0 contributes nothing. `dst` may be one of them.
@@ -35,8 +35,7 @@ pub unsafe fn local_reduce<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
                 let mut totals = [element::empty(args.op); N];
                 for rank in 0..args.world {
                     if lane.peer(rank) != 0 {
-                        let chunk: Chunk = source(rank);
-                        let units = load_units::<L, E, Full, N>(lane, chunk, unit);
+                        let units = load_units::<L, E, Full, N>(lane, source(rank), unit);
                         accumulate_units::<L, E, Full, N>(lane, args.op, &mut totals, units);
                     }
                 }

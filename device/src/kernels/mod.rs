@@ -38,7 +38,7 @@ use crate::abi::{Args, FREE, Kernel, flags, phase};
 use crate::element::{self, Accumulator, Bf16, Element, F16, F32, F32AsBf16};
 use crate::lane::{Lane, Unit};
 use crate::pipe::{Call, Form, Full, Packet};
-use crate::tensor::{Chunk, Codec, Share};
+use crate::tensor::{Chunk, Codec, Message, Share};
 use crate::{for_units, unrolled};
 
 macro_rules! run_table {
@@ -221,6 +221,13 @@ fn any_hidden<F: Form, const N: usize>(units: &[Unit; N]) -> bool {
         hidden |= F::hidden(units[u]);
     });
     hidden
+}
+
+/// This block's share of part number `part` of the tensor at `address`.
+#[inline(always)]
+fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, part: u32) -> Share {
+    let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
+    tensor.part(part * args.part_units, args.part_units).share(lane, args)
 }
 
 /// Sends every peer chunk number `turn` of its own part, `part(peer)`, as slot number `slot` of this

@@ -6,13 +6,13 @@
 //! wire type at each step, as in NCCL's ring. (Patarasuk, Yuan: Bandwidth optimal all-reduce
 //! algorithms for clusters of workstations, 2009.)
 
-use super::{accumulate_units, finish_units, own_units, store_units, visible};
+use super::{accumulate_units, finish_units, own_units, part, store_units, visible};
 use crate::abi::{Args, phase};
 use crate::element::{self, Element};
 use crate::for_units;
 use crate::lane::Lane;
-use crate::pipe::{Call, Form, Full};
-use crate::tensor::{Codec, Message, Share};
+use crate::pipe::{Call, Full};
+use crate::tensor::{Codec, Share};
 
 /// `dst = reduction over ranks of src`, `args.units` units, in as many parts of `args.part_units` as
 /// there are ranks.
@@ -79,13 +79,6 @@ fn part_of_step<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, step: u32
     let back = 1 + if step >= args.world { step - args.world } else { step };
     let rank = if args.rank >= back { args.rank - back } else { args.rank + args.world - back };
     part::<L, E>(lane, args, address, rank)
-}
-
-/// This block's share of part number `part` of the tensor at `address`.
-#[inline(always)]
-fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, part: u32) -> Share {
-    let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
-    tensor.part(part * args.part_units, args.part_units).share(lane, args)
 }
 
 /// Adds this rank's own units to the sum that came in the slot before `slot`, if any has, and sends it

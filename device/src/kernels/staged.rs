@@ -6,13 +6,13 @@
 //! complexes whose throughput collapses under many-to-many writes (FlashInfer's staged PCIe kernels
 //! order their traffic so).
 
-use super::{load_units, own_units, reduced_units, store_units, successors, visible};
+use super::{load_units, own_units, part, reduced_units, store_units, successors, visible};
 use crate::abi::{Args, phase};
 use crate::element::Element;
 use crate::for_units;
 use crate::lane::Lane;
-use crate::pipe::{Call, Form, Full, everyone_else};
-use crate::tensor::{Codec, Message, Share};
+use crate::pipe::{Call, Full, everyone_else};
+use crate::tensor::Codec;
 
 /// `dst = reduction over ranks of src`, `args.units` units, rank r reducing the r-th
 /// `args.part_units` of them.
@@ -40,13 +40,6 @@ pub unsafe fn staged<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
         }
         call.end(2 * turn, 2 * turn);
     }
-}
-
-/// This block's share of the part of the tensor at `address` that `rank` reduces.
-#[inline(always)]
-fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, rank: u32) -> Share {
-    let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
-    tensor.part(rank * args.part_units, args.part_units).share(lane, args)
 }
 
 /// The rank that sends to this one while this one sends to `peer`.

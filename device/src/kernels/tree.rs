@@ -8,14 +8,14 @@
 
 use super::all_gather::send_bytes;
 use super::{
-    accumulate_units, any_hidden, finish_units, own_units, store_units, successors, visible,
+    accumulate_units, any_hidden, finish_units, own_units, part, store_units, successors, visible,
 };
 use crate::abi::{Args, Role, phase};
 use crate::element::{self, Element};
 use crate::for_units;
 use crate::lane::Lane;
-use crate::pipe::{Call, Form, Full};
-use crate::tensor::{Bytes, Codec, Message, Share};
+use crate::pipe::{Call, Full};
+use crate::tensor::{Bytes, Codec};
 
 /// This rank's place in the trees, and how their chunks are numbered.
 ///
@@ -99,17 +99,16 @@ pub unsafe fn tree<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     }
 }
 
+/// This rank's place in the tree of part number `part`.
+#[inline(always)]
+fn role<L: Lane>(lane: L, part: u32) -> Role {
+    Role::from_bits(lane.table(part))
+}
+
 /// All parts' `of`, together.
 #[inline(always)]
 fn with_all_parts<L: Lane>(lane: L, args: &Args, of: impl Fn(Role) -> u32) -> u32 {
-    (0..args.parts).fold(0, |mask, part| mask | of(lane.role(part)))
-}
-
-/// This block's share of part number `part` of the tensor at `address`.
-#[inline(always)]
-fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, part: u32) -> Share {
-    let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
-    tensor.part(part * args.part_units, args.part_units).share(lane, args)
+    (0..args.parts).fold(0, |mask, part| mask | of(role(lane, part)))
 }
 
 /// The ranks in `mask`, in the order in which this rank sends to them.
@@ -128,7 +127,7 @@ unsafe fn send_leaves<L: Lane, E: Element + Codec>(
 ) {
     let lane = call.lane();
     for index in 0..args.parts {
-        let role = lane.role(index);
+        let role = role(lane, index);
         let Some(parent) = role.parent() else { continue };
         if role.children() != 0 {
             continue;
@@ -157,7 +156,7 @@ unsafe fn reduce_inner<L: Lane, E: Element + Codec>(
 ) {
     let lane = call.lane();
     for index in 0..args.parts {
-        let role = lane.role(index);
+        let role = role(lane, index);
         if role.children() == 0 {
             continue;
         }
@@ -211,7 +210,7 @@ unsafe fn pass_results<L: Lane, E: Element + Codec>(
 ) {
     let lane = call.lane();
     for index in 0..args.parts {
-        let role = lane.role(index);
+        let role = role(lane, index);
         let Some(parent) = role.parent() else { continue };
         let result = part::<L, E>(lane, args, args.dst, index).chunk(chunk);
         // SAFETY: passed on to the caller.
@@ -254,7 +253,7 @@ pub unsafe fn tree_broadcast<L: Lane>(lane: L, args: &Args) {
         while full.has(turn) {
             let mut index = 0;
             while index < args.parts {
-                let role = lane.role(index);
+                let role = role(lane, index);
                 let chunk = part::<L, Bytes>(lane, args, address, index).chunk(turn);
                 let slot = stride * turn + index;
                 let children = members(args, role.children());

@@ -5,13 +5,13 @@
 //! data announce themselves in both, so a chunk's second half starts as soon as its owner has it.
 //! (FlashInfer's and SGLang's two-shot Lamport kernels have the same two halves.)
 
-use super::{reduced_units, send_parts, store_units, successors, visible};
+use super::{part, reduced_units, send_parts, store_units, successors, visible};
 use crate::abi::{Args, phase};
 use crate::element::Element;
 use crate::for_units;
 use crate::lane::Lane;
-use crate::pipe::{Call, Form, Full, everyone_else};
-use crate::tensor::{Codec, Message, Share};
+use crate::pipe::{Call, Full, everyone_else};
+use crate::tensor::Codec;
 
 /// `dst = reduction over ranks of src`, `args.units` units, rank r reducing the r-th
 /// `args.part_units` of them.
@@ -61,13 +61,6 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
         }
         call.end(2 * (turn - 2), 2 * (turn - 2));
     }
-}
-
-/// This block's share of the part of the tensor at `address` that `rank` reduces.
-#[inline(always)]
-fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, rank: u32) -> Share {
-    let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
-    tensor.part(rank * args.part_units, args.part_units).share(lane, args)
 }
 
 /// The slot of this call that carries chunk `turn` to its owner: slots go out in the order
