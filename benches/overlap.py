@@ -227,6 +227,7 @@ def main() -> None:
     for gpu in (0, 1):
         # What is loaded while another rank's work is waited for would never be loaded.
         with torch.cuda.device(gpu):
+            torch.zeros(1, device=f"cuda:{gpu}")
             for kind in kinds:
                 kind(gpu).run(kind.first_size)
             torch.cuda._sleep(1000)

@@ -54,8 +54,6 @@ pub(crate) struct Scheduled {
     steps: Vec<Option<Box<Steps>>>,
     /// Calls so far.
     calls: u32,
-    /// The peers whose staging areas this call has found free, a bit each.
-    areas: u32,
     monitor: Monitor,
 }
 
@@ -106,6 +104,14 @@ pub(crate) struct Job {
     pub(crate) signature: Signature,
 }
 
+impl Job {
+    /// Whether what is sent lies where the result will.
+    fn is_in_place(&self) -> bool {
+        let (bytes, src, dst) = (self.signature.bytes as u64, self.src.0, self.dst.0);
+        !self.contribution || src < dst + bytes && dst < src + bytes
+    }
+}
+
 impl Scheduled {
     /// Makes the streams and the monitor of `rank`.
     pub(crate) fn new(
@@ -135,7 +141,6 @@ impl Scheduled {
             fork: gpu.event_create()?,
             steps: vec![None; Scheme::COUNT],
             calls: 0,
-            areas: 0,
             monitor: Monitor::new(gpu, rank, group, config.deadline)?,
         })
     }
@@ -221,6 +226,9 @@ impl Scheduled {
                 for step in &steps.sends {
                     self.step(job, steps, step, turn)?;
                 }
+                if turn == 0 {
+                    self.await_peers();
+                }
                 self.flush()?;
             }
             self.join(captured, stream)
@@ -230,23 +238,62 @@ impl Scheduled {
     /// Lets every stream of the call wait for the caller's.
     fn fork(&mut self, steps: &Steps, stream: Stream) -> Result<()> {
         self.lanes.iter_mut().for_each(Lane::reset);
-        for step in steps.work.iter().chain(&steps.sends) {
-            let lane = self.lane_of(step);
+        self.lanes[REDUCE].used = true;
+        for step in &steps.work {
+            let lane = self.lane_of(&step.task);
             self.lanes[lane].used = true;
         }
-        self.lanes[REDUCE].used = true;
+        for peer in self.peers() {
+            let lane = self.send_lane(peer);
+            self.lanes[lane].used = true;
+        }
         self.gpu.event_record(self.fork, stream)?;
         let used = self.lanes.iter().filter(|lane| lane.used);
         used.map(|lane| lane.stream).try_for_each(|own| self.gpu.stream_wait(own, self.fork))
     }
 
-    /// Says that the call has begun.
+    /// All ranks but this one.
+    fn peers(&self) -> impl Iterator<Item = u32> + use<> {
+        let (rank, world) = (self.rank, self.shape.world);
+        (0..world).filter(move |peer| *peer != rank)
+    }
+
+    /// Says that the call has begun, and holds what is sent to each peer until its whole staging area is free:
+    /// the first chunks need no other room. Every flag of an area goes down and up once in each
+    /// call, whoever sends to whom in it, so that calls can follow each other in any order.
+    ///
+    /// No note says that a stream waits here: whoever has not ended its last call has not begun this one,
+    /// for which [`Scheduled::await_peers`] waits.
     unsafe fn open(&mut self) -> Result<()> {
-        self.areas = 0;
         let busy = self.board.offset(offset_of!(Board, busy));
         self.lanes[REDUCE].pending.push(MemoryOp::Write(busy, 1));
+        if !self.breaks_credit {
+            for peer in self.peers() {
+                let area = self.staging[self.rank as usize].offset(staging::area_flag(peer));
+                let begun = self.staging[peer as usize].offset(staging::begun_flag(self.rank));
+                let lane = self.send_lane(peer);
+                self.lanes[lane].pending.extend([
+                    MemoryOp::Wait(area, UP),
+                    MemoryOp::Write(area, 0),
+                    MemoryOp::Write(begun, UP),
+                ]);
+            }
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.lanes[REDUCE].queue(&self.gpu) }
+    }
+
+    /// Waits until every peer has begun the call, and so has taken down the flag of this rank's area: it must
+    /// not go up before.
+    fn await_peers(&mut self) {
+        if self.breaks_credit {
+            return;
+        }
+        for peer in self.peers() {
+            let begun = self.staging[self.rank as usize].offset(staging::begun_flag(peer));
+            self.await_flag(REDUCE, begun, Board::note(0, phase::CREDIT, peer));
+        }
+        self.lanes[REDUCE].clear_note();
     }
 
     /// Queues what is pending on every stream.
@@ -255,19 +302,23 @@ impl Scheduled {
         self.lanes.iter_mut().try_for_each(|lane| unsafe { lane.queue(&self.gpu) })
     }
 
-    /// Says that this rank's staging area is free again, and lets the caller's stream wait for every stream
-    /// of the call.
+    /// Lets the caller's stream wait for every stream of the call, and tells every peer that this rank's staging
+    /// area is free.
     unsafe fn join(&mut self, captured: bool, stream: Stream) -> Result<()> {
         let reduce = self.lanes[REDUCE].stream;
         for lane in self.lanes.iter().skip(1).filter(|lane| lane.used) {
             self.gpu.event_record(lane.event, lane.stream)?;
             self.gpu.stream_wait(reduce, lane.event)?;
         }
-        if !self.breaks_credit {
-            self.free_area();
+        // The caller need not wait for what is said to others, but a capture ends only when all is joined.
+        if !captured {
+            self.gpu.event_record(self.fork, reduce)?;
+        }
+        for peer in self.peers().filter(|_| !self.breaks_credit) {
+            let area = self.staging[peer as usize].offset(staging::area_flag(self.rank));
+            self.lanes[REDUCE].pending.push(MemoryOp::Write(area, UP));
         }
         let lane = &mut self.lanes[REDUCE];
-        lane.clear_note();
         lane.pending.push(MemoryOp::Write(self.board.offset(offset_of!(Board, busy)), 0));
         // A graph that runs again says nothing about what has been called since.
         if !captured {
@@ -276,37 +327,10 @@ impl Scheduled {
         }
         // SAFETY: the board is the group's.
         unsafe { lane.queue(&self.gpu)? };
-        self.gpu.event_record(self.fork, reduce)?;
+        if captured {
+            self.gpu.event_record(self.fork, reduce)?;
+        }
         self.gpu.stream_wait(stream, self.fork)
-    }
-
-    /// Tells every peer that this rank's staging area is free. Every flag of an area goes down and up once in
-    /// each call, whoever sends to whom in it, so that calls can follow each other in any order. It must
-    /// not go up before it is down: the peer says when it has begun.
-    fn free_area(&mut self) {
-        let (rank, world) = (self.rank, self.shape.world);
-        let peers = (0..world).filter(|peer| *peer != rank);
-        for peer in peers.clone() {
-            self.await_area(REDUCE, peer);
-        }
-        for peer in peers {
-            let begun = self.staging[rank as usize].offset(staging::begun_flag(peer));
-            let area = self.staging[peer as usize].offset(staging::area_flag(rank));
-            self.await_flag(REDUCE, begun, Board::note(u32::MAX, phase::CREDIT, peer));
-            self.lanes[REDUCE].pending.push(MemoryOp::Write(area, UP));
-        }
-    }
-
-    /// Holds a stream until the whole staging area of `peer` is free, and tells the peer that this rank has
-    /// begun; once in a call.
-    fn await_area(&mut self, lane: usize, peer: u32) {
-        if self.areas & 1 << peer == 0 {
-            let area = self.staging[self.rank as usize].offset(staging::area_flag(peer));
-            let begun = self.staging[peer as usize].offset(staging::begun_flag(self.rank));
-            self.await_flag(lane, area, Board::note(0, phase::CREDIT, peer));
-            self.lanes[lane].pending.push(MemoryOp::Write(begun, UP));
-        }
-        self.areas |= 1 << peer;
     }
 
     /// Holds a stream until a flag is up, and takes it down.
@@ -342,8 +366,10 @@ fn streams(gpu: &GpuRef, rank: u32, group: &Group) -> Result<usize> {
 
 impl Drop for Scheduled {
     fn drop(&mut self) {
+        // What fails here has failed before, where a call said so. What is still said to peers must be said
+        // before their memory goes; the monitor lets this wait no longer than the deadline.
+        let _ = self.lanes.first().map(|lane| self.gpu.stream_synchronize(lane.stream));
         self.monitor.stop();
-        // What fails here has failed before, where a call said so.
         // SAFETY: made in `new` and not used again; queued work still completes.
         unsafe {
             let _ = self.gpu.event_destroy(self.fork);

@@ -22,16 +22,21 @@ struct At {
 }
 
 impl Scheduled {
-    /// The stream of a step.
-    pub(super) fn lane_of(&self, step: &Step) -> usize {
-        match &step.task {
+    /// The stream of a task.
+    pub(super) fn lane_of(&self, task: &Task) -> usize {
+        match task {
             Task::Neutral | Task::Reduce { .. } => REDUCE,
             Task::Take(_) => self.lane(TAKE),
             Task::SendOwn(edge) | Task::SendSum(edge) | Task::Pass(edge) => {
-                let distance = (edge.peer + self.shape.world - self.rank - 1) % self.shape.world;
-                self.lane(SEND + distance as usize)
+                self.send_lane(edge.peer)
             }
         }
+    }
+
+    /// The stream of what is sent to `peer`.
+    pub(super) fn send_lane(&self, peer: u32) -> usize {
+        let distance = (peer + self.shape.world - self.rank - 1) % self.shape.world;
+        self.lane(SEND + distance as usize)
     }
 
     /// The stream that stands for stream number `wanted`: fewer there may be.
@@ -53,14 +58,14 @@ impl Scheduled {
     ) -> Result<()> {
         let Some(chunk) = turn.checked_sub(step.delay) else { return Ok(()) };
         let Some(span) = job.cut.chunk(step.part, chunk) else { return Ok(()) };
-        let at = At { lane: self.lane_of(step), part: step.part, chunk, turn };
+        let at = At { lane: self.lane_of(&step.task), part: step.part, chunk, turn };
         // SAFETY: passed on to the caller.
         unsafe {
             match &step.task {
                 Task::Neutral if job.contribution => Ok(()),
                 Task::Neutral => self.reduce(job, at, span, &[], (false, false)),
                 Task::Reduce { sources, complete } => {
-                    if steps.overwrites {
+                    if steps.overwrites && job.is_in_place() {
                         self.follow_sends()?;
                     }
                     let shared = steps.overwrites;
@@ -156,10 +161,6 @@ impl Scheduled {
         span: Span,
     ) -> Result<()> {
         let (peer, own) = (edge.peer as usize, self.staging[self.rank as usize]);
-        // The first chunks have the room that a free area has.
-        if !self.breaks_credit {
-            self.await_area(at.lane, edge.peer);
-        }
         if at.chunk >= SLOTS && !self.breaks_credit {
             let free = own.offset(staging::free_flag(edge.peer, edge.pair, at.chunk));
             self.await_flag(at.lane, free, Board::note(at.turn, phase::CREDIT, edge.peer));
