@@ -11,7 +11,7 @@ use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Exported, GpuRef, MemoryHandle};
 use crate::mailbox::this_process;
-use crate::rendezvous::Table;
+use crate::rendezvous::{Table, Topic};
 pub use cache::RegistrationStatistics;
 pub(crate) use cache::Registrations;
 use cache::{Key, Mapping};
@@ -183,7 +183,7 @@ impl Communicator {
         tensors: &[(DevicePtr, usize)],
     ) -> Result<Vec<Registration>> {
         const OP: &str = "register_all";
-        whole_group(OP, ranks, tensors.len())?;
+        one_each(OP, ranks, tensors.len())?;
         ranks.iter().try_for_each(|rank| rank.registers(OP).and_then(|()| rank.health()))?;
         let mut cards: Cards = Vec::new();
         for (rank, (tensor, bytes)) in ranks.iter().zip(tensors) {
@@ -207,7 +207,7 @@ impl Communicator {
         registrations: &[Registration],
     ) -> Result<()> {
         const OP: &str = "deregister_all";
-        whole_group(OP, ranks, registrations.len())?;
+        one_each(OP, ranks, registrations.len())?;
         let pairs = || ranks.iter().zip(registrations);
         pairs().try_for_each(|(rank, registration)| rank.uses(OP, registration))?;
         let tasks = registrations.iter().map(|one| Task::Deregister(one.number()));
@@ -258,7 +258,8 @@ impl Communicator {
     fn sit(&mut self, op: &'static str) -> Result<(u64, Table)> {
         let number = self.registrations().next_number();
         let (rank, patience) = (self.rank(), self.config().deadline);
-        Ok((number, self.group(op)?.assembly.sit(rank, number, patience)?))
+        let topic = Topic::Registration(number);
+        Ok((number, self.group(op)?.assembly.sit(rank, topic, patience)?))
     }
 
     /// How others reach the tensor.
@@ -427,20 +428,9 @@ impl std::fmt::Display for Task {
     }
 }
 
-/// That `ranks` are all ranks of one group of this process, in order, and as many as there are tensors.
-fn whole_group(op: &'static str, ranks: &mut [&mut Communicator], tensors: usize) -> Result<()> {
-    let Some(first) = ranks.first() else {
-        return Err(invalid(op, "ranks", "all ranks of a group".into(), "none"));
-    };
-    let world = first.world_size() as usize;
-    let log = first.group(op)?.log.clone();
-    let in_order = (0..).zip(ranks.iter()).all(|(rank, one)| {
-        one.rank() == rank && one.group(op).is_ok_and(|group| Arc::ptr_eq(&group.log, &log))
-    });
-    if ranks.len() != world || !in_order {
-        let expected = format!("all {world} ranks of a group of this thread, in rank order");
-        return Err(invalid(op, "ranks", expected, format!("{} others", ranks.len())));
-    }
+/// That `ranks` are all ranks of one group, and as many as there are tensors.
+fn one_each(op: &'static str, ranks: &[&mut Communicator], tensors: usize) -> Result<()> {
+    let world = Communicator::whole_group(op, ranks)?.world_size() as usize;
     if tensors != world {
         return Err(invalid(op, "tensors", format!("{world}, one a rank"), tensors));
     }
