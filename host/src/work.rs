@@ -5,6 +5,7 @@
 //! has an event to itself for as long as it lives; events come from a pool, so that calls make none once
 //! there are as many as works at a time.
 
+use crate::collectives::tensors;
 use crate::communicator::{Communicator, Health};
 use crate::error::{Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
@@ -211,11 +212,15 @@ impl Communicator {
         call: &AllReduce,
         chunks: &[Chunk],
     ) -> Result<Vec<Work>> {
+        const OP: &str = "all_reduce_chunks";
+        self.ready(Operation::AllReduce)?;
+        // A part of a tensor that is nowhere would be somewhere.
+        tensors(OP, call)?;
         for (index, chunk) in chunks.iter().enumerate() {
             let end = chunk.first.checked_add(chunk.count);
             if end.is_none_or(|end| end > call.count) {
                 return Err(Error::InvalidArgument {
-                    op: "all_reduce_chunks",
+                    op: OP,
                     argument: "chunks",
                     expected: format!("parts of a tensor of {} elements", call.count),
                     got: format!(

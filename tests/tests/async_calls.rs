@@ -1,7 +1,7 @@
 //! Calls beside the caller's stream: order, results, waiting, and what a capture makes of them.
 
 use peerlane::cases::{Rng, Values, elements};
-use peerlane::gpu::{Event, GpuRef, Stream};
+use peerlane::gpu::{DevicePtr, Event, GpuRef, Stream};
 use peerlane::reference::{Order, Reduction};
 use peerlane::{
     Algorithm, AllGather, AllReduce, Broadcast, Chunk, Communicator, Config, DType, Error, Gather,
@@ -318,6 +318,29 @@ fn what_no_chunk_names_stays_as_it_is() {
         let found = rank.memory.read(800).unwrap();
         assert!(found[..400] == scene.sum[..400]);
         assert_ne!(found[400..], scene.sum[400..], "no chunk named the second half");
+    }
+}
+
+#[test]
+fn chunks_of_a_tensor_that_is_nowhere_are_refused() {
+    let mut scene = scene(100, 9, fast());
+    let rank = &mut scene.ranks[0];
+    let ready = event(&rank.gpu, rank.stream);
+    let call = rank.call(100, Algorithm::TwoShot);
+    let part = [Chunk { first: 8, count: 8, ready }];
+    let null = DevicePtr(0);
+    let odd = call.dst.offset(2);
+    let wrong = [
+        (AllReduce { dst: null, ..call }, "dst: expected a device address, got null"),
+        (AllReduce { src: null, ..call }, "src: expected a device address, got null"),
+        (AllReduce { dst: odd, ..call }, "dst: expected an address aligned to 4 bytes"),
+        (AllReduce { count: usize::MAX, ..call }, "count: expected at most 2^34 bytes"),
+    ];
+    for (call, says) in wrong {
+        // SAFETY: it is refused.
+        let refused = unsafe { rank.communicator.all_reduce_chunks(&call, &part) };
+        let error = refused.map(drop).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("all_reduce_chunks: {says}")), "{error}");
     }
 }
 
