@@ -206,7 +206,9 @@ impl Communicator {
     /// `chunks`, each once its event has come. Returns a work for each. All ranks bring the same
     /// chunks. What no chunk names stays as it is.
     ///
-    /// The events are recorded before the call is made, on whatever streams of this rank's GPU.
+    /// The events are recorded before the call is made, on whatever streams of this rank's GPU. If that was in
+    /// a capture, the chunks become part of the graph. Where that is refused, because earlier works are in
+    /// flight, the capture cannot end well any more: the communicator's stream is in it.
     pub unsafe fn all_reduce_chunks(
         &mut self,
         call: &AllReduce,
@@ -256,9 +258,10 @@ impl Communicator {
         let Some(side) = &self.side else { return Err(self.closed(operation)) };
         let (gpu, own, settled) = (self.gpu().clone(), side.stream, side.settled.clone());
         let done = side.pool.take()?;
+        let before = gpu.is_capturing(own)?;
         if let Start::After(stream) = start {
             self.owns_stream(operation.name(), stream)?;
-            let (before, after) = (gpu.is_capturing(own)?, gpu.is_capturing(stream)?);
+            let after = gpu.is_capturing(stream)?;
             if before && !after {
                 return Err(Error::Unsupported {
                     op: operation.name(),
@@ -274,6 +277,10 @@ impl Communicator {
             gpu.stream_wait(own, event)?;
         }
         let captured = gpu.is_capturing(own)?;
+        if captured && !before {
+            // Only waiting for a chunk's event tells that it is part of a graph.
+            self.refuse_in_flight(operation.name())?;
+        }
         let queued = run(self, own);
         gpu.event_record(done.event, own)?;
         if let (Err(error), Start::After(stream)) = (&queued, start)

@@ -322,6 +322,36 @@ fn what_no_chunk_names_stays_as_it_is() {
 }
 
 #[test]
+fn chunks_captured_with_work_in_flight_are_refused_until_somebody_waits() {
+    let mut scene = scene(100, 4, fast());
+    let works: Vec<Work> =
+        scene.ranks.iter_mut().map(|rank| rank.begin(100, Algorithm::TwoShot)).collect();
+    let captured = |rank: &mut Rank| {
+        let call = rank.call(100, Algorithm::TwoShot);
+        rank.gpu.capture_begin(rank.stream).unwrap();
+        let ready = event(&rank.gpu, rank.stream);
+        let whole = [Chunk { first: 0, count: 100, ready }];
+        // SAFETY: as for `begin`.
+        unsafe { rank.communicator.all_reduce_chunks(&call, &whole) }
+    };
+    let error = captured(&mut scene.ranks[0]).map(drop).unwrap_err().to_string();
+    assert!(error.contains("wait for its work"), "{error}");
+    // It is left with a stream that nobody has joined.
+    let rank = &scene.ranks[0];
+    assert!(rank.gpu.capture_end(rank.stream).is_err());
+    works.iter().for_each(|work| work.wait().unwrap());
+    for rank in &mut scene.ranks {
+        let works = captured(rank).unwrap();
+        works[0].wait_on(rank.stream).unwrap();
+        let graph = rank.gpu.capture_end(rank.stream).unwrap();
+        rank.gpu.graph_launch(graph, rank.stream).unwrap();
+    }
+    for rank in &scene.ranks {
+        rank.communicator.synchronize(rank.stream).unwrap();
+    }
+}
+
+#[test]
 fn chunks_of_a_tensor_that_is_nowhere_are_refused() {
     let mut scene = scene(100, 9, fast());
     let rank = &mut scene.ranks[0];
