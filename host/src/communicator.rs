@@ -2,7 +2,9 @@
 //!
 //! A call checks its arguments, compares itself with the other ranks' calls, plans, and queues one
 //! kernel (a scheduled all-reduce: its steps). After the first call it allocates nothing, locks nothing and enters no system call of
-//! its own; it never waits. Calls of one communicator run in the order in which they were made.
+//! its own; it never waits. An asynchronous call allocates once there are more works than ever before, and takes a
+//! lock, as its work's end does: that of the pool of events, which is held for a push or a pop.
+//! Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
 use crate::choice::{Choice, Known, Tuning};

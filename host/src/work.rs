@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
 use crate::request::{AllGather, AllReduce, Broadcast, Chunk, Gather, ReduceScatter};
 use peerlane_device::abi::Operation;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Events that nobody uses, of one GPU.
@@ -59,26 +59,29 @@ pub(crate) struct Side {
     gpu: GpuRef,
     stream: Stream,
     pool: Arc<Pool>,
-    /// Whether somebody waits, or has waited, for the latest call that is not part of a graph.
-    settled: Arc<AtomicBool>,
+    /// Calls that are not part of a graph.
+    made: u64,
+    /// How many of them somebody waits, or has waited, for: each work settles all before it too, since they are
+    /// on the same stream.
+    settled: Arc<AtomicU64>,
 }
 
 impl Side {
     fn new(gpu: &GpuRef) -> Result<Side> {
         let pool = Arc::new(Pool { gpu: gpu.clone(), free: Mutex::default() });
         let stream = gpu.stream_create_urgent()?;
-        Ok(Side { gpu: gpu.clone(), stream, pool, settled: Arc::new(AtomicBool::new(true)) })
+        Ok(Side { gpu: gpu.clone(), stream, pool, made: 0, settled: Arc::default() })
     }
 
     /// Whether a stream that is being captured may go on from here.
     pub(crate) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire)
+        self.settled.load(Ordering::Acquire) >= self.made
     }
 
     /// Notes that another stream waits for everything on `stream`.
     pub(crate) fn settle(&self, stream: Stream) {
         if stream == self.stream {
-            self.settled.store(true, Ordering::Release);
+            self.settled.fetch_max(self.made, Ordering::Release);
         }
     }
 }
@@ -101,7 +104,9 @@ pub struct Work {
     operation: Operation,
     /// It is part of a graph, which runs when that is launched.
     captured: bool,
-    settled: Arc<AtomicBool>,
+    /// Which one it is of those that are not; 0, which settles nothing, if it is.
+    number: u64,
+    settled: Arc<AtomicU64>,
     outcome: OnceLock<Result<()>>,
 }
 
@@ -115,7 +120,7 @@ impl Work {
         let done =
             self.outcome.get().is_some() || self.done.pool.gpu.event_query(self.done.event)?;
         if done {
-            self.settled.store(true, Ordering::Release);
+            self.settle();
         }
         Ok(done)
     }
@@ -123,7 +128,7 @@ impl Work {
     /// Makes `stream` wait for the call. Inside a capture this is how the call's stream is joined.
     pub fn wait_on(&self, stream: Stream) -> Result<()> {
         self.done.pool.gpu.stream_wait(stream, self.done.event)?;
-        self.settled.store(true, Ordering::Release);
+        self.settle();
         Ok(())
     }
 
@@ -138,8 +143,12 @@ impl Work {
             return outcome.clone();
         }
         self.done.pool.gpu.event_synchronize(self.done.event)?;
-        self.settled.store(true, Ordering::Release);
+        self.settle();
         self.outcome.get_or_init(|| self.health.check()).clone()
+    }
+
+    fn settle(&self) {
+        self.settled.fetch_max(self.number, Ordering::Release);
     }
 
     fn ran(&self) -> Result<()> {
@@ -291,18 +300,15 @@ impl Communicator {
             return Err(error.clone());
         }
         queued?;
-        // Each work settles all before it too: they are on the same stream.
-        let settled = if captured {
-            settled
-        } else {
-            let fresh = Arc::new(AtomicBool::new(false));
-            if let Some(side) = &mut self.side {
-                side.settled = fresh.clone();
+        let number = match &mut self.side {
+            Some(side) if !captured => {
+                side.made += 1;
+                side.made
             }
-            fresh
+            _ => 0,
         };
         let (health, outcome) = (self.health_handle(), OnceLock::new());
-        Ok(Work { done, health, operation, captured, settled, outcome })
+        Ok(Work { done, health, operation, captured, number, settled, outcome })
     }
 
     /// Refuses a capture of calls while earlier ones may still run and nothing orders the graph
@@ -351,8 +357,21 @@ mod tests {
             }
         }
         assert_eq!(held.len(), 3);
-        let free = rank.side.as_ref().unwrap().pool.lock().len();
+        let side = rank.side.as_ref().unwrap();
+        assert!(side.is_settled());
+        let free = side.pool.lock().len();
         assert_eq!(free, 1, "one event serves all works that are dropped");
+        // An older work says nothing of a later call; a later one says it of all before.
+        // SAFETY: as above.
+        let begin = |rank: &mut Communicator| unsafe {
+            rank.all_reduce_async(&call, Stream::default()).unwrap()
+        };
+        let [older, later] = [begin(&mut rank), begin(&mut rank)];
+        older.wait().unwrap();
+        assert!(!rank.side.as_ref().unwrap().is_settled());
+        later.wait().unwrap();
+        assert!(rank.side.as_ref().unwrap().is_settled());
+        drop((older, later));
         drop(rank);
         // A work outlives its communicator.
         assert!(held.iter().all(|work| work.query() == Ok(true) && work.wait() == Ok(())));
