@@ -151,7 +151,11 @@ impl Agreement {
 
     /// Allocates the memory of a rank on `gpu`.
     pub(crate) fn member(&self, gpu: &GpuRef, config: &Config) -> Result<Arc<Member>> {
-        let member = Member::new(gpu, self.extent)?;
+        self.numbered(Member::new(gpu, self.extent)?, config)
+    }
+
+    /// Lets the counters of a new member begin where the configuration says.
+    fn numbered(&self, member: Member, config: &Config) -> Result<Arc<Member>> {
         if config.first_slot != 0 {
             member.number_slots_from(config.first_slot, self.shape.layout)?;
         }
@@ -168,11 +172,7 @@ impl Agreement {
         rank: u32,
     ) -> Result<(Arc<Member>, Option<Offer>, Option<OwnedFd>)> {
         let make = |exported| -> Result<_> {
-            let member = Member::shared(gpu, self.extent, segment, (rank, exported))?;
-            if config.first_slot != 0 {
-                member.number_slots_from(config.first_slot, self.shape.layout)?;
-            }
-            Ok(Arc::new(member))
+            self.numbered(Member::shared(gpu, self.extent, segment, (rank, exported))?, config)
         };
         let export = || {
             let member = make(true)?;

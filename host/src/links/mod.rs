@@ -12,7 +12,7 @@ mod measure;
 mod rig;
 
 pub use cache::{CACHE_VARIABLE, Cache, Key};
-pub(crate) use cache::{read_file, replace_file};
+pub(crate) use cache::{LINKS, fingerprint, read_file, replace_file};
 pub use islands::{GAP, TIE, hub, islands};
 pub use measure::{Settings, measure};
 
