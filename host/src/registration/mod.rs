@@ -5,6 +5,7 @@
 //! this rank's GPU is done with everything queued.
 
 mod cache;
+mod cards;
 
 use crate::collectives::invalid;
 use crate::communicator::Communicator;
@@ -15,13 +16,10 @@ use crate::rendezvous::{Table, Topic};
 pub use cache::RegistrationStatistics;
 pub(crate) use cache::Registrations;
 use cache::{Key, Mapping};
+use cards::{Card, Cards, Offer, Task, agree, reason, settled};
 use peerlane_device::abi::{MAX_RANKS, UNIT};
-use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
-
-/// Most characters of a reason that travels.
-const LONGEST_REASON: usize = 1000;
 
 /// A tensor of each rank that all ranks reach.
 ///
@@ -82,42 +80,6 @@ impl std::fmt::Debug for Registration {
         write!(f, "Registration {number} of {bytes} bytes at {:#x}", own.0)
     }
 }
-
-/// What a rank brings to the first round.
-#[derive(Clone, Serialize, Deserialize)]
-struct Card {
-    task: Task,
-    /// What it offers, or why it cannot.
-    outcome: std::result::Result<Option<Offer>, String>,
-}
-
-/// What a rank came for.
-#[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
-enum Task {
-    /// To register so many bytes.
-    Register(usize),
-    /// To end the registration of this number.
-    Deregister(u64),
-}
-
-/// How others reach a tensor.
-#[derive(Clone, Serialize, Deserialize)]
-struct Offer {
-    /// Where the tensor's allocation begins, and how large it is.
-    base: u64,
-    bytes: usize,
-    id: u64,
-    /// Bytes from there to the tensor.
-    offset: u64,
-    /// For other processes; none if there are none.
-    handle: Option<MemoryHandle>,
-    process: (u32, u64),
-    /// Ranks of the same process reach it where it is.
-    peers_reach: bool,
-}
-
-/// What the others brought, with the files beside it.
-type Cards = Vec<(Card, Option<OwnedFd>)>;
 
 impl Communicator {
     /// Lets every rank reach `bytes` bytes at `tensor` of every other: the same size on every rank, at a multiple of
@@ -380,52 +342,6 @@ fn import(
     let exported = Exported { handle: handle.unwrap_or(MemoryHandle::File), file };
     let at = gpu.import(exported, key.bytes, owner)?;
     Ok(Arc::new(Mapping { gpu: gpu.clone(), key, at }))
-}
-
-impl Card {
-    fn new(rank: u32, task: Task, outcome: Result<Option<Offer>>) -> Card {
-        Card { task, outcome: outcome.map_err(|error| reason(rank, &error)) }
-    }
-}
-
-/// What went wrong on `rank`, for the others.
-fn reason(rank: u32, error: &Error) -> String {
-    format!("rank {rank}: {error}").chars().take(LONGEST_REASON).collect()
-}
-
-/// That all ranks came for the same. The same answer on all of them.
-fn agree(op: &'static str, cards: &Cards) -> Result<()> {
-    let others = (1..).zip(cards.iter().skip(1));
-    for (rank, (card, _)) in others {
-        let (argument, first, other) = match (cards[0].0.task, card.task) {
-            (first, other) if first == other => continue,
-            (Task::Register(first), Task::Register(other)) => {
-                ("bytes", first.to_string(), other.to_string())
-            }
-            (first, other) => ("registration", first.to_string(), other.to_string()),
-        };
-        let expected = format!("{first}, as rank 0 brings");
-        return Err(invalid(op, argument, expected, format!("{other} from rank {rank}")));
-    }
-    let outcomes = cards.iter().map(|(card, _)| card.outcome.clone().map(drop));
-    settled(op, outcomes)
-}
-
-/// The first failure among what the ranks brought.
-fn settled(
-    op: &'static str,
-    mut outcomes: impl Iterator<Item = std::result::Result<(), String>>,
-) -> Result<()> {
-    outcomes.try_for_each(|outcome| outcome).map_err(|reason| Error::Unsupported { op, reason })
-}
-
-impl std::fmt::Display for Task {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Task::Register(bytes) => write!(f, "a new one of {bytes} bytes"),
-            Task::Deregister(number) => write!(f, "the end of number {number}"),
-        }
-    }
 }
 
 /// That `ranks` are all ranks of one group, and as many as there are tensors.
