@@ -217,7 +217,7 @@ impl Communicator {
     ///
     /// The events are recorded before the call is made, on whatever streams of this rank's GPU. If that was in
     /// a capture, the chunks become part of the graph. Where that is refused, because earlier works are in
-    /// flight, the capture cannot end well any more: the communicator's stream is in it.
+    /// flight, the communicator's stream stays in the capture, with nothing queued, until that ends.
     pub unsafe fn all_reduce_chunks(
         &mut self,
         call: &AllReduce,

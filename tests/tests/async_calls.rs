@@ -336,9 +336,9 @@ fn chunks_captured_with_work_in_flight_are_refused_until_somebody_waits() {
     };
     let error = captured(&mut scene.ranks[0]).map(drop).unwrap_err().to_string();
     assert!(error.contains("wait for its work"), "{error}");
-    // It is left with a stream that nobody has joined.
+    // Nothing was queued in it.
     let rank = &scene.ranks[0];
-    assert!(rank.gpu.capture_end(rank.stream).is_err());
+    rank.gpu.capture_end(rank.stream).unwrap();
     works.iter().for_each(|work| work.wait().unwrap());
     for rank in &mut scene.ranks {
         let works = captured(rank).unwrap();
