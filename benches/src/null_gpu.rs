@@ -212,6 +212,10 @@ impl Gpu for NullGpu {
         Ok(Event(self.take(1)))
     }
 
+    fn event_create_timed(&self) -> Result<Event> {
+        self.event_create()
+    }
+
     unsafe fn event_destroy(&self, _: Event) -> Result<()> {
         Ok(())
     }

@@ -134,6 +134,14 @@ impl Rank {
         }
     }
 
+    /// Queues an all-reduce beside the rank's first stream, which then waits for it.
+    pub fn call_beside(&mut self) -> Result<()> {
+        let (dst, stream) = (self.dst, self.streams[0]);
+        let call = AllReduce::in_place(dst, self.bytes / DType::Bf16.bytes(), DType::Bf16);
+        // SAFETY: as for `call_on`.
+        unsafe { self.communicator.all_reduce_async(&call, stream)? }.wait_on(stream)
+    }
+
     /// Waits for this rank's calls and says whether they went well.
     pub fn finish(&self) -> Result<()> {
         self.streams.iter().try_for_each(|stream| self.gpu.stream_synchronize(*stream))?;

@@ -62,8 +62,8 @@ impl Rig {
         let rig = Rig {
             gpu: gpu.clone(),
             stream: gpu.stream_create()?,
-            start: gpu.event_create()?,
-            end: gpu.event_create()?,
+            start: gpu.event_create_timed()?,
+            end: gpu.event_create_timed()?,
             mailbox: gpu.alloc(layout.mailbox_bytes(2))?,
             status: gpu.alloc_host(size_of::<Status>())?,
             src: gpu.alloc(bytes)?,

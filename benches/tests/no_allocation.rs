@@ -108,3 +108,15 @@ fn a_change_of_stream_allocates_nothing() {
         assert_eq!(counted, 0, "{}", collective.name());
     }
 }
+
+#[test]
+fn a_call_beside_allocates_nothing() {
+    for world in [2, 8] {
+        let gpus = NullGpu::several(world);
+        let refs = NullGpu::refs(&gpus);
+        let mut ranks = Rank::connect(&refs, &Config::default(), 16 << 10).unwrap();
+        let mut round = |_| ranks.iter_mut().for_each(|rank| rank.call_beside().unwrap());
+        round(0);
+        assert_eq!(allocations(|| (1..=CALLS).for_each(&mut round)), 0, "{world} ranks");
+    }
+}

@@ -14,10 +14,9 @@ use crate::gpu::{Backend, GpuRef};
 use crate::group::Group;
 use crate::join;
 use crate::plan::Shape;
-use crate::rendezvous::{Meeting, Processes, Segment};
+use crate::rendezvous::{Assembly, Meeting, Topic, meeting_of};
 use crate::sizing::{Need, Sizes, Sizing, State};
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The name of these calls in errors.
@@ -140,7 +139,7 @@ impl Communicator {
     /// # Errors
     /// As for [`Communicator::adapt`]; and if `ranks` are not all ranks of one group, in order.
     pub fn adapt_all(ranks: &mut [&mut Communicator]) -> Result<Adapted> {
-        let first = together(ranks)?;
+        let first = Communicator::whole_group(OP, ranks)?;
         let sizing = first.sizing()?;
         let shape = first.group(OP)?.shape;
         let marks = ranks.iter().map(|rank| rank.health().map(|()| rank.marks()));
@@ -178,24 +177,11 @@ impl Communicator {
 
     /// Exchanges the marks of all ranks.
     fn show_marks(&self) -> Result<Vec<Marks>> {
-        let (group, rank, patience) = (self.group(OP)?, self.rank(), self.config().deadline);
-        let own = self.health().map(|()| self.marks());
-        let Some(segment) = group.segment() else {
-            let meeting = group.reunion.enter(rank, patience)?;
-            return match own {
-                Ok(marks) => meeting.exchange(rank, 0, marks),
-                Err(error) => {
-                    meeting.give_up(rank, &error);
-                    Err(error)
-                }
-            };
-        };
-        // What stops one process's calls stops those of all, so the others know.
-        let own = own?;
-        let seat = self.next_meeting(segment, patience).enter(rank)?;
-        let all = join::share(&seat, rank, Ok(own), None);
-        seat.part();
-        Ok(join::values(all?))
+        let (rank, patience) = (self.rank(), self.config().deadline);
+        let (assembly, topic) = (&self.group(OP)?.assembly, Topic::Sizes(self.meetings));
+        self.health().inspect_err(|error| assembly.decline(rank, topic, patience, error))?;
+        let all = assembly.sit(rank, topic, patience)?.exchange(self.marks(), None)?;
+        Ok(all.into_iter().map(|(marks, _)| marks).collect())
     }
 
     /// Joins once more, with other sizes; the others wait for this rank's calls to be done. Says where the
@@ -205,33 +191,26 @@ impl Communicator {
         config: &Config,
         deadline: Duration,
     ) -> Result<(Group, Known, Option<Meeting>)> {
-        let (group, rank) = (self.group(OP)?, self.rank());
+        let (rank, topic) = (self.rank(), Topic::Sizes(self.meetings));
         // All ranks are here. One may spend its deadline on its calls, and a probe may last.
         let patience = deadline + REJOIN;
-        match group.segment() {
-            None => {
-                let meeting = group.reunion.enter(rank, patience)?;
+        match &self.group(OP)?.assembly {
+            Assembly::Threads(meetings) => {
+                let meeting = meetings.enter(rank, topic, patience)?;
                 let ready = self.drain(deadline);
                 let joined =
                     ready.and_then(|()| Communicator::meet(&meeting, rank, self.gpu(), config));
                 let (group, known) = joined.inspect_err(|error| meeting.give_up(rank, error))?;
                 Ok((group, known, Some(meeting)))
             }
-            Some(segment) => {
-                let meeting = self.next_meeting(segment, patience);
+            Assembly::Processes(segment) => {
+                let meeting = meeting_of(segment, topic, patience);
                 let ready = self.drain(deadline);
                 let (group, known) = join::join(&meeting, rank, ready.clone(), self.gpu(), config)
                     .map_err(|error| ready.err().unwrap_or(error))?;
                 Ok((group, known, None))
             }
         }
-    }
-
-    /// Where the processes of the group meet next. A name is used for one meeting only: a rank may come
-    /// to the next before all have left the last.
-    fn next_meeting(&self, segment: &Segment, patience: Duration) -> Processes {
-        let name = format!("adapt/{:016x}/{}", segment.number(), self.meetings);
-        Processes { name, world: self.world_size(), patience }
     }
 
     /// Waits until this rank's calls are done, and says whether they went well.
@@ -272,25 +251,6 @@ impl Communicator {
         self.state = state;
         self.tally.roll(resized);
     }
-}
-
-/// The first of all ranks of one group, in order.
-fn together<'a>(ranks: &'a [&mut Communicator]) -> Result<&'a Communicator> {
-    let wrong = |got: String| {
-        let expected = "all ranks of one group of this process, in order".to_owned();
-        invalid(OP, "ranks", expected, got)
-    };
-    let first = ranks.first().ok_or_else(|| wrong("none".into()))?;
-    let log = &first.group(OP)?.log;
-    if ranks.len() != first.world_size() as usize {
-        return Err(wrong(format!("{} of {} ranks", ranks.len(), first.world_size())));
-    }
-    for (index, rank) in ranks.iter().enumerate() {
-        if !Arc::ptr_eq(&rank.group(OP)?.log, log) || rank.rank() as usize != index {
-            return Err(wrong(format!("rank {} of some group at {index}", rank.rank())));
-        }
-    }
-    Ok(first)
 }
 
 /// What another rank brought to the meeting was no matter of joining.

@@ -28,13 +28,9 @@ impl Communicator {
         let operation = Operation::AllReduce;
         let op = operation.name();
         let shape = self.ready(operation)?;
-        let tensor_bytes = sized(op, "count", call.count, call.dtype.bytes())?;
+        let tensor_bytes = tensors(op, call)?;
         if tensor_bytes == 0 {
             return Ok(());
-        }
-        aligned(op, "dst", call.dst, call.dtype)?;
-        if call.contribution {
-            aligned(op, "src", call.src, call.dtype)?;
         }
         let expansion = plan::expansion(call.dtype, call.wire);
         let wire_bytes = tensor_bytes / expansion;
@@ -543,6 +539,18 @@ pub(crate) fn invalid(
     got: impl std::fmt::Display,
 ) -> Error {
     Error::InvalidArgument { op, argument, expected, got: got.to_string() }
+}
+
+/// The bytes of an all-reduce's tensors, which are where the kernels can take them. Tensors of none are anywhere.
+pub(crate) fn tensors(op: &'static str, call: &AllReduce) -> Result<usize> {
+    let bytes = sized(op, "count", call.count, call.dtype.bytes())?;
+    if bytes != 0 {
+        aligned(op, "dst", call.dst, call.dtype)?;
+        if call.contribution {
+            aligned(op, "src", call.src, call.dtype)?;
+        }
+    }
+    Ok(bytes)
 }
 
 /// `count` items of `item` bytes, in bytes, if that is a size a tensor can have.

@@ -2,7 +2,9 @@
 //!
 //! A call checks its arguments, compares itself with the other ranks' calls, plans, and queues one
 //! kernel (a scheduled all-reduce: its steps). After the first call it allocates nothing, locks nothing and enters no system call of
-//! its own; it never waits. Calls of one communicator run in the order in which they were made.
+//! its own; it never waits. An asynchronous call allocates once there are more works than ever before, and takes a
+//! lock, as its work's end does: that of the pool of events, which is held for a push or a pop.
+//! Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
 use crate::choice::{Choice, Known, Tuning};
@@ -142,7 +144,7 @@ pub struct Communicator {
     pub(crate) tally: Tally,
     /// The sizes, and how long they have been too large.
     pub(crate) state: State,
-    /// How often the processes of this group have met since they joined.
+    /// How often the ranks have met about sizes since the group was made.
     pub(crate) meetings: u64,
 }
 
@@ -408,6 +410,28 @@ impl Communicator {
         let shape = self.group(operation.name())?.shape;
         self.health()?;
         Ok(shape)
+    }
+
+    /// The first of `ranks`, if they are all ranks of one group of this process, in order.
+    pub(crate) fn whole_group<'a>(
+        op: &'static str,
+        ranks: &'a [&mut Communicator],
+    ) -> Result<&'a Communicator> {
+        let wrong = |got: String| {
+            let expected = "all ranks of one group of this process, in order".to_owned();
+            invalid(op, "ranks", expected, got)
+        };
+        let first = ranks.first().ok_or_else(|| wrong("none".into()))?;
+        let log = &first.group(op)?.log;
+        if ranks.len() != first.world_size() as usize {
+            return Err(wrong(format!("{} of {} ranks", ranks.len(), first.world_size())));
+        }
+        for (index, rank) in ranks.iter().enumerate() {
+            if !Arc::ptr_eq(&rank.group(op)?.log, log) || rank.rank() as usize != index {
+                return Err(wrong(format!("rank {} of some group at {index}", rank.rank())));
+            }
+        }
+        Ok(first)
     }
 
     /// This rank's registrations.

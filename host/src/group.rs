@@ -12,7 +12,7 @@ use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
-use crate::rendezvous::{ABORTED, Assembly, Membership, Reunion, Segment};
+use crate::rendezvous::{ABORTED, Assembly, Membership, Segment};
 use crate::sizing;
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
@@ -151,7 +151,11 @@ impl Agreement {
 
     /// Allocates the memory of a rank on `gpu`.
     pub(crate) fn member(&self, gpu: &GpuRef, config: &Config) -> Result<Arc<Member>> {
-        let member = Member::new(gpu, self.extent)?;
+        self.numbered(Member::new(gpu, self.extent)?, config)
+    }
+
+    /// Lets the counters of a new member begin where the configuration says.
+    fn numbered(&self, member: Member, config: &Config) -> Result<Arc<Member>> {
         if config.first_slot != 0 {
             member.number_slots_from(config.first_slot, self.shape.layout)?;
         }
@@ -168,11 +172,7 @@ impl Agreement {
         rank: u32,
     ) -> Result<(Arc<Member>, Option<Offer>, Option<OwnedFd>)> {
         let make = |exported| -> Result<_> {
-            let member = Member::shared(gpu, self.extent, segment, (rank, exported))?;
-            if config.first_slot != 0 {
-                member.number_slots_from(config.first_slot, self.shape.layout)?;
-            }
-            Ok(Arc::new(member))
+            self.numbered(Member::shared(gpu, self.extent, segment, (rank, exported))?, config)
         };
         let export = || {
             let member = make(true)?;
@@ -426,8 +426,6 @@ pub(crate) struct Group {
     pub(crate) log: Arc<CallLog>,
     /// Where the ranks meet again.
     pub(crate) assembly: Assembly,
-    /// Where the ranks meet again, if they are threads of this process.
-    pub(crate) reunion: Arc<Reunion>,
     /// If the ranks are processes: this one's belonging to the group. After the mailboxes, since it
     /// tells the others that this process writes to them no more.
     membership: Option<Arc<Membership>>,
@@ -438,9 +436,8 @@ impl Group {
     pub(crate) fn new(shape: Shape, mailboxes: Mailboxes) -> Group {
         let log = Arc::new(CallLog::new(shape.world));
         let assembly = Assembly::of_threads(shape.world);
-        let reunion = Arc::new(Reunion::new(shape.world));
         let shape = shape_with(shape, &mailboxes);
-        Group { shape, mailboxes, log, assembly, reunion, membership: None }
+        Group { shape, mailboxes, log, assembly, membership: None }
     }
 
     /// One process's view of a group of processes.
@@ -451,10 +448,9 @@ impl Group {
     ) -> Group {
         let log = Arc::new(CallLog::shared(shape.world, membership.segment.clone()));
         let assembly = Assembly::Processes(membership.segment.clone());
-        let (membership, reunion) =
-            (Some(Arc::new(membership)), Arc::new(Reunion::new(shape.world)));
+        let membership = Some(Arc::new(membership));
         let shape = shape_with(shape, &mailboxes);
-        Group { shape, mailboxes, log, assembly, reunion, membership }
+        Group { shape, mailboxes, log, assembly, membership }
     }
 
     /// What carries data from one rank to another.

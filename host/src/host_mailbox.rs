@@ -7,6 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::gpu::{GpuRef, HostMemory};
+use crate::rendezvous::PAGE;
 use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout};
 use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
@@ -14,9 +15,6 @@ use rustix::fs::{
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::os::fd::OwnedFd;
 use std::ptr::null_mut;
-
-/// Pinned memory is a whole number of these.
-const PAGE: usize = 4096;
 
 /// A host mailbox, as this process has it.
 pub(crate) struct HostMailbox {
@@ -143,6 +141,7 @@ impl Drop for Mapping {
     }
 }
 
+/// Pinned memory is a whole number of pages.
 fn bytes(layout: Layout, world: u32) -> usize {
     layout.mailbox_bytes(world).next_multiple_of(PAGE)
 }

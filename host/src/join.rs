@@ -164,12 +164,12 @@ impl Entered<'_> {
 }
 
 /// What the ranks brought to a round without files.
-pub(crate) fn values<T>(all: Vec<(T, Option<OwnedFd>)>) -> Vec<T> {
+fn values<T>(all: Vec<(T, Option<OwnedFd>)>) -> Vec<T> {
     all.into_iter().map(|(value, _)| value).collect()
 }
 
 /// Brings `outcome` to the next round. If any rank brings a failure, all return the first one.
-pub(crate) fn share<T: Serialize + DeserializeOwned>(
+fn share<T: Serialize + DeserializeOwned>(
     seat: &Seat,
     rank: u32,
     outcome: Result<T>,

@@ -56,8 +56,6 @@ impl Board {
     }
 }
 
-const _: () = assert!(size_of::<Status>() <= Board::OFFSET);
-
 /// What a member gives back in the end.
 enum Holds {
     /// Memory of this process alone.

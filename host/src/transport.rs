@@ -3,13 +3,10 @@
 //! Invariant: every rank of a group holds the same `Pairs`. They follow from what all ranks have
 //! told each other.
 
-use crate::error::{Error, Result};
+use crate::algorithm::{UnknownName, named};
 use peerlane_device::abi::MAX_RANKS;
 use std::fmt;
 use std::str::FromStr;
-
-/// The environment variable that chooses where a program, a C caller or a Python caller does not.
-pub const VARIABLE: &str = "PEERLANE_TRANSPORT";
 
 /// What carries data from rank to rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize)]
@@ -38,34 +35,13 @@ impl Transport {
             Transport::Host => "host",
         }
     }
-
-    /// What the environment asks for; [`Transport::Auto`] if nothing.
-    ///
-    /// # Errors
-    /// The variable holds something else.
-    pub fn from_environment() -> Result<Transport> {
-        match std::env::var_os(VARIABLE) {
-            None => Ok(Transport::Auto),
-            Some(text) => named(VARIABLE, &text.to_string_lossy()),
-        }
-    }
-}
-
-fn named(argument: &'static str, text: &str) -> Result<Transport> {
-    let found = Transport::ALL.into_iter().find(|transport| transport.name() == text);
-    found.ok_or_else(|| Error::InvalidArgument {
-        op: "connect",
-        argument,
-        expected: Transport::ALL.map(Transport::name).join(", "),
-        got: text.to_owned(),
-    })
 }
 
 impl FromStr for Transport {
-    type Err = Error;
+    type Err = UnknownName;
 
-    fn from_str(text: &str) -> Result<Transport> {
-        named("transport", text)
+    fn from_str(text: &str) -> Result<Transport, UnknownName> {
+        named(text, &Transport::ALL, Transport::name)
     }
 }
 
@@ -124,7 +100,10 @@ mod tests {
         }
         for text in ["", "Host", "nvlink", "auto "] {
             let error = text.parse::<Transport>().unwrap_err().to_string();
-            assert!(error.ends_with(&format!("expected auto, p2p, host, got {text}")), "{error}");
+            assert!(
+                error.ends_with(&format!("expected one of auto, p2p, host, got {text}")),
+                "{error}"
+            );
         }
     }
 

@@ -5,12 +5,13 @@
 //! has an event to itself for as long as it lives; events come from a pool, so that calls make none once
 //! there are as many as works at a time.
 
+use crate::collectives::tensors;
 use crate::communicator::{Communicator, Health};
 use crate::error::{Error, Result};
 use crate::gpu::{Event, GpuRef, Stream};
 use crate::request::{AllGather, AllReduce, Broadcast, Chunk, Gather, ReduceScatter};
 use peerlane_device::abi::Operation;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Events that nobody uses, of one GPU.
@@ -58,26 +59,29 @@ pub(crate) struct Side {
     gpu: GpuRef,
     stream: Stream,
     pool: Arc<Pool>,
-    /// Whether somebody waits, or has waited, for the latest call that is not part of a graph.
-    settled: Arc<AtomicBool>,
+    /// Calls that are not part of a graph.
+    made: u64,
+    /// How many of them somebody waits, or has waited, for: each work settles all before it too, since they are
+    /// on the same stream.
+    settled: Arc<AtomicU64>,
 }
 
 impl Side {
     fn new(gpu: &GpuRef) -> Result<Side> {
         let pool = Arc::new(Pool { gpu: gpu.clone(), free: Mutex::default() });
         let stream = gpu.stream_create_urgent()?;
-        Ok(Side { gpu: gpu.clone(), stream, pool, settled: Arc::new(AtomicBool::new(true)) })
+        Ok(Side { gpu: gpu.clone(), stream, pool, made: 0, settled: Arc::default() })
     }
 
     /// Whether a stream that is being captured may go on from here.
     pub(crate) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire)
+        self.settled.load(Ordering::Acquire) >= self.made
     }
 
     /// Notes that another stream waits for everything on `stream`.
     pub(crate) fn settle(&self, stream: Stream) {
         if stream == self.stream {
-            self.settled.store(true, Ordering::Release);
+            self.settled.fetch_max(self.made, Ordering::Release);
         }
     }
 }
@@ -100,7 +104,9 @@ pub struct Work {
     operation: Operation,
     /// It is part of a graph, which runs when that is launched.
     captured: bool,
-    settled: Arc<AtomicBool>,
+    /// Which one it is of those that are not; 0, which settles nothing, if it is.
+    number: u64,
+    settled: Arc<AtomicU64>,
     outcome: OnceLock<Result<()>>,
 }
 
@@ -114,7 +120,7 @@ impl Work {
         let done =
             self.outcome.get().is_some() || self.done.pool.gpu.event_query(self.done.event)?;
         if done {
-            self.settled.store(true, Ordering::Release);
+            self.settle();
         }
         Ok(done)
     }
@@ -122,7 +128,7 @@ impl Work {
     /// Makes `stream` wait for the call. Inside a capture this is how the call's stream is joined.
     pub fn wait_on(&self, stream: Stream) -> Result<()> {
         self.done.pool.gpu.stream_wait(stream, self.done.event)?;
-        self.settled.store(true, Ordering::Release);
+        self.settle();
         Ok(())
     }
 
@@ -137,8 +143,12 @@ impl Work {
             return outcome.clone();
         }
         self.done.pool.gpu.event_synchronize(self.done.event)?;
-        self.settled.store(true, Ordering::Release);
+        self.settle();
         self.outcome.get_or_init(|| self.health.check()).clone()
+    }
+
+    fn settle(&self) {
+        self.settled.fetch_max(self.number, Ordering::Release);
     }
 
     fn ran(&self) -> Result<()> {
@@ -205,17 +215,23 @@ impl Communicator {
     /// `chunks`, each once its event has come. Returns a work for each. All ranks bring the same
     /// chunks. What no chunk names stays as it is.
     ///
-    /// The events are recorded before the call is made, on whatever streams of this rank's GPU.
+    /// The events are recorded before the call is made, on whatever streams of this rank's GPU. If that was in
+    /// a capture, the chunks become part of the graph. Where that is refused, because earlier works are in
+    /// flight, the communicator's stream stays in the capture, with nothing queued, until that ends.
     pub unsafe fn all_reduce_chunks(
         &mut self,
         call: &AllReduce,
         chunks: &[Chunk],
     ) -> Result<Vec<Work>> {
+        const OP: &str = "all_reduce_chunks";
+        self.ready(Operation::AllReduce)?;
+        // A part of a tensor that is nowhere would be somewhere.
+        tensors(OP, call)?;
         for (index, chunk) in chunks.iter().enumerate() {
             let end = chunk.first.checked_add(chunk.count);
             if end.is_none_or(|end| end > call.count) {
                 return Err(Error::InvalidArgument {
-                    op: "all_reduce_chunks",
+                    op: OP,
                     argument: "chunks",
                     expected: format!("parts of a tensor of {} elements", call.count),
                     got: format!(
@@ -251,9 +267,10 @@ impl Communicator {
         let Some(side) = &self.side else { return Err(self.closed(operation)) };
         let (gpu, own, settled) = (self.gpu().clone(), side.stream, side.settled.clone());
         let done = side.pool.take()?;
+        let before = gpu.is_capturing(own)?;
         if let Start::After(stream) = start {
             self.owns_stream(operation.name(), stream)?;
-            let (before, after) = (gpu.is_capturing(own)?, gpu.is_capturing(stream)?);
+            let after = gpu.is_capturing(stream)?;
             if before && !after {
                 return Err(Error::Unsupported {
                     op: operation.name(),
@@ -269,6 +286,10 @@ impl Communicator {
             gpu.stream_wait(own, event)?;
         }
         let captured = gpu.is_capturing(own)?;
+        if captured && !before {
+            // Only waiting for a chunk's event tells that it is part of a graph.
+            self.refuse_in_flight(operation.name())?;
+        }
         let queued = run(self, own);
         gpu.event_record(done.event, own)?;
         if let (Err(error), Start::After(stream)) = (&queued, start)
@@ -279,18 +300,15 @@ impl Communicator {
             return Err(error.clone());
         }
         queued?;
-        // Each work settles all before it too: they are on the same stream.
-        let settled = if captured {
-            settled
-        } else {
-            let fresh = Arc::new(AtomicBool::new(false));
-            if let Some(side) = &mut self.side {
-                side.settled = fresh.clone();
+        let number = match &mut self.side {
+            Some(side) if !captured => {
+                side.made += 1;
+                side.made
             }
-            fresh
+            _ => 0,
         };
         let (health, outcome) = (self.health_handle(), OnceLock::new());
-        Ok(Work { done, health, operation, captured, settled, outcome })
+        Ok(Work { done, health, operation, captured, number, settled, outcome })
     }
 
     /// Refuses a capture of calls while earlier ones may still run and nothing orders the graph
@@ -339,8 +357,21 @@ mod tests {
             }
         }
         assert_eq!(held.len(), 3);
-        let free = rank.side.as_ref().unwrap().pool.lock().len();
+        let side = rank.side.as_ref().unwrap();
+        assert!(side.is_settled());
+        let free = side.pool.lock().len();
         assert_eq!(free, 1, "one event serves all works that are dropped");
+        // An older work says nothing of a later call; a later one says it of all before.
+        // SAFETY: as above.
+        let begin = |rank: &mut Communicator| unsafe {
+            rank.all_reduce_async(&call, Stream::default()).unwrap()
+        };
+        let [older, later] = [begin(&mut rank), begin(&mut rank)];
+        older.wait().unwrap();
+        assert!(!rank.side.as_ref().unwrap().is_settled());
+        later.wait().unwrap();
+        assert!(rank.side.as_ref().unwrap().is_settled());
+        drop((older, later));
         drop(rank);
         // A work outlives its communicator.
         assert!(held.iter().all(|work| work.query() == Ok(true) && work.wait() == Ok(())));

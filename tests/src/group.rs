@@ -157,7 +157,7 @@ impl Group {
     /// If they cannot be connected.
     pub fn on(gpus: &[GpuRef], config: &Config) -> Group {
         let transport = match config.transport {
-            Transport::Auto => Transport::from_environment().expect("a transport"),
+            Transport::Auto => Config::from_environment().expect("a transport").transport,
             chosen => chosen,
         };
         let config = &Config { transport, ..config.clone() };

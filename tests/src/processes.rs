@@ -204,7 +204,7 @@ pub fn serve(arguments: &[String]) -> ExitCode {
             deadline: Duration::from_millis(number(4)),
             mailbox_bytes,
             max_blocks,
-            transport: arguments[6].parse()?,
+            transport: arguments[6].parse().expect("a transport"),
             staging_bytes: Some(96 << 10),
             chunk_bytes: Some(512),
             sizing: Some(Sizing {

@@ -1,7 +1,7 @@
 //! Calls beside the caller's stream: order, results, waiting, and what a capture makes of them.
 
 use peerlane::cases::{Rng, Values, elements};
-use peerlane::gpu::{Event, GpuRef, Stream};
+use peerlane::gpu::{DevicePtr, Event, GpuRef, Stream};
 use peerlane::reference::{Order, Reduction};
 use peerlane::{
     Algorithm, AllGather, AllReduce, Broadcast, Chunk, Communicator, Config, DType, Error, Gather,
@@ -318,6 +318,59 @@ fn what_no_chunk_names_stays_as_it_is() {
         let found = rank.memory.read(800).unwrap();
         assert!(found[..400] == scene.sum[..400]);
         assert_ne!(found[400..], scene.sum[400..], "no chunk named the second half");
+    }
+}
+
+#[test]
+fn chunks_captured_with_work_in_flight_are_refused_until_somebody_waits() {
+    let mut scene = scene(100, 4, fast());
+    let works: Vec<Work> =
+        scene.ranks.iter_mut().map(|rank| rank.begin(100, Algorithm::TwoShot)).collect();
+    let captured = |rank: &mut Rank| {
+        let call = rank.call(100, Algorithm::TwoShot);
+        rank.gpu.capture_begin(rank.stream).unwrap();
+        let ready = event(&rank.gpu, rank.stream);
+        let whole = [Chunk { first: 0, count: 100, ready }];
+        // SAFETY: as for `begin`.
+        unsafe { rank.communicator.all_reduce_chunks(&call, &whole) }
+    };
+    let error = captured(&mut scene.ranks[0]).map(drop).unwrap_err().to_string();
+    assert!(error.contains("wait for its work"), "{error}");
+    // Nothing was queued in it.
+    let rank = &scene.ranks[0];
+    rank.gpu.capture_end(rank.stream).unwrap();
+    works.iter().for_each(|work| work.wait().unwrap());
+    for rank in &mut scene.ranks {
+        let works = captured(rank).unwrap();
+        works[0].wait_on(rank.stream).unwrap();
+        let graph = rank.gpu.capture_end(rank.stream).unwrap();
+        rank.gpu.graph_launch(graph, rank.stream).unwrap();
+    }
+    for rank in &scene.ranks {
+        rank.communicator.synchronize(rank.stream).unwrap();
+    }
+}
+
+#[test]
+fn chunks_of_a_tensor_that_is_nowhere_are_refused() {
+    let mut scene = scene(100, 9, fast());
+    let rank = &mut scene.ranks[0];
+    let ready = event(&rank.gpu, rank.stream);
+    let call = rank.call(100, Algorithm::TwoShot);
+    let part = [Chunk { first: 8, count: 8, ready }];
+    let null = DevicePtr(0);
+    let odd = call.dst.offset(2);
+    let wrong = [
+        (AllReduce { dst: null, ..call }, "dst: expected a device address, got null"),
+        (AllReduce { src: null, ..call }, "src: expected a device address, got null"),
+        (AllReduce { dst: odd, ..call }, "dst: expected an address aligned to 4 bytes"),
+        (AllReduce { count: usize::MAX, ..call }, "count: expected at most 2^34 bytes"),
+    ];
+    for (call, says) in wrong {
+        // SAFETY: it is refused.
+        let refused = unsafe { rank.communicator.all_reduce_chunks(&call, &part) };
+        let error = refused.map(drop).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("all_reduce_chunks: {says}")), "{error}");
     }
 }
 

@@ -6,7 +6,6 @@
 use crate::algorithm::UnknownName;
 use crate::communicator::Config;
 use crate::error::{Error, Result};
-use crate::transport::Transport;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
@@ -55,8 +54,7 @@ impl Config {
     /// # Errors
     /// A variable holds what it cannot mean: which one, and what it may hold.
     pub fn from_environment() -> Result<Config> {
-        let config = read(|variable| std::env::var_os(variable))?;
-        Ok(Config { transport: Transport::from_environment()?, ..config })
+        read(|variable| std::env::var_os(variable))
     }
 }
 
@@ -78,6 +76,12 @@ fn read(environment: impl Fn(&str) -> Option<OsString>) -> Result<Config> {
     }
     if let Some(exact) = truth("PEERLANE_EXACT", value("PEERLANE_EXACT")?)? {
         config.exact = exact;
+    }
+    if let Some(transport) = value("PEERLANE_TRANSPORT")? {
+        config.transport = transport.parse().map_err(|unknown: UnknownName| {
+            let (expected, got) = unknown.into_parts();
+            wrong("PEERLANE_TRANSPORT", expected, got)
+        })?;
     }
     if let Some(tuning) = value("PEERLANE_TUNING")? {
         config.tuning = tuning.parse().unwrap_or_default();
@@ -115,6 +119,7 @@ fn wrong(argument: &'static str, expected: String, got: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Transport;
     use crate::algorithm::{Algorithm, Route};
     use std::os::unix::ffi::OsStringExt;
 
@@ -126,8 +131,12 @@ mod tests {
     #[test]
     fn an_empty_environment_changes_nothing() {
         assert_eq!(from(&[]), Ok(Config::default()));
-        let empty =
-            [("PEERLANE_ALGORITHM", ""), ("PEERLANE_TUNING", ""), ("PEERLANE_ROUTE", "auto")];
+        let empty = [
+            ("PEERLANE_ALGORITHM", ""),
+            ("PEERLANE_TUNING", ""),
+            ("PEERLANE_TRANSPORT", ""),
+            ("PEERLANE_ROUTE", "auto"),
+        ];
         assert_eq!(from(&empty), Ok(Config::default()));
     }
 
@@ -139,6 +148,10 @@ mod tests {
         }
         for route in Route::ALL {
             assert_eq!(from(&[("PEERLANE_ROUTE", route.name())]).unwrap().route, Some(route));
+        }
+        for transport in Transport::ALL {
+            let config = from(&[("PEERLANE_TRANSPORT", transport.name())]).unwrap();
+            assert_eq!(config.transport, transport);
         }
         for (text, truth) in [("1", true), ("on", true), ("0", false), ("no", false)] {
             let config = from(&[("PEERLANE_FIXED", text), ("PEERLANE_EXACT", text)]).unwrap();
@@ -161,6 +174,8 @@ mod tests {
         assert!(text.ends_with("got rings"), "{text}");
         let text = error("PEERLANE_ROUTE", "ring");
         assert!(text.contains("PEERLANE_ROUTE: expected one of auto, direct, hub"), "{text}");
+        let text = error("PEERLANE_TRANSPORT", "nvlink");
+        assert_eq!(text, "environment: PEERLANE_TRANSPORT: expected auto, p2p, host, got nvlink");
         let text = error("PEERLANE_FIXED", "maybe");
         assert!(text.contains("PEERLANE_FIXED: expected 1, true, on"), "{text}");
         let raw = read(|name| (name == "PEERLANE_EXACT").then(|| OsString::from_vec(vec![0xff])));

@@ -9,10 +9,9 @@ use super::environment::Tuning;
 use super::table::{KIND, TuningTable};
 use crate::communicator::Config;
 use crate::error::{Error, Result};
-use crate::links::{Cache, Key};
+use crate::links::{Cache, Key, LINKS, fingerprint};
 use crate::topology;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 /// The file that a rank was told to use.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,13 +26,8 @@ impl Shown {
     pub(crate) fn of(config: &Config) -> Result<Option<Shown>> {
         let Tuning::File(path) = &config.tuning else { return Ok(None) };
         let table = TuningTable::read(path).map_err(refused)?;
-        Ok(Some(Shown { file: path.display().to_string(), hash: hash(&table) }))
+        Ok(Some(Shown { file: path.display().to_string(), hash: fingerprint(&table) }))
     }
-}
-
-fn hash(table: &TuningTable) -> String {
-    let bytes = Sha256::digest(format!("{table:?}"));
-    bytes.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(super) fn refused((expected, got): (String, String)) -> Error {
@@ -65,7 +59,7 @@ impl Known {
             _ if config.fixed => Ok(Known::default()),
             Tuning::File(path) => {
                 let table = TuningTable::read(path).map_err(refused)?;
-                if shown.is_none_or(|shown| shown.hash != hash(&table)) {
+                if shown.is_none_or(|shown| shown.hash != fingerprint(&table)) {
                     let got = format!("{}, which changed meanwhile", path.display());
                     return Err(refused(("the table that was shown".into(), got)));
                 }
@@ -92,7 +86,7 @@ impl Known {
 
     /// What the cache holds for these GPUs. Links matter where their kind says little.
     fn cached(cache: &Cache, gpus: &[(String, String)], class: LinkClass, tables: bool) -> Known {
-        let links = class != LinkClass::NvLink && cache.holds("links");
+        let links = class != LinkClass::NvLink && cache.holds(LINKS);
         let tables = tables && cache.holds(KIND);
         let mut known = Known::default();
         if !links && !tables {

@@ -252,12 +252,14 @@ pub trait Gpu: Send + Sync {
     /// [`Error::Unsupported`](crate::Error::Unsupported) if the driver has no such operations, or
     /// cannot capture them.
     unsafe fn stream_memory(&self, stream: Stream, operations: &[MemoryOp]) -> Result<()>;
-    /// Makes an event that can be timed.
+    /// Makes an event that orders streams. It keeps no time, which makes a record and a wait cheaper.
     fn event_create(&self) -> Result<Event>;
+    /// Makes an event that [`Gpu::event_elapsed_ms`] takes.
+    fn event_create_timed(&self) -> Result<Event>;
     /// Destroys an event.
     ///
     /// # Safety
-    /// The event came from [`Gpu::event_create`] and is not used again.
+    /// The event came from [`Gpu::event_create`] or its like and is not used again.
     unsafe fn event_destroy(&self, event: Event) -> Result<()>;
     /// Queues the event on `stream`.
     fn event_record(&self, event: Event, stream: Stream) -> Result<()>;
@@ -267,7 +269,7 @@ pub trait Gpu: Send + Sync {
     fn event_query(&self, event: Event) -> Result<bool>;
     /// Waits until the event's latest record is done.
     fn event_synchronize(&self, event: Event) -> Result<()>;
-    /// Milliseconds between two events that are done.
+    /// Milliseconds between two events of [`Gpu::event_create_timed`] that are done.
     fn event_elapsed_ms(&self, start: Event, end: Event) -> Result<f32>;
 
     /// How this GPU reaches `peer`.

@@ -12,6 +12,7 @@ use peerlane_device::abi::ABI_VERSION;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
+use std::fmt::Debug;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -22,7 +23,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub const CACHE_VARIABLE: &str = "PEERLANE_CACHE_DIR";
 
 /// What measurements of links are called.
-const LINKS: &str = "links";
+pub(crate) const LINKS: &str = "links";
 /// No measurement of 16 GPUs is larger than a fraction of this.
 const MOST_BYTES: u64 = 4 << 20;
 
@@ -80,10 +81,14 @@ impl Key {
 
     /// The name of its file: the key is in the file too, so a collision costs a measurement only.
     fn file_name(&self, kind: &str) -> String {
-        let hash = Sha256::digest(format!("{self:?}"));
-        let hex: String = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        format!("{kind}-{hex}.json")
+        format!("{kind}-{}.json", fingerprint(self))
     }
+}
+
+/// What tells values apart by all that they say: 128 bits in hexadecimal.
+pub(crate) fn fingerprint(value: &impl Debug) -> String {
+    let hash = Sha256::digest(format!("{value:?}"));
+    hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What a file holds.

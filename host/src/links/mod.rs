@@ -12,7 +12,7 @@ mod measure;
 mod rig;
 
 pub use cache::{CACHE_VARIABLE, Cache, Key};
-pub(crate) use cache::{read_file, replace_file};
+pub(crate) use cache::{LINKS, fingerprint, read_file, replace_file};
 pub use islands::{GAP, TIE, hub, islands};
 pub use measure::{Settings, measure};
 
@@ -95,10 +95,10 @@ pub enum Traffic {
 /// How what one rank sends can reach another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Transport {
+pub enum Reach {
     /// Both ranks are on one GPU.
     SameGpu,
-    /// Each GPU writes into the other's memory.
+    /// The first's GPU writes into the second's memory.
     P2p,
     /// Only through host memory.
     Host,
@@ -133,13 +133,13 @@ impl Traffic {
     }
 }
 
-impl Transport {
+impl Reach {
     /// The name used in tables.
     pub const fn name(self) -> &'static str {
         match self {
-            Transport::SameGpu => "same",
-            Transport::P2p => "p2p",
-            Transport::Host => "host",
+            Reach::SameGpu => "same",
+            Reach::P2p => "p2p",
+            Reach::Host => "host",
         }
     }
 }
@@ -201,23 +201,23 @@ impl Measurement {
     }
 }
 
-/// How `from` can send to `to`: by what was measured, or else by what the driver says. Mailboxes
-/// need both directions.
+/// How `from` can send to `to`: by what was measured, or else by what the driver says. The other direction may
+/// be another way.
 pub fn transport(
     topology: &Topology,
     measurement: Option<&Measurement>,
     from: u32,
     to: u32,
-) -> Option<Transport> {
+) -> Option<Reach> {
     let link = topology.link(from, to)?;
-    let works = |from, to| match measurement {
+    let works = match measurement {
         Some(measured) => measured.pair(from, to).is_some_and(|pair| pair.figures.is_some()),
-        None => topology.link(from, to).is_some_and(|link| link.access.access),
+        None => link.access.access,
     };
-    Some(match (works(from, to) && works(to, from), link.same_gpu) {
-        (true, true) => Transport::SameGpu,
-        (true, false) => Transport::P2p,
-        (false, _) => Transport::Host,
+    Some(match (works, link.same_gpu) {
+        (true, true) => Reach::SameGpu,
+        (true, false) => Reach::P2p,
+        (false, _) => Reach::Host,
     })
 }
 

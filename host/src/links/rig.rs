@@ -74,8 +74,8 @@ struct Path<'a> {
 impl<'a> Path<'a> {
     fn new(gpu: &'a GpuRef) -> Result<Path<'a>> {
         let stream = OwnStream::new(gpu)?;
-        let start = gpu.event_create()?;
-        match gpu.event_create() {
+        let start = gpu.event_create_timed()?;
+        match gpu.event_create_timed() {
             Ok(end) => Ok(Path { gpu, stream, start, end }),
             Err(error) => {
                 // SAFETY: made above and used by nobody.

@@ -92,7 +92,7 @@ fn ranks_that_share_a_gpu_are_a_pair() {
     let measurement = measure(&both, &settings()).unwrap();
     assert!(measurement.is_sound(2) && measurement.pairs.iter().all(|p| p.figures.is_some()));
     let topology = Topology::discover(&both).unwrap();
-    assert_eq!(transport(&topology, Some(&measurement), 0, 1), Some(Transport::SameGpu));
+    assert_eq!(transport(&topology, Some(&measurement), 0, 1), Some(Reach::SameGpu));
     assert_eq!(transport(&topology, Some(&measurement), 0, 0), None);
 }
 
@@ -105,7 +105,7 @@ fn a_pair_without_access_says_why_and_the_others_are_measured() {
     for pair in &measurement.pairs {
         let apart = pair.from + pair.to == 2;
         assert_eq!(pair.figures.is_none(), apart, "{pair:?}");
-        let expected = if apart { Transport::Host } else { Transport::P2p };
+        let expected = if apart { Reach::Host } else { Reach::P2p };
         for known in [None, Some(&measurement)] {
             assert_eq!(transport(&topology, known, pair.from, pair.to), Some(expected));
         }
@@ -116,19 +116,37 @@ fn a_pair_without_access_says_why_and_the_others_are_measured() {
 }
 
 #[test]
+fn a_pair_that_works_in_one_direction_has_a_way_for_each() {
+    let gpus = gpus(sim::Config { one_way: vec![(2, 0)], ..machine(3, 1) });
+    let measurement = measure(&gpus, &settings()).unwrap();
+    assert!(measurement.is_sound(3));
+    let topology = Topology::discover(&gpus).unwrap();
+    for pair in &measurement.pairs {
+        let closed = (pair.from, pair.to) == (2, 0);
+        assert_eq!(pair.figures.is_none(), closed, "{pair:?}");
+        let expected = if closed { Reach::Host } else { Reach::P2p };
+        for known in [None, Some(&measurement)] {
+            assert_eq!(transport(&topology, known, pair.from, pair.to), Some(expected));
+        }
+    }
+    let open = measurement.pair(0, 2).unwrap().figures.unwrap();
+    assert_eq!(open.alone.latency_us, None, "nothing comes back");
+}
+
+#[test]
 fn a_pair_that_loses_stores_is_found_out() {
     let gpus = gpus(sim::Config { lossy: vec![(1, 0)], ..machine(3, 1) });
     let measurement = measure(&gpus, &settings()).unwrap();
     assert!(measurement.is_sound(3));
     let topology = Topology::discover(&gpus).unwrap();
-    assert_eq!(transport(&topology, None, 0, 1), Some(Transport::P2p));
+    assert_eq!(transport(&topology, None, 0, 1), Some(Reach::P2p));
     for (from, to) in [(0, 1), (1, 0)] {
         let pair = measurement.pair(from, to).unwrap();
         assert_eq!(pair.figures, None);
         let reason = pair.reason.as_deref().unwrap();
         assert!(reason.contains("what GPU1 stores into GPU0 does not arrive"), "{reason}");
         let found = transport(&topology, Some(&measurement), from, to);
-        assert_eq!(found, Some(Transport::Host));
+        assert_eq!(found, Some(Reach::Host));
     }
     assert!(measurement.pair(1, 2).unwrap().figures.is_some());
 }

@@ -33,6 +33,16 @@ fn class(bytes: usize) -> Option<usize> {
     Some(bytes.next_multiple_of(quarter))
 }
 
+/// The largest class of this kind that is not above `room`; 0 if there is none.
+pub(super) fn largest_within(kind: Kind, room: usize) -> usize {
+    let room = if kind == Kind::Shared { room / SHARED * SHARED } else { room };
+    if room < LEAST {
+        return 0;
+    }
+    let quarter = (1 << room.ilog2()) / 4;
+    room / quarter * quarter
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,6 +69,11 @@ mod tests {
             prop_assert!(super::class(bytes - 1).unwrap() <= class);
             let shared = class_of(Kind::Shared, bytes).unwrap();
             prop_assert!(shared >= class && class_of(Kind::Shared, shared) == Some(shared));
+            for kind in [Kind::Device, Kind::Shared] {
+                let fits = largest_within(kind, bytes);
+                prop_assert!(fits <= bytes && class_of(kind, fits).is_none_or(|c| c <= bytes));
+                prop_assert!(class_of(kind, fits + 1).unwrap() > bytes);
+            }
         }
     }
 }

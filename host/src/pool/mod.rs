@@ -93,7 +93,7 @@ impl Pool {
                 chunk
             }
             None => {
-                let chunk = inner.grow(&mut state, class)?;
+                let chunk = inner.grow(&mut state, bytes, class)?;
                 state.stats.misses += 1;
                 chunk
             }
@@ -257,7 +257,11 @@ impl Inner {
         class.ok_or_else(|| Error::InvalidArgument {
             op: OP,
             argument: "bytes",
-            expected: format!("1 to {} bytes, the pool's limit", self.config.limit),
+            expected: format!(
+                "1 to {} bytes, by the pool's limit of {}",
+                classes::largest_within(self.config.kind, self.config.limit),
+                self.config.limit
+            ),
             got: bytes.to_string(),
         })
     }
@@ -269,7 +273,7 @@ impl Inner {
             argument: "bytes",
             expected: format!(
                 "a block of at most {} bytes: {held} of the limit of {limit} are {how}",
-                limit - held
+                classes::largest_within(self.config.kind, limit - held)
             ),
             got: bytes.to_string(),
         }
@@ -294,15 +298,15 @@ impl Inner {
     }
 
     /// New memory for a class, within the limit.
-    fn grow(&self, state: &mut State, class: usize) -> Result<Chunk> {
+    fn grow(&self, state: &mut State, bytes: usize, class: usize) -> Result<Chunk> {
         let room = self.config.limit - class;
         let busy = state.stats.in_use + state.stats.retired;
         if busy > room {
-            return Err(self.too_large(class, busy, "in use"));
+            return Err(self.too_large(bytes, busy, "in use"));
         }
         self.shrink(state, room)?;
         if state.stats.reserved() > room {
-            return Err(self.too_large(class, state.stats.reserved(), "in use"));
+            return Err(self.too_large(bytes, state.stats.reserved(), "in use"));
         }
         match self.create(class) {
             // The driver's memory may be short by what lies idle here.

@@ -5,23 +5,21 @@
 //! this rank's GPU is done with everything queued.
 
 mod cache;
+mod cards;
 
 use crate::collectives::invalid;
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Exported, GpuRef, MemoryHandle};
 use crate::mailbox::this_process;
-use crate::rendezvous::Table;
+use crate::rendezvous::{Table, Topic};
 pub use cache::RegistrationStatistics;
 pub(crate) use cache::Registrations;
 use cache::{Key, Mapping};
+use cards::{Card, Cards, Offer, Task, agree, reason, settled};
 use peerlane_device::abi::{MAX_RANKS, UNIT};
-use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
-
-/// Most characters of a reason that travels.
-const LONGEST_REASON: usize = 1000;
 
 /// A tensor of each rank that all ranks reach.
 ///
@@ -82,42 +80,6 @@ impl std::fmt::Debug for Registration {
         write!(f, "Registration {number} of {bytes} bytes at {:#x}", own.0)
     }
 }
-
-/// What a rank brings to the first round.
-#[derive(Clone, Serialize, Deserialize)]
-struct Card {
-    task: Task,
-    /// What it offers, or why it cannot.
-    outcome: std::result::Result<Option<Offer>, String>,
-}
-
-/// What a rank came for.
-#[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
-enum Task {
-    /// To register so many bytes.
-    Register(usize),
-    /// To end the registration of this number.
-    Deregister(u64),
-}
-
-/// How others reach a tensor.
-#[derive(Clone, Serialize, Deserialize)]
-struct Offer {
-    /// Where the tensor's allocation begins, and how large it is.
-    base: u64,
-    bytes: usize,
-    id: u64,
-    /// Bytes from there to the tensor.
-    offset: u64,
-    /// For other processes; none if there are none.
-    handle: Option<MemoryHandle>,
-    process: (u32, u64),
-    /// Ranks of the same process reach it where it is.
-    peers_reach: bool,
-}
-
-/// What the others brought, with the files beside it.
-type Cards = Vec<(Card, Option<OwnedFd>)>;
 
 impl Communicator {
     /// Lets every rank reach `bytes` bytes at `tensor` of every other: the same size on every rank, at a multiple of
@@ -183,7 +145,7 @@ impl Communicator {
         tensors: &[(DevicePtr, usize)],
     ) -> Result<Vec<Registration>> {
         const OP: &str = "register_all";
-        whole_group(OP, ranks, tensors.len())?;
+        one_each(OP, ranks, tensors.len())?;
         ranks.iter().try_for_each(|rank| rank.registers(OP).and_then(|()| rank.health()))?;
         let mut cards: Cards = Vec::new();
         for (rank, (tensor, bytes)) in ranks.iter().zip(tensors) {
@@ -207,7 +169,7 @@ impl Communicator {
         registrations: &[Registration],
     ) -> Result<()> {
         const OP: &str = "deregister_all";
-        whole_group(OP, ranks, registrations.len())?;
+        one_each(OP, ranks, registrations.len())?;
         let pairs = || ranks.iter().zip(registrations);
         pairs().try_for_each(|(rank, registration)| rank.uses(OP, registration))?;
         let tasks = registrations.iter().map(|one| Task::Deregister(one.number()));
@@ -258,7 +220,8 @@ impl Communicator {
     fn sit(&mut self, op: &'static str) -> Result<(u64, Table)> {
         let number = self.registrations().next_number();
         let (rank, patience) = (self.rank(), self.config().deadline);
-        Ok((number, self.group(op)?.assembly.sit(rank, number, patience)?))
+        let topic = Topic::Registration(number);
+        Ok((number, self.group(op)?.assembly.sit(rank, topic, patience)?))
     }
 
     /// How others reach the tensor.
@@ -381,66 +344,9 @@ fn import(
     Ok(Arc::new(Mapping { gpu: gpu.clone(), key, at }))
 }
 
-impl Card {
-    fn new(rank: u32, task: Task, outcome: Result<Option<Offer>>) -> Card {
-        Card { task, outcome: outcome.map_err(|error| reason(rank, &error)) }
-    }
-}
-
-/// What went wrong on `rank`, for the others.
-fn reason(rank: u32, error: &Error) -> String {
-    format!("rank {rank}: {error}").chars().take(LONGEST_REASON).collect()
-}
-
-/// That all ranks came for the same. The same answer on all of them.
-fn agree(op: &'static str, cards: &Cards) -> Result<()> {
-    let others = (1..).zip(cards.iter().skip(1));
-    for (rank, (card, _)) in others {
-        let (argument, first, other) = match (cards[0].0.task, card.task) {
-            (first, other) if first == other => continue,
-            (Task::Register(first), Task::Register(other)) => {
-                ("bytes", first.to_string(), other.to_string())
-            }
-            (first, other) => ("registration", first.to_string(), other.to_string()),
-        };
-        let expected = format!("{first}, as rank 0 brings");
-        return Err(invalid(op, argument, expected, format!("{other} from rank {rank}")));
-    }
-    let outcomes = cards.iter().map(|(card, _)| card.outcome.clone().map(drop));
-    settled(op, outcomes)
-}
-
-/// The first failure among what the ranks brought.
-fn settled(
-    op: &'static str,
-    mut outcomes: impl Iterator<Item = std::result::Result<(), String>>,
-) -> Result<()> {
-    outcomes.try_for_each(|outcome| outcome).map_err(|reason| Error::Unsupported { op, reason })
-}
-
-impl std::fmt::Display for Task {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Task::Register(bytes) => write!(f, "a new one of {bytes} bytes"),
-            Task::Deregister(number) => write!(f, "the end of number {number}"),
-        }
-    }
-}
-
-/// That `ranks` are all ranks of one group of this process, in order, and as many as there are tensors.
-fn whole_group(op: &'static str, ranks: &mut [&mut Communicator], tensors: usize) -> Result<()> {
-    let Some(first) = ranks.first() else {
-        return Err(invalid(op, "ranks", "all ranks of a group".into(), "none"));
-    };
-    let world = first.world_size() as usize;
-    let log = first.group(op)?.log.clone();
-    let in_order = (0..).zip(ranks.iter()).all(|(rank, one)| {
-        one.rank() == rank && one.group(op).is_ok_and(|group| Arc::ptr_eq(&group.log, &log))
-    });
-    if ranks.len() != world || !in_order {
-        let expected = format!("all {world} ranks of a group of this thread, in rank order");
-        return Err(invalid(op, "ranks", expected, format!("{} others", ranks.len())));
-    }
+/// That `ranks` are all ranks of one group, and as many as there are tensors.
+fn one_each(op: &'static str, ranks: &[&mut Communicator], tensors: usize) -> Result<()> {
+    let world = Communicator::whole_group(op, ranks)?.world_size() as usize;
     if tensors != world {
         return Err(invalid(op, "tensors", format!("{world}, one a rank"), tensors));
     }

@@ -9,12 +9,11 @@ mod socket;
 mod tests;
 mod threads;
 
-pub(crate) use assembly::{Assembly, Table};
+pub(crate) use assembly::{Assembly, Table, Topic, meeting_of};
 pub use processes::Processes;
 pub(crate) use processes::{Membership, Seat};
 pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
-pub(crate) use threads::Reunion;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
 const PROTOCOL: u32 = 4;

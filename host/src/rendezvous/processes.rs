@@ -221,12 +221,6 @@ impl Seat {
         parsed.collect()
     }
 
-    /// Leaves a meeting in which the ranks had no more to do than to exchange values.
-    pub(crate) fn part(self) {
-        // Who has all values needs nobody any more.
-        let _ = self.connection.send(&Request::Joined, &[]);
-    }
-
     /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
     /// write into it any more.
     pub(crate) fn join(self, mailbox: Arc<dyn Any + Send + Sync>) -> Result<Membership> {
@@ -247,7 +241,7 @@ impl Seat {
 
     /// Ends a meeting that was held for its rounds alone.
     pub(super) fn finish(&self) {
-        // The host is gone only if it has been told by everybody.
+        // Who has all values needs nobody any more, and the host is gone only if everybody has told it.
         let _ = self.connection.send(&Request::Joined, &[]);
     }
 

@@ -6,11 +6,13 @@
 //!
 //! ```text
 //! page 0          magic, protocol, world size, the group's number
-//! page 1 + rank   Status (kernel and hosts), then at HOST: presence, pid, pid namespace
+//! page 1 + rank   Status (kernel and hosts); at Board::OFFSET the Board of scheduled calls;
+//!                 at HOST presence, pid, pid namespace
 //! then            the call log
 //! ```
 
 use crate::call_log::{self, Entry};
+use crate::mailbox::Board;
 use peerlane_device::abi::Status;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::MemfdFlags;
@@ -27,7 +29,8 @@ const MAGIC: u32 = 0x5045_4552;
 pub(crate) const PAGE: usize = 4096;
 /// Where a page's words for hosts begin.
 const HOST: usize = 2048;
-const _: () = assert!(size_of::<Status>() <= HOST);
+const _: () = assert!(size_of::<Status>() <= Board::OFFSET);
+const _: () = assert!(Board::OFFSET + size_of::<Board>() <= HOST);
 
 /// What a host stores in a status page's abort word to stop that rank's waits.
 pub(crate) const ABORTED: u32 = 1;

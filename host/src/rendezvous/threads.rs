@@ -134,10 +134,19 @@ impl Meeting {
         self.shared.changed.notify_all();
     }
 
-    /// Whether `rank` may still come.
-    fn awaits(&self, rank: u32) -> bool {
-        let state = self.lock();
-        state.failed.is_none() && state.joined.get(rank as usize) == Some(&false)
+    /// Whether `rank` has not entered.
+    pub(super) fn awaits(&self, rank: u32) -> bool {
+        self.lock().joined.get(rank as usize) == Some(&false)
+    }
+
+    /// Whether every rank has entered.
+    pub(super) fn is_complete(&self) -> bool {
+        self.lock().joined.iter().all(|joined| *joined)
+    }
+
+    /// Whether nothing can come of it any more.
+    pub(super) fn has_failed(&self) -> bool {
+        self.lock().failed.is_some()
     }
 
     fn error(&self, reason: String) -> Error {
@@ -147,34 +156,6 @@ impl Meeting {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // A thread that panicked in here left no half-made change: every update is one assignment.
         self.shared.state.lock().unwrap_or_else(|poison| poison.into_inner())
-    }
-}
-
-/// Where the ranks of a group meet again: one meeting after the other.
-///
-/// Invariant: a rank that comes enters the meeting that the others wait in, if there is one. So ranks
-/// that failed to meet, whichever of them came, may try again.
-pub(crate) struct Reunion {
-    world: u32,
-    current: Mutex<Option<Meeting>>,
-}
-
-impl Reunion {
-    /// For `world` ranks.
-    pub(crate) fn new(world: u32) -> Reunion {
-        Reunion { world, current: Mutex::new(None) }
-    }
-
-    /// Enters the next meeting as `rank`. The first to come says how long the ranks wait.
-    pub(crate) fn enter(&self, rank: u32, patience: Duration) -> Result<Meeting> {
-        // A panic elsewhere has left a whole meeting or none.
-        let mut current = self.current.lock().unwrap_or_else(|poison| poison.into_inner());
-        let meeting = match &*current {
-            Some(meeting) if meeting.awaits(rank) => meeting.clone(),
-            _ => current.insert(Meeting::new(self.world, patience)).clone(),
-        };
-        meeting.enter(rank)?;
-        Ok(meeting)
     }
 }
 
@@ -223,26 +204,6 @@ mod tests {
         meeting.exchange(1, 0, value.clone()).map(drop).unwrap();
         first.join().unwrap().unwrap();
         assert_eq!(Arc::strong_count(&value), 1);
-    }
-
-    #[test]
-    fn ranks_meet_again_whoever_failed_to_come() {
-        let (reunion, soon) = (Reunion::new(2), Duration::from_millis(20));
-        let alone = |rank| reunion.enter(rank, soon).unwrap().exchange(rank, 0, rank).unwrap_err();
-        for rank in [0, 0, 1, 0] {
-            assert!(alone(rank).to_string().contains("in vain for rank"));
-        }
-        for _ in 0..20 {
-            std::thread::scope(|scope| {
-                for rank in [0, 1] {
-                    let reunion = &reunion;
-                    scope.spawn(move || {
-                        let meeting = reunion.enter(rank, Duration::from_secs(10)).unwrap();
-                        assert_eq!(meeting.exchange(rank, 0, rank).unwrap(), [0, 1]);
-                    });
-                }
-            });
-        }
     }
 
     #[test]

@@ -97,6 +97,14 @@ impl CudaGpu {
         Err(Error::Unsupported { op, reason: "the stream is being captured".into() })
     }
 
+    pub(super) fn event_with(&self, flags: sys::CUevent_flags) -> Result<Event> {
+        let _entered = self.enter()?;
+        let mut event = null_mut();
+        // SAFETY: `event` outlives the call.
+        unsafe { cu!(self.ordinal(), cuEventCreate(&mut event, flags as u32)) }?;
+        Ok(Event(event as u64))
+    }
+
     pub(super) fn p2p(&self, attribute: P2p, peer: u32) -> Result<i32> {
         let mut value = 0;
         let device = self.context.device();

@@ -228,12 +228,11 @@ impl Gpu for CudaGpu {
     }
 
     fn event_create(&self) -> Result<Event> {
-        let _entered = self.enter()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT as u32;
-        let mut event = null_mut();
-        // SAFETY: `event` outlives the call.
-        unsafe { cu!(self.ordinal(), cuEventCreate(&mut event, flags)) }?;
-        Ok(Event(event as u64))
+        self.event_with(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    fn event_create_timed(&self) -> Result<Event> {
+        self.event_with(sys::CUevent_flags::CU_EVENT_DEFAULT)
     }
 
     unsafe fn event_destroy(&self, event: Event) -> Result<()> {

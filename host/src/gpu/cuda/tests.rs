@@ -144,7 +144,7 @@ fn free_host(gpu: &GpuRef, memory: crate::gpu::HostMemory) {
 fn events_order_streams_and_measure() {
     for gpu in gpus() {
         let streams = [gpu.stream_create().unwrap(), gpu.stream_create().unwrap()];
-        let events = [gpu.event_create().unwrap(), gpu.event_create().unwrap()];
+        let events = [gpu.event_create_timed().unwrap(), gpu.event_create_timed().unwrap()];
         let memory = gpu.alloc(1 << 26).unwrap();
         let mut last = [0; 4];
         gpu.event_record(events[0], streams[0]).unwrap();

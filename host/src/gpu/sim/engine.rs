@@ -14,7 +14,7 @@ use super::stream::{EventState, Queue};
 use super::work::{GraphPlan, GraphRun, Mark, Owner, Work};
 use crate::error::Error;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -53,6 +53,8 @@ pub(super) struct Engine {
     pub(super) scheduler: Scheduler,
     pub(super) streams: BTreeMap<u64, Queue>,
     pub(super) events: BTreeMap<u64, (u32, EventState)>,
+    /// Those of them that keep their time.
+    pub(super) timed: BTreeSet<u64>,
     pub(super) captures: BTreeMap<u64, Capture>,
     pub(super) graphs: BTreeMap<u64, GraphEntry>,
     /// Some stream may have something to start.
@@ -93,6 +95,7 @@ impl Engine {
             scheduler: Scheduler::new(machine),
             streams: streams.collect(),
             events: BTreeMap::new(),
+            timed: BTreeSet::new(),
             captures: BTreeMap::new(),
             graphs: BTreeMap::new(),
             stirred: false,

@@ -231,9 +231,16 @@ impl Gpu for SimGpu {
         Ok(Event(event))
     }
 
+    fn event_create_timed(&self) -> Result<Event> {
+        let event = self.event_create()?;
+        self.world.enter().engine.timed.insert(event.0);
+        Ok(event)
+    }
+
     unsafe fn event_destroy(&self, event: Event) -> Result<()> {
         let engine = &mut self.world.enter().engine;
         let known = engine.events.remove(&event.0);
+        engine.timed.remove(&event.0);
         known.map(drop).ok_or_else(|| fail::handle("cuEventDestroy", self.ordinal()))
     }
 

@@ -139,6 +139,7 @@ impl Engine {
     pub(super) fn elapsed_ms(&self, device: u32, start: u64, end: u64) -> Result<f32> {
         const CALL: &str = "cuEventElapsedTime";
         let time = |event: u64| match self.events.get(&event) {
+            _ if !self.timed.contains(&event) => Err(fail::handle(CALL, device)),
             Some((of, EventState::Recorded(mark))) if *of == device => {
                 mark.time().ok_or_else(|| fail::driver(CALL, device, fail::NOT_READY))
             }

@@ -80,7 +80,7 @@ impl Rank {
         dst_bytes: usize,
     ) -> peerlane::Result<Rank> {
         let (stream, start, stop) =
-            (gpu.stream_create()?, gpu.event_create()?, gpu.event_create()?);
+            (gpu.stream_create()?, gpu.event_create_timed()?, gpu.event_create_timed()?);
         // At least a byte, so that a barrier's buffers exist like any other's.
         let (src, dst) = (gpu.alloc(src_bytes.max(1))?, gpu.alloc(dst_bytes.max(1))?);
         let (contenders, graphs) = (Vec::new(), BTreeMap::new());

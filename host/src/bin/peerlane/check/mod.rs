@@ -74,7 +74,10 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let devices = Devices::open(options.common.devices.as_ref(), options.common.seed)?;
     let (worlds, sizes) = (worlds(options, &devices), sizes(options, &devices));
     let filter = filter(options, &devices, &sizes);
-    let transport = options.transport.map_or_else(Transport::from_environment, Ok)?;
+    let transport = match options.transport {
+        Some(transport) => transport,
+        None => Config::from_environment()?.transport,
+    };
     println!("checking on {devices}, seed {}, transport {transport}", options.common.seed);
     let mut session =
         Session { options, devices, transport, rows: Vec::new(), failed: 0, cases: 0 };

@@ -18,7 +18,7 @@ use candidate::{Candidate, Way};
 use peerlane::choice::{Choice, TuningTable};
 use peerlane::gpu::GpuRef;
 use peerlane::links::{Cache, Key};
-use peerlane::{Communicator, Config, Transport, Tuning};
+use peerlane::{Communicator, Config, Tuning};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -185,7 +185,7 @@ fn connect(
     ways: &[Way],
     threads: bool,
 ) -> Result<(Ranks, Choice, &'static str), Fail> {
-    let transport = Transport::from_environment()?;
+    let transport = Config::from_environment()?.transport;
     let config = Config { tuning: Tuning::Off, transport, ..Config::default() };
     let communicators = Communicator::connect(&plan.gpus, &config)?;
     let default = communicators[0].choice().clone();

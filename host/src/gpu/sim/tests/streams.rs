@@ -85,7 +85,8 @@ fn a_wait_is_for_the_latest_record_at_its_call() {
 fn events_time_what_lies_between() {
     let machine = Machine::new(1, 3, 64);
     let gpu = &machine.gpus[0];
-    let [start, end, other] = [(); 3].map(|()| gpu.event_create().unwrap());
+    let [start, end, other] = [(); 3].map(|()| gpu.event_create_timed().unwrap());
+    let untimed = gpu.event_create().unwrap();
     gpu.event_record(start, DEFAULT).unwrap();
     machine.launch(0, (1, 1), |lane, _| lane.sleep(2_000_000)).unwrap();
     gpu.event_record(end, DEFAULT).unwrap();
@@ -95,6 +96,9 @@ fn events_time_what_lies_between() {
     let elapsed = gpu.event_elapsed_ms(start, end).unwrap();
     assert!((2.0..2.1).contains(&elapsed), "{elapsed}");
     assert!(gpu.event_elapsed_ms(start, other).is_err());
+    gpu.event_record(untimed, DEFAULT).unwrap();
+    gpu.event_synchronize(untimed).unwrap();
+    assert!(gpu.event_elapsed_ms(start, untimed).is_err(), "it keeps no time");
     // SAFETY: not used again.
     unsafe { gpu.event_destroy(other).unwrap() };
     assert!(gpu.event_record(other, DEFAULT).is_err());
