@@ -3,9 +3,10 @@
 //!
 //! Invariant: every file names the command, the time, the versions and the GPUs.
 
+use crate::bench::rank::Fail;
 use crate::devices::Devices;
 use indicatif::{ProgressBar, ProgressStyle};
-use peerlane::{Communicator, Result, Transport};
+use peerlane::{Communicator, Error, Result, Transport};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -36,6 +37,16 @@ pub(crate) fn transport(rank: &Communicator) -> Result<&'static str> {
         (false, true) => "host",
         (_, false) => "p2p",
     })
+}
+
+/// Whether an error says that a communicator does not do this: nothing was queued then.
+pub(crate) fn is_refusal(error: &Fail) -> bool {
+    error.downcast_ref().is_some_and(refuses)
+}
+
+/// [`is_refusal`], of the library's own error.
+pub(crate) fn refuses(error: &Error) -> bool {
+    matches!(error, Error::InvalidArgument { .. } | Error::Unsupported { .. })
 }
 
 /// Writes `value` to `path`.

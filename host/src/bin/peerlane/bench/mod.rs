@@ -170,7 +170,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
     for job in plan.jobs() {
         match plan.measure(&job, &mut ranks, &devices) {
             // Of several algorithms, one that this communicator refuses does not stop the others.
-            Err(error) if plan.has_more_algorithms(&job) && is_refused(&error) => {
+            Err(error) if plan.has_more_algorithms(&job) && output::is_refusal(&error) => {
                 println!("# not run: {error}");
             }
             measured => series.push(measured?),
@@ -192,12 +192,6 @@ pub(crate) fn run(options: &Options) -> Outcome {
         plot::draw(path, &results)?;
     }
     Ok(right)
-}
-
-/// Whether an error says that this communicator does not have an algorithm.
-fn is_refused(error: &Fail) -> bool {
-    let error = error.downcast_ref::<peerlane::Error>();
-    matches!(error, Some(peerlane::Error::InvalidArgument { argument: "algorithm", .. }))
 }
 
 fn print_head(plan: &Plan<'_>, devices: &Devices, nccl: Option<&str>) {

@@ -170,7 +170,9 @@ impl Sweep<'_> {
                 Ok(Err(wrong)) => {
                     series.failures.push(format!("{name} at {}: {wrong}", bytes_name(job.bytes())));
                 }
-                Err(error) if is_refusal(&error) => series.notes.push(format!("{name}: {error}")),
+                Err(error) if output::is_refusal(&error) => {
+                    series.notes.push(format!("{name}: {error}"))
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -265,13 +267,6 @@ pub(super) fn default_at(
         _ => Way::AllReduce(choice.all_reduce(bytes)),
     };
     ways.iter().position(|other| *other == way).unwrap_or(0)
-}
-
-/// Whether a communicator said that it does not do this: nothing was queued then.
-fn is_refusal(error: &Fail) -> bool {
-    let error = error.downcast_ref::<peerlane::Error>();
-    use peerlane::Error::{InvalidArgument, Unsupported};
-    matches!(error, Some(InvalidArgument { .. } | Unsupported { .. }))
 }
 
 /// An even share of the time until `end`.
