@@ -4,7 +4,7 @@
 
 use peerlane::algorithm::UnknownName;
 use peerlane::model::Preset;
-use peerlane::{Algorithm, DType, Operation, ReduceOp, Transport, Wire};
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Route, Transport, Wire};
 use std::time::Duration;
 
 /// The collectives, in the order in which they are reported.
@@ -63,6 +63,14 @@ pub(crate) const fn algorithm_name(algorithm: Option<Algorithm>) -> &'static str
     match algorithm {
         None => "auto",
         Some(algorithm) => algorithm.name(),
+    }
+}
+
+/// The name of a way to carry out a broadcast; `None` leaves the choice to the plan.
+pub(crate) const fn route_name(route: Option<Route>) -> &'static str {
+    match route {
+        None => "auto",
+        Some(route) => route.name(),
     }
 }
 
