@@ -247,7 +247,17 @@ impl Sweep<'_> {
 
     fn job(&self, op: Operation) -> Job {
         let (dtype, wire, reduce) = (DType::Bf16, Wire::Native, ReduceOp::Sum);
-        Job { op, dtype, wire, reduce, algorithm: None, root: 0, world: self.world, count: 0 }
+        Job {
+            op,
+            dtype,
+            wire,
+            reduce,
+            algorithm: None,
+            route: None,
+            root: 0,
+            world: self.world,
+            count: 0,
+        }
     }
 
     fn timing(&self, replays: usize) -> Timing {
