@@ -17,6 +17,7 @@ pub(crate) mod report;
 pub(crate) mod results;
 
 use crate::devices::Devices;
+use crate::output::Carrier;
 use crate::parse::{self, Algorithms, Routes};
 use crate::{Common, Outcome, drawing, output};
 use clap::ValueEnum;
@@ -24,6 +25,7 @@ use job::Job;
 use measure::Ranks;
 use nccl::Nccl;
 use ours::Ours;
+use peerlane::choice::Choice;
 use peerlane::model::Preset;
 use peerlane::{
     Communicator, Config, DType, Operation, ReduceOp, STAGING_BYTES, Transport, Tuning, Wire,
@@ -167,8 +169,9 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let rival = options.compare.map(|Rival::Nccl| Nccl::load()).transpose()?;
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
-    let (mut ranks, used) = plan.connect(&devices, rival.as_ref())?;
-    println!("# transport: {} ({used})", plan.config.transport);
+    let (mut ranks, used, choice) = plan.connect(&devices, rival.as_ref())?;
+    println!("# transport: {} ({})", plan.config.transport, used.name());
+    print!("{}", output::choices(&choice));
     let mut series = Vec::new();
     for job in plan.jobs() {
         match plan.measure(&job, &mut ranks, &devices) {
@@ -182,8 +185,9 @@ pub(crate) fn run(options: &Options) -> Outcome {
     print!("{}", report::comparison(&series));
     let right = series.iter().flat_map(|s: &Series| &s.rows).all(|row| row.failure.is_none());
     let mut provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
-    let transport = json!({ "asked": plan.config.transport, "used": used });
+    let transport = json!({ "asked": plan.config.transport, "used": used.name() });
     provenance.insert("transport".into(), transport);
+    provenance.insert("choices".into(), output::choices_json(&choice));
     let results = Results { provenance, nccl_version, series };
     if let Some(path) = &options.common.json {
         output::write_json(path, &serde_json::to_value(&results)?)?;
@@ -324,12 +328,13 @@ impl Plan<'_> {
         Ok(Config { transport, staging_bytes: staging.or(wanted), chunk_bytes, ..config })
     }
 
-    /// Makes the ranks, with buffers for the largest job; says what carries their data.
+    /// Makes the ranks, with buffers for the largest job; says what carries their data, and what they
+    /// choose.
     fn connect(
         &self,
         devices: &Devices,
         rival: Option<&Arc<Nccl>>,
-    ) -> Result<(Ranks, &'static str), Fail> {
+    ) -> Result<(Ranks, Carrier, Choice), Fail> {
         let gpus = devices.for_ranks(self.world);
         let mut sized = Vec::new();
         for job in self.jobs() {
@@ -341,7 +346,7 @@ impl Plan<'_> {
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
         let communicators = Communicator::connect(&gpus, &self.config)?;
-        let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
+        let (used, choice) = (Carrier::of(&communicators[0])?, communicators[0].choice().clone());
         for communicator in &communicators {
             ranks.push(Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?);
         }
@@ -364,7 +369,7 @@ impl Plan<'_> {
                 rank.contenders.push(Box::new(contender));
             }
         }
-        Ok((Ranks { ranks, threads: !devices.simulated_only() }, used))
+        Ok((Ranks { ranks, threads: !devices.simulated_only() }, used, choice))
     }
 
     fn measure(&self, job: &Job, ranks: &mut Ranks, devices: &Devices) -> Result<Series, Fail> {

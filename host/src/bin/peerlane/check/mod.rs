@@ -15,6 +15,7 @@ use crate::devices::Devices;
 use crate::{Common, Outcome, output, parse};
 use case::Case;
 use list::Filter;
+use peerlane::choice::Choice;
 use peerlane::{Config, DType, Operation, STAGING_BYTES, Transport};
 pub(crate) use round::POISON;
 use run::{Group, Verdict};
@@ -78,13 +79,14 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let transport = options.transport.map_or_else(Transport::from_environment, Ok)?;
     println!("checking on {devices}, seed {}, transport {transport}", options.common.seed);
     let rows = Vec::new();
+    let choices = serde_json::Map::new();
     let mut session =
-        Session { options, devices, transport, rows, failed: 0, cases: 0, left_out: 0 };
+        Session { options, devices, transport, rows, choices, failed: 0, cases: 0, left_out: 0 };
     let started = Instant::now();
     for world in worlds {
         session.check_world(world, &filter.cases(world))?;
     }
-    let Session { devices, rows, cases, failed, left_out, .. } = session;
+    let Session { devices, rows, choices, cases, failed, left_out, .. } = session;
     match (cases, left_out) {
         (0, 0) => return Err("check: no case matches --case, --ops, --ranks and --sizes".into()),
         (0, _) => return Err("check: nothing was checked: every family was left out".into()),
@@ -100,6 +102,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
         let mut value = output::provenance(&devices);
         value["seed"] = json!(options.common.seed);
         value["transport"] = json!({ "asked": transport });
+        value["choices"] = json!(choices);
         value["seconds"] = json!(seconds);
         value["families"] = json!(rows);
         output::write_json(path, &value)?;
@@ -161,6 +164,8 @@ struct Session<'a> {
     devices: Devices,
     transport: Transport,
     rows: Vec<Value>,
+    /// What calls take that do not choose for themselves, by number of ranks.
+    choices: serde_json::Map<String, Value>,
     cases: usize,
     failed: usize,
     /// Families that the ranks refuse.
@@ -180,7 +185,11 @@ impl Session<'_> {
             for (index, case) in family.iter().enumerate() {
                 let mut current = match group.take() {
                     Some(group) => group,
-                    None => self.connect(world)?,
+                    None => {
+                        let new = self.connect(world)?;
+                        progress.suspend(|| self.show(world, new.choice()));
+                        new
+                    }
                 };
                 let verdict = current.run(case, self.options.common.seed);
                 let allowed = self.may_refuse(case, &current);
@@ -213,6 +222,13 @@ impl Session<'_> {
         }
         progress.finish_and_clear();
         group.map_or(Ok(()), Group::close)
+    }
+
+    /// Shows what calls take that do not choose for themselves, once for each number of ranks.
+    fn show(&mut self, world: u32, choice: &Choice) {
+        if self.choices.insert(format!("w{world}"), output::choices_json(choice)).is_none() {
+            print!("# {world} ranks\n{}", output::choices(choice));
+        }
     }
 
     /// Whether these ranks may refuse a case. Simulated ones that can do everything may not, or a library that
@@ -347,7 +363,8 @@ mod tests {
     fn session(options: &Options) -> Session<'_> {
         let devices = Devices::open(options.common.devices.as_ref(), 1).unwrap();
         let (transport, rows) = (options.transport.unwrap(), Vec::new());
-        Session { options, devices, transport, rows, cases: 0, failed: 0, left_out: 0 }
+        let choices = serde_json::Map::new();
+        Session { options, devices, transport, rows, choices, cases: 0, failed: 0, left_out: 0 }
     }
 
     /// What became of the families whose names begin so.

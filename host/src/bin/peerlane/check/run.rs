@@ -7,6 +7,7 @@ use super::case::{Call, Case, Style};
 use super::memory::{Arena, Region};
 use super::round::{Part, Place, ROWS, Round, is_shared, widths};
 use crate::output;
+use peerlane::choice::Choice;
 use peerlane::gpu::{DevicePtr, GpuRef, Graph, Stream};
 use peerlane::plan::steps::LEAST_QUEUES;
 use peerlane::{
@@ -66,6 +67,11 @@ impl Group {
     /// Ends the group.
     pub(crate) fn close(mut self) -> Result<()> {
         self.ranks.iter_mut().try_for_each(|rank| rank.communicator.close())
+    }
+
+    /// What calls take that do not choose for themselves.
+    pub(crate) fn choice(&self) -> &Choice {
+        self.ranks[0].communicator.choice()
     }
 
     /// Whether every rank reaches every other's memory and has the hardware queues that copies need.
