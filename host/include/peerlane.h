@@ -98,6 +98,8 @@ typedef enum {
     PEERLANE_ALGORITHM_COPY_DOUBLE_TREE = 12,
     // The steps of HIERARCHICAL as copies by the copy engines.
     PEERLANE_ALGORITHM_COPY_HIERARCHICAL = 13,
+    // The steps of ONE_SHOT_FULL as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_ONE_SHOT = 14,
 } peerlane_algorithm;
 
 // How a broadcast is carried out.
@@ -114,6 +116,16 @@ typedef enum {
     PEERLANE_ROUTE_TREE = 4,
     // Two binary trees with half the tensor each.
     PEERLANE_ROUTE_DOUBLE_TREE = 5,
+    // DIRECT as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_DIRECT = 6,
+    // HUB as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_HUB = 7,
+    // CHAIN as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_CHAIN = 8,
+    // TREE as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_TREE = 9,
+    // DOUBLE_TREE as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_DOUBLE_TREE = 10,
 } peerlane_route;
 
 // What carries data from rank to rank.
@@ -198,6 +210,9 @@ typedef struct {
     size_t least_mailbox_bytes;
     // Mailboxes do not grow above this.
     size_t most_mailbox_bytes;
+    // Bytes of device memory for one rank's staging area, which algorithms and routes named COPY need.
+    // 0: some 64 MiB if `algorithm` or `route` is one of those, none otherwise.
+    size_t staging_bytes;
 } peerlane_config;
 
 // What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -212,6 +227,14 @@ typedef struct {
     // The only field in which ranks may differ.
     int no_contribution;
 } peerlane_reduce_options;
+
+// What a broadcast may be asked for beside its arguments. `peerlane_broadcast_options_init` fills it.
+typedef struct {
+    // sizeof(peerlane_broadcast_options).
+    size_t size;
+    // How the broadcast is carried out.
+    peerlane_route route;
+} peerlane_broadcast_options;
 
 // What the calls of one family have brought. A call's bytes are those of its tensor: of the whole one for
 // all-reduces and broadcasts, of one rank's part for reduce-scatters and all-gathers, of the largest
@@ -294,6 +317,9 @@ peerlane_status peerlane_config_init(peerlane_config *config, size_t size);
 // Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.
 // `size` is sizeof(peerlane_reduce_options).
 peerlane_status peerlane_reduce_options_init(peerlane_reduce_options *options, size_t size);
+
+// Fills options with defaults: a route by size. `size` is sizeof(peerlane_broadcast_options).
+peerlane_status peerlane_broadcast_options_init(peerlane_broadcast_options *options, size_t size);
 
 // Opens a GPU: "cuda:K" is the K-th that the CUDA driver shows; "sim:K/N" is the K-th of a
 // simulated machine of N, with K from 0 and N from 1 to 16. Within a process, all "sim:K/N" of one
@@ -438,11 +464,12 @@ peerlane_status peerlane_all_gather(peerlane_comm *comm,
                                     size_t bytes,
                                     void *stream);
 
-// Copies the root's `bytes` bytes to every rank's `data`.
+// Copies the root's `bytes` bytes to every rank's `data`. `options` may be NULL.
 peerlane_status peerlane_broadcast(peerlane_comm *comm,
                                    void *data,
                                    size_t bytes,
                                    uint32_t root,
+                                   const peerlane_broadcast_options *options,
                                    void *stream);
 
 // Joins the ranks' tensors along their last dimension in the root's `dst`. Rank r brings `rows`
@@ -498,6 +525,7 @@ peerlane_status peerlane_broadcast_async(peerlane_comm *comm,
                                          void *data,
                                          size_t bytes,
                                          uint32_t root,
+                                         const peerlane_broadcast_options *options,
                                          void *stream,
                                          peerlane_work **work);
 

@@ -27,8 +27,21 @@ _Algorithm: TypeAlias = Literal[
     "copy-tree",
     "copy-double-tree",
     "copy-hierarchical",
+    "copy-one-shot",
 ]
-_Route: TypeAlias = Literal["auto", "direct", "hub", "chain", "tree", "double-tree"]
+_Route: TypeAlias = Literal[
+    "auto",
+    "direct",
+    "hub",
+    "chain",
+    "tree",
+    "double-tree",
+    "copy-direct",
+    "copy-hub",
+    "copy-chain",
+    "copy-tree",
+    "copy-double-tree",
+]
 _Tuning: TypeAlias = str | PathLike[str]  # "auto", "off" or a file
 _Transport: TypeAlias = Literal["auto", "p2p", "host"]
 
@@ -49,6 +62,8 @@ class Communicator:
         deadline: float = 10.0,
         patience: float = 120.0,
         mailbox_bytes: int | None = None,
+        staging_bytes: int | None = None,
+        chunk_bytes: int | None = None,
         max_blocks: int | None = None,
         algorithm: _Algorithm | None = None,
         route: _Route | None = None,
@@ -66,6 +81,8 @@ class Communicator:
         (pinned host memory), or "auto", each pair's better one. What is left out of algorithm, route,
         fixed, exact, tuning and transport the environment may say (docs/tuning.md). With sizing,
         adapt may change mailbox_bytes, between the least and the most bytes given (docs/sizing.md).
+        Algorithms and routes called copy-... copy through a staging area of staging_bytes, chunk_bytes
+        at once; without either there is one of 64 MiB if algorithm or route is one of those.
         """
 
     @staticmethod
@@ -74,6 +91,8 @@ class Communicator:
         *,
         deadline: float = 10.0,
         mailbox_bytes: int | None = None,
+        staging_bytes: int | None = None,
+        chunk_bytes: int | None = None,
         max_blocks: int | None = None,
         algorithm: _Algorithm | None = None,
         route: _Route | None = None,
@@ -113,6 +132,7 @@ class Communicator:
         wire: _Wire = "native",
         contribution: bool = True,
         dtype: _DType | None = None,
+        algorithm: _Algorithm | None = None,
         stream: _Stream = None,
         registration: Registration | None = None,
     ) -> None:
@@ -122,6 +142,7 @@ class Communicator:
         nothing and still receives. dtype="bfloat16" says what two-byte elements are that the
         array cannot name. With a registration the tensor is the registered one or a part of it,
         at a multiple of 16 bytes that is the same on every rank, and is reduced without a mailbox.
+        algorithm comes before the communicator's.
         """
 
     def register(self, tensor: Any) -> Registration:
@@ -159,8 +180,10 @@ class Communicator:
     def all_gather(self, tensor: Any, out: Any, *, stream: _Stream = None) -> None:
         """Every rank ends with all ranks' tensors, one after the other in rank order."""
 
-    def broadcast(self, tensor: Any, root: int, *, stream: _Stream = None) -> None:
-        """Every rank ends with the root's tensor, in place."""
+    def broadcast(
+        self, tensor: Any, root: int, *, route: _Route | None = None, stream: _Stream = None
+    ) -> None:
+        """Every rank ends with the root's tensor, in place. route comes before the communicator's."""
 
     def gather(
         self,
@@ -187,6 +210,7 @@ class Communicator:
         wire: _Wire = "native",
         contribution: bool = True,
         dtype: _DType | None = None,
+        algorithm: _Algorithm | None = None,
         stream: _Stream = None,
     ) -> Work:
         """all_reduce beside the stream: begins once the stream has come to it, and the stream goes
@@ -208,7 +232,9 @@ class Communicator:
     def all_gather_async(self, tensor: Any, out: Any, *, stream: _Stream = None) -> Work:
         """all_gather beside the stream."""
 
-    def broadcast_async(self, tensor: Any, root: int, *, stream: _Stream = None) -> Work:
+    def broadcast_async(
+        self, tensor: Any, root: int, *, route: _Route | None = None, stream: _Stream = None
+    ) -> Work:
         """broadcast beside the stream."""
 
     def gather_async(

@@ -9,7 +9,9 @@ use crate::error;
 use crate::options::{self, Given};
 use crate::work::{Event, Work};
 use peerlane::gpu::{Event as RawEvent, Stream};
-use peerlane::{AllGather, AllReduce, Broadcast, Chunk, Gather, ReduceScatter, Result};
+use peerlane::{
+    AllGather, AllReduce, Broadcast, Chunk, Error, Family, Gather, ReduceScatter, Result,
+};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PySequence, PyTuple};
@@ -51,8 +53,8 @@ made!(peerlane::Work: all_reduce(AllReduce) = all_reduce_async,
 impl Communicator {
     /// all_reduce beside the stream.
     #[pyo3(
-        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, stream=None),
-        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, stream=None)"
+        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, algorithm=None, stream=None),
+        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, algorithm=None, stream=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn all_reduce_async(
@@ -63,9 +65,10 @@ impl Communicator {
         wire: Given<'_, '_>,
         contribution: Given<'_, '_>,
         dtype: Given<'_, '_>,
+        algorithm: Given<'_, '_>,
         stream: Given<'_, '_>,
     ) -> PyResult<Work> {
-        let how = Reduction { op, wire, contribution, dtype };
+        let how = Reduction { op, wire, contribution, dtype, algorithm };
         let (py, rank) = (slf.py(), slf.get());
         let work = collectives::all_reduce(rank, py, tensor, out, &how, stream)?;
         began(slf, work, &[Some(tensor), out])
@@ -87,7 +90,7 @@ impl Communicator {
         dtype: Given<'_, '_>,
         stream: Given<'_, '_>,
     ) -> PyResult<Work> {
-        let how = Reduction { op, wire, contribution, dtype };
+        let how = Reduction { op, wire, contribution, dtype, algorithm: None };
         let (py, rank) = (slf.py(), slf.get());
         let work = collectives::reduce_scatter(rank, py, tensor, out, &how, stream)?;
         began(slf, work, &[Some(tensor), Some(out)])
@@ -106,14 +109,15 @@ impl Communicator {
     }
 
     /// broadcast beside the stream.
-    #[pyo3(signature = (tensor, root, *, stream=None))]
+    #[pyo3(signature = (tensor, root, *, route=None, stream=None))]
     fn broadcast_async(
         slf: &Bound<'_, Communicator>,
         tensor: &Bound<'_, PyAny>,
         root: &Bound<'_, PyAny>,
+        route: Given<'_, '_>,
         stream: Given<'_, '_>,
     ) -> PyResult<Work> {
-        let work = collectives::broadcast(slf.get(), slf.py(), tensor, root, stream)?;
+        let work = collectives::broadcast(slf.get(), slf.py(), tensor, (root, route), stream)?;
         began(slf, work, &[Some(tensor)])
     }
 
@@ -148,16 +152,29 @@ impl Communicator {
     ) -> PyResult<Vec<Work>> {
         const CALL: &str = "all_reduce_chunks";
         let (py, rank) = (slf.py(), slf.get());
-        let how = Reduction { op, wire, contribution, dtype };
+        let how = Reduction { op, wire, contribution, dtype, algorithm: None };
         let request = collectives::in_place_request(rank, CALL, tensor, &how)?;
         let chunks = read_chunks(tensor, request.count, chunks)?;
-        // SAFETY: the tensor lies on this rank's GPU and has `count` elements; it is referred to
-        // until the works are done.
-        let made =
-            rank.queue(py, CALL, |rank| unsafe { rank.all_reduce_chunks(&request, &chunks) });
-        // Chunks before the one that failed may run.
-        let works = made.inspect_err(|_| rank.kept.keep(None, vec![tensor.clone().unbind()]))?;
-        works.into_iter().map(|work| began(slf, work, &[Some(tensor)])).collect()
+        let mut begun = false;
+        let made = rank.queue(py, CALL, |rank| {
+            let before = reductions(rank);
+            // SAFETY: the tensor lies on this rank's GPU and has `count` elements; it is referred to
+            // until the works are done.
+            let made = unsafe { rank.all_reduce_chunks(&request, &chunks) };
+            // A refusal queued nothing of its own chunk, but chunks before it may run; an error of the driver may
+            // have come in the middle of one.
+            begun = reductions(rank) != before || made.as_ref().is_err_and(|e| !is_refusal(e));
+            made
+        });
+        let works = made.inspect_err(|_| {
+            if begun {
+                rank.kept.keep(None, vec![tensor.clone().unbind()]);
+            }
+        })?;
+        if let Some(first) = works.first() {
+            let_go(rank, first);
+        }
+        Ok(works.into_iter().map(|work| wrap(slf, work, &[Some(tensor)])).collect())
     }
 
     /// An event recorded on the stream, for all_reduce_chunks without torch.
@@ -183,19 +200,42 @@ impl Communicator {
     }
 }
 
+/// All-reduces of any kind that a rank has queued.
+fn reductions(rank: &Library) -> u64 {
+    let usage = rank.usage();
+    [Family::AllReduce, Family::Scheduled].map(|family| usage.of(family).calls).iter().sum()
+}
+
+/// Whether a call queued nothing: its arguments are wrong, or the machine or the ranks cannot do it.
+const fn is_refusal(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::InvalidArgument { .. } | Error::Unsupported { .. } | Error::Mismatch { .. }
+    )
+}
+
 /// A call that has begun, with the tensors it uses.
 fn began(
     rank: &Bound<'_, Communicator>,
     work: peerlane::Work,
     tensors: &[Given<'_, '_>],
 ) -> PyResult<Work> {
-    // Calls are where others' tensors are let go of: a work cannot do it when it is dropped. Not
-    // while one is being captured, which is when the library's own stream is, and the work says so.
-    if work.query().is_ok() {
-        rank.get().kept.sweep();
+    let_go(rank.get(), &work);
+    Ok(wrap(rank, work, tensors))
+}
+
+/// Lets go of others' tensors: a work cannot do it when it is dropped. Not while `work` is being captured,
+/// which is when the library's own stream is, and the work says so.
+fn let_go(rank: &Communicator, work: &peerlane::Work) {
+    // Nothing to let go of is the rule, and asking a work is a call of the driver.
+    if !rank.kept.is_empty() && work.query().is_ok() {
+        rank.kept.sweep();
     }
+}
+
+fn wrap(rank: &Bound<'_, Communicator>, work: peerlane::Work, tensors: &[Given<'_, '_>]) -> Work {
     let tensors = tensors.iter().flatten().map(|tensor| (*tensor).clone().unbind()).collect();
-    Ok(Work::new(rank.clone().unbind(), work, tensors))
+    Work::new(rank.clone().unbind(), work, tensors)
 }
 
 /// `chunks`: tuples of first row, rows and event.

@@ -20,6 +20,8 @@ pub(crate) struct Reduction<'a, 'py> {
     pub(crate) wire: Given<'a, 'py>,
     pub(crate) contribution: Given<'a, 'py>,
     pub(crate) dtype: Given<'a, 'py>,
+    /// Of an all-reduce.
+    pub(crate) algorithm: Given<'a, 'py>,
 }
 
 /// Most ranks that a group can have.
@@ -71,7 +73,7 @@ pub(crate) fn all_reduce<M: Made>(
         op: options::reduce_op(CALL, how.op)?,
         wire: options::wire(CALL, how.wire)?,
         contribution: options::contribution(CALL, how.contribution)?,
-        algorithm: None,
+        algorithm: options::algorithm(CALL, how.algorithm)?,
     };
     let stream = rank.stream(py, CALL, stream, src.stream)?;
     // SAFETY: both tensors lie on this rank's GPU and have `count` elements; that they stay alive
@@ -176,18 +178,19 @@ pub(crate) fn broadcast<M: Made>(
     rank: &Communicator,
     py: Python<'_>,
     tensor: &Bound<'_, PyAny>,
-    root: &Bound<'_, PyAny>,
+    (root, route): (&Bound<'_, PyAny>, Given<'_, '_>),
     stream: Given<'_, '_>,
 ) -> PyResult<M> {
     const CALL: &str = "broadcast";
     let root = options::whole32(CALL, "root", root)?;
+    let route = options::route(CALL, route)?;
     let place = rank.place(CALL, "tensor");
     let data = if root == rank.number {
         Tensor::read(&place, tensor, Need::Bytes)?
     } else {
         Tensor::read_writable(&place, tensor, Need::Bytes)?
     };
-    let request = Broadcast::new(data.at(), data.bytes(), root);
+    let request = Broadcast { route, ..Broadcast::new(data.at(), data.bytes(), root) };
     let stream = rank.stream(py, CALL, stream, data.stream)?;
     // SAFETY: as in `all_reduce`; the root's tensor is only read.
     rank.queue(py, CALL, |rank| unsafe { M::broadcast(rank, &request, stream) })

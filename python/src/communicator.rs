@@ -13,7 +13,7 @@ use crate::registration::{self, Registration};
 use crate::work::Kept;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
-use peerlane::{Aborter, Algorithm, Config, Error, Family, Processes, Route, Transport};
+use peerlane::{Aborter, Config, Error, Family, Processes, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString, PyTuple};
@@ -49,8 +49,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=None)"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -62,6 +62,8 @@ impl Communicator {
         deadline: Given<'_, '_>,
         patience: Given<'_, '_>,
         mailbox_bytes: Given<'_, '_>,
+        staging_bytes: Given<'_, '_>,
+        chunk_bytes: Given<'_, '_>,
         max_blocks: Given<'_, '_>,
         algorithm: Given<'_, '_>,
         route: Given<'_, '_>,
@@ -83,6 +85,8 @@ impl Communicator {
         let agreed = Agreed {
             deadline,
             mailbox_bytes,
+            staging_bytes,
+            chunk_bytes,
             max_blocks,
             algorithm,
             route,
@@ -104,8 +108,8 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=None)"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn connect(
@@ -113,6 +117,8 @@ impl Communicator {
         devices: &Bound<'_, PyAny>,
         deadline: Given<'_, '_>,
         mailbox_bytes: Given<'_, '_>,
+        staging_bytes: Given<'_, '_>,
+        chunk_bytes: Given<'_, '_>,
         max_blocks: Given<'_, '_>,
         algorithm: Given<'_, '_>,
         route: Given<'_, '_>,
@@ -126,6 +132,8 @@ impl Communicator {
         let agreed = Agreed {
             deadline,
             mailbox_bytes,
+            staging_bytes,
+            chunk_bytes,
             max_blocks,
             algorithm,
             route,
@@ -184,8 +192,8 @@ impl Communicator {
 
     /// Every rank ends with the reduction of all ranks' tensors, in place unless there is an out.
     #[pyo3(
-        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, stream=None, registration=None),
-        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, stream=None, registration=None)"
+        signature = (tensor, out=None, *, op=None, wire=None, contribution=None, dtype=None, algorithm=None, stream=None, registration=None),
+        text_signature = "($self, tensor, out=None, *, op='sum', wire='native', contribution=True, dtype=None, algorithm=None, stream=None, registration=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn all_reduce(
@@ -197,16 +205,21 @@ impl Communicator {
         wire: Given<'_, '_>,
         contribution: Given<'_, '_>,
         dtype: Given<'_, '_>,
+        algorithm: Given<'_, '_>,
         stream: Given<'_, '_>,
         registration: Given<'_, '_>,
     ) -> PyResult<()> {
-        let how = Reduction { op, wire, contribution, dtype };
+        let how = Reduction { op, wire, contribution, dtype, algorithm };
         let Some(registration) = registration else {
             return collectives::all_reduce(self, py, tensor, out, &how, stream);
         };
         if let Some(out) = out {
             let expected = "None beside a registration, which is reduced in place";
             return Err(error::value("all_reduce", "out", expected, error::kind(out)));
+        }
+        if let Some(algorithm) = algorithm {
+            let expected = "None beside a registration, which is reduced in one way";
+            return Err(error::value("all_reduce", "algorithm", expected, error::shown(algorithm)));
         }
         registration::all_reduce(self, py, tensor, registration, &how, stream)
     }
@@ -276,7 +289,7 @@ impl Communicator {
         dtype: Given<'_, '_>,
         stream: Given<'_, '_>,
     ) -> PyResult<()> {
-        let how = Reduction { op, wire, contribution, dtype };
+        let how = Reduction { op, wire, contribution, dtype, algorithm: None };
         collectives::reduce_scatter(self, py, tensor, out, &how, stream)
     }
 
@@ -293,15 +306,16 @@ impl Communicator {
     }
 
     /// Every rank ends with the root's tensor, in place.
-    #[pyo3(signature = (tensor, root, *, stream=None))]
+    #[pyo3(signature = (tensor, root, *, route=None, stream=None))]
     fn broadcast(
         &self,
         py: Python<'_>,
         tensor: &Bound<'_, PyAny>,
         root: &Bound<'_, PyAny>,
+        route: Given<'_, '_>,
         stream: Given<'_, '_>,
     ) -> PyResult<()> {
-        collectives::broadcast(self, py, tensor, root, stream)
+        collectives::broadcast(self, py, tensor, (root, route), stream)
     }
 
     /// The root ends with the tensors of all ranks that have one, joined along their last dimension.
@@ -573,6 +587,8 @@ impl Drop for Communicator {
 struct Agreed<'a, 'py> {
     deadline: Given<'a, 'py>,
     mailbox_bytes: Given<'a, 'py>,
+    staging_bytes: Given<'a, 'py>,
+    chunk_bytes: Given<'a, 'py>,
     max_blocks: Given<'a, 'py>,
     algorithm: Given<'a, 'py>,
     route: Given<'a, 'py>,
@@ -592,18 +608,21 @@ fn config(py: Python<'_>, call: &str, given: &Agreed<'_, '_>) -> PyResult<Config
     if let Some(bytes) = given.mailbox_bytes {
         config.mailbox_bytes = options::whole(call, "mailbox_bytes", bytes)?;
     }
+    if let Some(bytes) = given.staging_bytes {
+        let bytes = options::whole(call, "staging_bytes", bytes)?;
+        config.staging_bytes = Some(bytes).filter(|bytes| *bytes != 0);
+    }
+    if let Some(bytes) = given.chunk_bytes {
+        config.chunk_bytes = Some(options::whole(call, "chunk_bytes", bytes)?);
+    }
     if let Some(blocks) = given.max_blocks {
         config.max_blocks = Some(options::whole32(call, "max_blocks", blocks)?);
     }
-    if let Some(name) = given.algorithm {
-        let all = Algorithm::ALL.map(|algorithm| (algorithm.name(), Some(algorithm)));
-        let choices: Vec<_> = [("auto", None)].into_iter().chain(all).collect();
-        config.algorithm = options::choose(call, "algorithm", name, &choices)?;
+    if given.algorithm.is_some() {
+        config.algorithm = options::algorithm(call, given.algorithm)?;
     }
-    if let Some(name) = given.route {
-        let all = Route::ALL.map(|route| (route.name(), Some(route)));
-        let choices: Vec<_> = [("auto", None)].into_iter().chain(all).collect();
-        config.route = options::choose(call, "route", name, &choices)?;
+    if given.route.is_some() {
+        config.route = options::route(call, given.route)?;
     }
     if let Some(fixed) = given.fixed {
         config.fixed = options::truth(call, "fixed", fixed)?;

@@ -6,7 +6,7 @@
 use crate::error;
 use crate::torch::Torch;
 use peerlane::gpu::Stream;
-use peerlane::{DType, ReduceOp, Sizing, Tuning, Wire};
+use peerlane::{Algorithm, DType, ReduceOp, Route, Sizing, Tuning, Wire};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString, PyTuple};
@@ -56,6 +56,31 @@ pub(crate) fn wire(call: &str, given: Given<'_, '_>) -> PyResult<Wire> {
         Some(text) if text.is(intern!(text.py(), "bf16")) => Ok(Wire::Bf16),
         Some(text) => choose(call, "wire", text, &[("native", Wire::Native), ("bf16", Wire::Bf16)]),
     }
+}
+
+/// `algorithm`: how an all-reduce is carried out; none if that goes by size.
+#[inline]
+pub(crate) fn algorithm(call: &str, given: Given<'_, '_>) -> PyResult<Option<Algorithm>> {
+    let names = || Algorithm::ALL.map(|algorithm| (algorithm.name(), Some(algorithm)));
+    given.map_or(Ok(None), |given| auto_or(call, "algorithm", given, &names()))
+}
+
+/// `route`: how a broadcast is carried out; none if that goes by size.
+#[inline]
+pub(crate) fn route(call: &str, given: Given<'_, '_>) -> PyResult<Option<Route>> {
+    let names = || Route::ALL.map(|route| (route.name(), Some(route)));
+    given.map_or(Ok(None), |given| auto_or(call, "route", given, &names()))
+}
+
+/// The choice whose name a string is, or none if it is 'auto'.
+fn auto_or<T: Copy>(
+    call: &str,
+    argument: &str,
+    given: &Bound<'_, PyAny>,
+    names: &[(&'static str, Option<T>)],
+) -> PyResult<Option<T>> {
+    let choices: Vec<_> = [("auto", None)].into_iter().chain(names.iter().copied()).collect();
+    choose(call, argument, given, &choices)
 }
 
 /// `dtype`: what the elements are, where the object cannot say it.

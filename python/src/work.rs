@@ -83,9 +83,15 @@ impl Drop for Work {
     }
 }
 
-/// Tensors whose works are gone, and which the GPU may still use.
-#[derive(Default)]
-pub(crate) struct Kept(Mutex<Vec<Tensors>>);
+/// Tensors whose works are gone, and which the GPU may still use. None once the communicator is closed, when
+/// it uses none.
+pub(crate) struct Kept(Mutex<Option<Vec<Tensors>>>);
+
+impl Default for Kept {
+    fn default() -> Kept {
+        Kept(Mutex::new(Some(Vec::new())))
+    }
+}
 
 struct Tensors {
     /// None if only the communicator's end says that they are free.
@@ -108,22 +114,33 @@ impl Tensors {
 impl Kept {
     /// Keeps tensors until `work` is done; without one until the communicator is closed.
     pub(crate) fn keep(&self, work: Option<Arc<peerlane::Work>>, tensors: Vec<Py<PyAny>>) {
-        lock(&self.0).push(Tensors { work, _objects: tensors });
+        self.put(Tensors { work, _objects: tensors });
+    }
+
+    fn put(&self, tensors: Tensors) {
+        let mut unkept = Some(tensors);
+        if let Some(all) = lock(&self.0).as_mut() {
+            all.extend(unkept.take());
+        }
+        // Not under the lock: a tensor's end may run any code, which may drop works.
+        drop(unkept);
+    }
+
+    /// Whether it has none.
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.0).as_ref().is_none_or(Vec::is_empty)
     }
 
     /// Lets go of the tensors that are free. Not for the middle of a capture.
     pub(crate) fn sweep(&self) {
-        // Not under the lock: a tensor's end may run any code, which may drop works.
-        let all = std::mem::take(&mut *lock(&self.0));
-        let mut still: Vec<Tensors> = all.into_iter().filter(Tensors::may_be_in_use).collect();
-        if !still.is_empty() {
-            lock(&self.0).append(&mut still);
-        }
+        // Not under the lock, as in `put`.
+        let all = lock(&self.0).as_mut().map(std::mem::take).unwrap_or_default();
+        all.into_iter().filter(Tensors::may_be_in_use).for_each(|still| self.put(still));
     }
 
     /// Lets go of all: the communicator is closed, which has waited for its GPU.
     pub(crate) fn release(&self) {
-        let all = std::mem::take(&mut *lock(&self.0));
+        let all = lock(&self.0).take();
         drop(all);
     }
 }

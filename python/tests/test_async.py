@@ -210,6 +210,39 @@ def test_chunks_are_reduced_and_the_rest_is_not(group: Group) -> None:
     assert ranks[0].all_reduce_chunks(ones(ranks[0]), []) == []
 
 
+def test_refused_chunks_keep_their_tensor_if_some_had_begun(group: Group) -> None:
+    ranks = group(2)
+    events = [rank.record_event() for rank in ranks]
+    ranks[1].all_reduce_chunks(ones(ranks[1]), [(0, 4, events[1]), (4, 2, events[1])])
+    array = ones(ranks[0])
+    gone = weakref.ref(array)
+    with pytest.raises(peerlane.MismatchError):
+        ranks[0].all_reduce_chunks(array, [(0, 4, events[0]), (4, 4, events[0])])
+    del array
+    gc.collect()
+    assert gone() is not None, "the first chunk has begun"
+    ranks[0].close()
+    assert gone() is None
+
+
+def test_refused_chunks_let_go_of_their_tensor_if_none_had_begun(group: Group) -> None:
+    def is_kept(rank: Communicator, kind: type[Exception]) -> bool:
+        array = ones(rank, 8)
+        gone = weakref.ref(array)
+        with pytest.raises(kind):
+            rank.all_reduce_chunks(array, [(0, 8, event)])
+        del array
+        gc.collect()
+        return gone() is not None
+
+    # No slot of the staging area has room for such copies: nothing begins.
+    ranks = group(2, algorithm="copy-ring", staging_bytes=1 << 20, chunk_bytes=1 << 20)
+    event = ranks[0].record_event()
+    assert not is_kept(ranks[0], ValueError)
+    ranks[0].close()
+    assert not is_kept(ranks[0], peerlane.ClosedError)
+
+
 Call = Callable[[Communicator, np.ndarray], object]
 
 # Rank 0 of two; the array has 6 x 4 float32.

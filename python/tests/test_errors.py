@@ -297,6 +297,8 @@ def test_a_tensor_of_another_gpu(group: Group) -> None:
             "Communicator: tuning: expected 'auto', 'off' or a path, got int",
             {"tuning": 7},
         ),
+        (TypeError, "Communicator: staging_bytes: expected an int", {"staging_bytes": "1M"}),
+        (ValueError, "Communicator: chunk_bytes: expected an int of 0", {"chunk_bytes": -1}),
         (
             ValueError,
             "Communicator: transport: expected one of 'auto', 'p2p', 'host', got 'nvlink'",

@@ -104,3 +104,29 @@ def test_barriers_and_streams(group: Group) -> None:
         for rank in ranks:
             rank.synchronize(stream)
             rank.synchronize(stream=stream)
+
+
+@pytest.mark.parametrize("route", ["auto", "chain", "copy-hub", "copy-direct"])
+def test_a_broadcast_by_a_route_of_its_own(group: Group, route: str) -> None:
+    ranks = group(3, staging_bytes=1 << 20)
+    arrays = [random(rank, index, (4001,), "uint8") for index, rank in enumerate(ranks)]
+    expected = arrays[1].copy()
+    for rank, array in zip(ranks, arrays):
+        rank.broadcast(array, 1, route=route)
+    synchronize(ranks)
+    for array in arrays:
+        assert_bytes(array, expected)
+    copies = ranks[0].usage()["scheduled"]["calls"]
+    assert copies == (1 if route.startswith("copy-") else 0)
+    for rank, array in zip(ranks, arrays):
+        rank.broadcast_async(array, 1, route=route).wait()
+    synchronize(ranks)
+
+
+def test_a_route_that_is_none(group: Group) -> None:
+    (rank,) = group(1)
+    array = random(rank, 0, (4,), "uint8")
+    with pytest.raises(ValueError, match="^broadcast: route: expected one of 'auto', 'direct', "):
+        rank.broadcast(array, 0, route="ring")
+    with pytest.raises(TypeError, match="^broadcast: route: expected one of 'auto', 'direct', "):
+        rank.broadcast_async(array, 0, route=1)

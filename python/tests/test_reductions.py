@@ -187,3 +187,32 @@ def test_a_prepared_call_is_the_call(group: Group, op: str) -> None:
     synchronize(ranks)
     for one, other in zip(plain, prepared):
         np.testing.assert_array_equal(load(one, "float32"), load(other, "float32"))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "two-shot", "copy-one-shot", "copy-ring"])
+def test_a_call_with_an_algorithm_of_its_own(group: Group, algorithm: str) -> None:
+    ranks = group(3, staging_bytes=1 << 20, chunk_bytes=1 << 10)
+    values = [integers(rank, (1001,)) for rank in range(3)]
+    arrays = [store(rank, value, "float32") for rank, value in zip(ranks, values)]
+    for rank, array in zip(ranks, arrays):
+        rank.all_reduce(array, algorithm=algorithm)
+    synchronize(ranks)
+    assert all((array == sum(values)).all() for array in arrays)
+    copies = ranks[0].usage()["scheduled"]["calls"]
+    assert copies == (1 if algorithm.startswith("copy-") else 0)
+    for rank, array in zip(ranks, arrays):
+        rank.all_reduce_async(array, algorithm=algorithm).wait()
+    synchronize(ranks)
+
+
+def test_an_algorithm_that_a_call_cannot_have(group: Group) -> None:
+    (rank,) = group(1)
+    array = store(rank, integers(0, (64,)), "float32")
+    with pytest.raises(
+        ValueError, match="^all_reduce: algorithm: expected one of 'auto', 'packet'"
+    ):
+        rank.all_reduce(array, algorithm="rin")
+    registration = rank.register(array)
+    with pytest.raises(ValueError, match="^all_reduce: algorithm: expected None beside"):
+        rank.all_reduce(array, algorithm="ring", registration=registration)
+    rank.deregister(registration)

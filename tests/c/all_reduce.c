@@ -52,6 +52,7 @@ static group open_group(uint32_t world, uint64_t deadline_ms) {
     config.deadline_ms = deadline_ms;
     config.mailbox_bytes = (size_t)4 << 20;
     config.max_blocks = 2;
+    config.staging_bytes = (size_t)1 << 20;
     for (uint32_t rank = 0; rank < world; rank++) {
         char name[32];
         snprintf(name, sizeof name, "sim:%u/%u", (unsigned)rank, (unsigned)world);
@@ -179,14 +180,18 @@ static void scatters_and_gathers_all(const group *g) {
     }
 }
 
-static void broadcasts(const group *g) {
+/* Through a hub, as copies by the copy engines. NULL for options: a route by size. */
+static void broadcasts(const group *g, bool copies) {
     const uint32_t root = g->world - 1;
     char data[77];
+    peerlane_broadcast_options options;
+    OK(peerlane_broadcast_options_init(&options, sizeof options));
+    options.route = PEERLANE_ROUTE_COPY_HUB;
     for (uint32_t rank = 0; rank < g->world; rank++) {
         memset(data, 'a' + (int)rank, sizeof data);
         upload(g, rank, data, sizeof data);
         OK(peerlane_broadcast(g->comms[rank], g->tensors[rank], sizeof data, root,
-                              g->streams[rank]));
+                              copies ? &options : NULL, g->streams[rank]));
     }
     for (uint32_t rank = 0; rank < g->world; rank++) {
         download(g, rank, data, sizeof data);
@@ -335,12 +340,19 @@ static void refuses_what_names_nothing(const group *g) {
     REFUSED(bad, "options.size", "got 4",
             peerlane_all_reduce(comm, tensor, tensor, 1, PEERLANE_F32, PEERLANE_SUM, &options,
                                 NULL));
-    REFUSED(bad, "broadcast: root", "got 99", peerlane_broadcast(comm, tensor, 1, 99, NULL));
+    REFUSED(bad, "broadcast: root", "got 99", peerlane_broadcast(comm, tensor, 1, 99, NULL, NULL));
     REFUSED(bad, "name: expected cuda:K, or sim:K/N", "got \"sim:8/8\"",
             peerlane_gpu_open("sim:8/8", &gpu));
     REFUSED(bad, "name: expected UTF-8", "got", peerlane_gpu_open("sim:\xff", &gpu));
     REFUSED(bad, "connect: world_size: expected 1 to 16", "got 17",
             peerlane_connect(g->gpus, 17, NULL, comms));
+    peerlane_broadcast_options route;
+    OK(peerlane_broadcast_options_init(&route, sizeof route));
+    route.route = (peerlane_route)11;
+    REFUSED(bad, "broadcast: options.route", "got 11",
+            peerlane_broadcast(comm, tensor, 1, 0, &route, NULL));
+    route.size = 4;
+    REFUSED(bad, "options.size", "got 4", peerlane_broadcast(comm, tensor, 1, 0, &route, NULL));
     OK(peerlane_gpu_open("sim:1/7", &gpu));
     peerlane_gpu *strangers[2] = {g->gpus[0], gpu};
     REFUSED(bad, "gpus: expected GPUs of one machine", "sim:1/7",
@@ -385,7 +397,8 @@ int main(void) {
         reduces_bf16(&g);
         reduces_with_options(&g);
         scatters_and_gathers_all(&g);
-        broadcasts(&g);
+        broadcasts(&g, false);
+        broadcasts(&g, true);
         gathers(&g);
         refuses_null(&g);
         refuses_what_names_nothing(&g);

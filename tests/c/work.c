@@ -187,7 +187,7 @@ static void every_collective_runs_beside(void) {
         OK(peerlane_reduce_scatter_async(comm, tensor, own, PART, PEERLANE_F32, PEERLANE_MAX, NULL,
                                          stream, &works[rank][0]));
         OK(peerlane_all_gather_async(comm, own, tensor, PART * 4, stream, &works[rank][1]));
-        OK(peerlane_broadcast_async(comm, tensor, 8, 2, stream, &works[rank][2]));
+        OK(peerlane_broadcast_async(comm, tensor, 8, 2, NULL, stream, &works[rank][2]));
         OK(peerlane_gather_async(comm, tensor, rank == 1 ? tensor + 64 : NULL, 1, widths, WORLD, 1,
                                  stream, &works[rank][3]));
     }
@@ -223,7 +223,7 @@ static void refuses_null(void) {
     REFUSED(bad, "dst", "null",
             peerlane_all_reduce_async(comm, t, NULL, 1, PEERLANE_F32, PEERLANE_SUM, NULL, NULL,
                                       &work));
-    REFUSED(bad, "broadcast", "got 99", peerlane_broadcast_async(comm, t, 1, 99, NULL, &work));
+    REFUSED(bad, "broadcast", "got 99", peerlane_broadcast_async(comm, t, 1, 99, NULL, NULL, &work));
     REFUSED(bad, "gather_async: widths", "NULL",
             peerlane_gather_async(comm, t, t, 1, NULL, WORLD, 0, NULL, &work));
     REFUSED(bad, "work_query: work: expected a pointer to peerlane_work", "NULL",

@@ -159,8 +159,11 @@ impl TuningTable {
     /// Writes it to `path`, in place of what was there: whole or not at all.
     ///
     /// # Errors
-    /// It cannot be written: why, in words.
+    /// It cannot be written, or nobody could read it: why, in words.
     pub fn write(&self, path: &Path) -> Result<(), String> {
+        self.check().map_err(|(expected, got)| {
+            format!("tuning: {} is not written: expected {expected}, got {got}", path.display())
+        })?;
         let written = serde_json::to_string_pretty(self)
             .map_err(std::io::Error::from)
             .and_then(|text| crate::links::replace_file(path, &(text + "\n")));

@@ -6,7 +6,10 @@
 use super::arguments::{device, items, present, stream};
 use super::comm::peerlane_comm;
 use super::status::{guard, peerlane_status};
-use super::types::{dtype, peerlane_dtype, peerlane_op, peerlane_reduce_options, reduce_op};
+use super::types::{
+    dtype, peerlane_broadcast_options, peerlane_dtype, peerlane_op, peerlane_reduce_options,
+    reduce_op,
+};
 use crate::error::Result;
 use crate::request::{AllGather, AllReduce, Broadcast, Gather, ReduceScatter};
 use std::ffi::c_void;
@@ -135,22 +138,41 @@ pub unsafe extern "C" fn peerlane_all_gather(
     })
 }
 
-/// Copies the root's `bytes` bytes to every rank's `data`.
+/// Copies the root's `bytes` bytes to every rank's `data`. `options` may be NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_broadcast(
     comm: *mut peerlane_comm,
     data: *mut c_void,
     bytes: usize,
     root: u32,
+    options: *const peerlane_broadcast_options,
     stream: *mut c_void,
 ) -> peerlane_status {
     guard("broadcast", |op| {
-        // SAFETY: the header asks for a handle.
-        let comm = unsafe { present(op, "comm", comm)? };
-        let call = Broadcast::new(device(data), bytes, root);
-        // SAFETY: the header asks of tensors and stream what the communicator asks.
-        unsafe { comm.alone().broadcast(&call, self::stream(stream)) }
+        // SAFETY: the header asks for a handle, for options or NULL, and of tensors and stream what
+        // the communicator asks.
+        unsafe {
+            let comm = present(op, "comm", comm)?;
+            let call = broadcast_request(op, data, bytes, root, options)?;
+            comm.alone().broadcast(&call, self::stream(stream))
+        }
     })
+}
+
+/// A broadcast's arguments, looked up.
+///
+/// # Safety
+/// `options` is NULL or leads to options as large as they say.
+pub(super) unsafe fn broadcast_request(
+    op: &'static str,
+    data: *mut c_void,
+    bytes: usize,
+    root: u32,
+    options: *const peerlane_broadcast_options,
+) -> Result<Broadcast> {
+    // SAFETY: the caller's contract.
+    let route = unsafe { peerlane_broadcast_options::read(op, options)? };
+    Ok(Broadcast { route, ..Broadcast::new(device(data), bytes, root) })
 }
 
 /// Joins the ranks' tensors along their last dimension in the root's `dst`. Rank r brings `rows`

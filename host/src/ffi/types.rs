@@ -5,7 +5,7 @@
 
 use super::arguments::{check_size, choose, sized, text};
 use super::status::{guard, peerlane_status};
-use crate::algorithm::{Algorithm, Pattern, Route};
+use crate::algorithm::{Algorithm, Pattern, Route, Spread};
 use crate::collectives::invalid;
 use crate::communicator::Config;
 use crate::error::Result;
@@ -84,6 +84,8 @@ pub enum peerlane_algorithm {
     PEERLANE_ALGORITHM_COPY_DOUBLE_TREE = 12,
     /// The steps of HIERARCHICAL as copies by the copy engines.
     PEERLANE_ALGORITHM_COPY_HIERARCHICAL = 13,
+    /// The steps of ONE_SHOT_FULL as copies by the copy engines.
+    PEERLANE_ALGORITHM_COPY_ONE_SHOT = 14,
 }
 
 /// How a broadcast is carried out.
@@ -102,6 +104,16 @@ pub enum peerlane_route {
     PEERLANE_ROUTE_TREE = 4,
     /// Two binary trees with half the tensor each.
     PEERLANE_ROUTE_DOUBLE_TREE = 5,
+    /// DIRECT as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_DIRECT = 6,
+    /// HUB as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_HUB = 7,
+    /// CHAIN as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_CHAIN = 8,
+    /// TREE as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_TREE = 9,
+    /// DOUBLE_TREE as copies by the copy engines.
+    PEERLANE_ROUTE_COPY_DOUBLE_TREE = 10,
 }
 
 /// What carries data from rank to rank.
@@ -148,6 +160,9 @@ pub struct peerlane_config {
     pub least_mailbox_bytes: usize,
     /// Mailboxes do not grow above this.
     pub most_mailbox_bytes: usize,
+    /// Bytes of device memory for one rank's staging area, which algorithms and routes named COPY need.
+    /// 0: some 64 MiB if `algorithm` or `route` is one of those, none otherwise.
+    pub staging_bytes: usize,
 }
 
 /// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -163,6 +178,16 @@ pub struct peerlane_reduce_options {
     /// If not 0, this rank adds nothing: its `src` is not read, and it still receives the result.
     /// The only field in which ranks may differ.
     pub no_contribution: c_int,
+}
+
+/// What a broadcast may be asked for beside its arguments. `peerlane_broadcast_options_init` fills it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct peerlane_broadcast_options {
+    /// sizeof(peerlane_broadcast_options).
+    pub size: usize,
+    /// How the broadcast is carried out.
+    pub route: MaybeUninit<peerlane_route>,
 }
 
 /// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
@@ -199,7 +224,21 @@ pub unsafe extern "C" fn peerlane_reduce_options_init(
     })
 }
 
-/// What is not said otherwise.
+/// Fills options with defaults: a route by size. `size` is sizeof(peerlane_broadcast_options).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerlane_broadcast_options_init(
+    options: *mut peerlane_broadcast_options,
+    size: usize,
+) -> peerlane_status {
+    guard("broadcast_options_init", |op| {
+        check_size::<peerlane_broadcast_options>(op, "size", size)?;
+        let before = peerlane_broadcast_options::new();
+        // SAFETY: the header asks for room for one.
+        unsafe { super::arguments::place(op, "options", options, before)? };
+        Ok(())
+    })
+}
+
 const DTYPES: [(peerlane_dtype, DType); 3] = [
     (peerlane_dtype::PEERLANE_F32, DType::F32),
     (peerlane_dtype::PEERLANE_F16, DType::F16),
@@ -218,7 +257,7 @@ const WIRES: [(peerlane_wire, Wire); 2] = [
     (peerlane_wire::PEERLANE_WIRE_BF16, Wire::Bf16),
 ];
 
-const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 14] = {
+const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 15] = {
     use peerlane_algorithm::*;
     [
         (PEERLANE_ALGORITHM_AUTO, None),
@@ -235,10 +274,11 @@ const ALGORITHMS: [(peerlane_algorithm, Option<Algorithm>); 14] = {
         (PEERLANE_ALGORITHM_COPY_TREE, Some(Algorithm::Scheduled(Pattern::Tree))),
         (PEERLANE_ALGORITHM_COPY_DOUBLE_TREE, Some(Algorithm::Scheduled(Pattern::DoubleTree))),
         (PEERLANE_ALGORITHM_COPY_HIERARCHICAL, Some(Algorithm::Scheduled(Pattern::Hierarchical))),
+        (PEERLANE_ALGORITHM_COPY_ONE_SHOT, Some(Algorithm::Scheduled(Pattern::OneShot))),
     ]
 };
 
-const ROUTES: [(peerlane_route, Option<Route>); 6] = {
+const ROUTES: [(peerlane_route, Option<Route>); 11] = {
     use peerlane_route::*;
     [
         (PEERLANE_ROUTE_AUTO, None),
@@ -247,13 +287,26 @@ const ROUTES: [(peerlane_route, Option<Route>); 6] = {
         (PEERLANE_ROUTE_CHAIN, Some(Route::Chain)),
         (PEERLANE_ROUTE_TREE, Some(Route::Tree)),
         (PEERLANE_ROUTE_DOUBLE_TREE, Some(Route::DoubleTree)),
+        (PEERLANE_ROUTE_COPY_DIRECT, Some(Route::Scheduled(Spread::Direct))),
+        (PEERLANE_ROUTE_COPY_HUB, Some(Route::Scheduled(Spread::Hub))),
+        (PEERLANE_ROUTE_COPY_CHAIN, Some(Route::Scheduled(Spread::Chain))),
+        (PEERLANE_ROUTE_COPY_TREE, Some(Route::Scheduled(Spread::Tree))),
+        (PEERLANE_ROUTE_COPY_DOUBLE_TREE, Some(Route::Scheduled(Spread::DoubleTree))),
     ]
 };
 
+// What has no row here would be spelled as automatic.
+const _: () =
+    assert!(ALGORITHMS.len() == Algorithm::ALL.len() + 1 && ROUTES.len() == Route::ALL.len() + 1);
+
 /// How C spells one of `choices`; the first of them if it does not.
+fn found<E: Copy, T: PartialEq>(choices: &[(E, T)], wanted: &T) -> E {
+    choices.iter().find(|(_, choice)| choice == wanted).unwrap_or(&choices[0]).0
+}
+
+/// The same, where C may write any number later.
 fn spelled<E: Copy, T: PartialEq>(choices: &[(E, T)], wanted: &T) -> MaybeUninit<E> {
-    let found = choices.iter().find(|(_, choice)| choice == wanted);
-    MaybeUninit::new(found.unwrap_or(&choices[0]).0)
+    MaybeUninit::new(found(choices, wanted))
 }
 
 const TRANSPORTS: [(peerlane_transport, Transport); 3] = [
@@ -264,11 +317,7 @@ const TRANSPORTS: [(peerlane_transport, Transport); 3] = [
 
 impl From<Transport> for peerlane_transport {
     fn from(transport: Transport) -> peerlane_transport {
-        match transport {
-            Transport::Auto => peerlane_transport::PEERLANE_TRANSPORT_AUTO,
-            Transport::P2p => peerlane_transport::PEERLANE_TRANSPORT_P2P,
-            Transport::Host => peerlane_transport::PEERLANE_TRANSPORT_HOST,
-        }
+        found(&TRANSPORTS, &transport)
     }
 }
 
@@ -298,6 +347,7 @@ impl peerlane_config {
             adaptive: c_int::from(config.sizing.is_some()),
             least_mailbox_bytes: config.sizing.unwrap_or_default().least_mailbox_bytes,
             most_mailbox_bytes: config.sizing.unwrap_or_default().most_mailbox_bytes,
+            staging_bytes: config.staging_bytes.unwrap_or(0),
         }
     }
 
@@ -334,6 +384,7 @@ impl peerlane_config {
             tuning,
             transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
             sizing: Some(sizing).filter(|_| config.adaptive != 0),
+            staging_bytes: Some(config.staging_bytes).filter(|bytes| *bytes != 0),
             ..Config::default()
         })
     }
@@ -373,6 +424,29 @@ impl peerlane_reduce_options {
             algorithm: choose(op, "options.algorithm", options.algorithm, &ALGORITHMS)?,
             contribution: options.no_contribution == 0,
         })
+    }
+}
+
+impl peerlane_broadcast_options {
+    fn new() -> peerlane_broadcast_options {
+        peerlane_broadcast_options {
+            size: size_of::<peerlane_broadcast_options>(),
+            route: MaybeUninit::new(peerlane_route::PEERLANE_ROUTE_AUTO),
+        }
+    }
+
+    /// The route that the options behind `pointer` ask for; none behind NULL.
+    ///
+    /// # Safety
+    /// `pointer` is NULL or leads to options as large as they say.
+    pub(super) unsafe fn read(
+        op: &'static str,
+        pointer: *const peerlane_broadcast_options,
+    ) -> Result<Option<Route>> {
+        // SAFETY: the caller's contract.
+        let options = unsafe { sized(op, "options.size", pointer)? };
+        let options = options.unwrap_or_else(peerlane_broadcast_options::new);
+        choose(op, "options.route", options.route, &ROUTES)
     }
 }
 

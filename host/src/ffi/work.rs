@@ -4,16 +4,18 @@
 //! before it. Freeing it neither ends the call nor waits for it, so the tensors are the caller's to keep.
 
 use super::arguments::{device, items, place, present, stream};
-use super::collectives::{all_reduce_request, reduce_scatter_request};
+use super::collectives::{all_reduce_request, broadcast_request, reduce_scatter_request};
 use super::comm::peerlane_comm;
 use super::gpu::peerlane_gpu;
 use super::status::{guard, peerlane_status};
-use super::types::{peerlane_dtype, peerlane_op, peerlane_reduce_options};
+use super::types::{
+    peerlane_broadcast_options, peerlane_dtype, peerlane_op, peerlane_reduce_options,
+};
 use crate::collectives::invalid;
 use crate::communicator::Communicator;
 use crate::error::Result;
 use crate::gpu::Event;
-use crate::request::{AllGather, Broadcast, Chunk, Gather};
+use crate::request::{AllGather, Chunk, Gather};
 use crate::work::Work;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
@@ -137,13 +139,18 @@ pub unsafe extern "C" fn peerlane_broadcast_async(
     data: *mut c_void,
     bytes: usize,
     root: u32,
+    options: *const peerlane_broadcast_options,
     stream: *mut c_void,
     work: *mut *mut peerlane_work,
 ) -> peerlane_status {
     guard("broadcast_async", |op| {
-        let call = Broadcast::new(device(data), bytes, root);
         // SAFETY: as in `peerlane_all_reduce_async`.
-        unsafe { begin(op, comm, work, |comm| comm.broadcast_async(&call, self::stream(stream))) }
+        unsafe {
+            begin(op, comm, work, |comm| {
+                let call = broadcast_request(op, data, bytes, root, options)?;
+                comm.broadcast_async(&call, self::stream(stream))
+            })
+        }
     })
 }
 

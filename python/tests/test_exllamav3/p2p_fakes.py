@@ -1,8 +1,8 @@
 """Stand-ins for `peerlane.Communicator`: one that records calls, one whose ranks meet through files.
 
 `FileCommunicator` follows the documented behaviour between real processes: rank-ordered sums, errors
-that show at a later call and stay, and names for ranks that are gone. It checks the tests themselves,
-works on plain host memory, and can be told to refuse.
+that show at a later call and stay, and names for ranks that are gone. It works on plain host memory,
+and can be told to refuse: for tests of ExLlamaV3's own processes, which have no simulated machine.
 """
 
 from __future__ import annotations

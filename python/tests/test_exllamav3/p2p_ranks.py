@@ -7,7 +7,6 @@ and none outlives the team.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 import traceback
 import uuid
@@ -17,9 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import p2p_fakes
 
-import peerlane
 from peerlane.exllamav3 import Options, TPBackendP2P
 
 # Joining takes a spawned interpreter's start, on a machine that may be busy with others.
@@ -81,7 +78,6 @@ class Setup:
     output_device: int
     transport: str
     uuid: str
-    folder: str
     options: Options
 
 
@@ -100,9 +96,6 @@ def backend_arguments(setup: Setup, device: int, version: str = "native") -> dic
 
 def serve(conn: Connection, device: int, setup: Setup) -> None:
     """A worker's main loop."""
-    os.environ["PEERLANE_TEST_FOLDER"] = setup.folder
-    if setup.transport == "files":
-        peerlane.Communicator = p2p_fakes.FileCommunicator
     # Half of the devices are constructed as by the arm that knows no `cpu`.
     version = "native" if device % 2 else "nccl"
     try:
@@ -136,7 +129,6 @@ class Team:
         active_devices: Sequence[int],
         output_device: int,
         transport: str,
-        folder: Any,
         *,
         options: Options | None = None,
         absent: Sequence[int] = (),
@@ -145,7 +137,7 @@ class Team:
         if transport == "sim":
             options = replace(options, device_format="sim:{device}/8")
         self.setup = Setup(
-            tuple(active_devices), output_device, transport, uuid.uuid4().hex, str(folder), options
+            tuple(active_devices), output_device, transport, uuid.uuid4().hex, options
         )
         self.context = multiprocessing.get_context("spawn")
         self.processes: dict[int, Any] = {}

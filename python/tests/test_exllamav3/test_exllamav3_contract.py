@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import p2p_cases as cases
@@ -26,13 +25,11 @@ RUNS = [*(f"sim-{name}" for name in TEAMS), "cuda-output-first", "cuda-output-la
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def team(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Team]:
+def team(request: pytest.FixtureRequest) -> Iterator[Team]:
     transport, _, name = request.param.partition("-")
     if reason := missing(transport):
         pytest.skip(reason)
-    with Team(*TEAMS[name], transport, tmp_path_factory.mktemp("ranks")) as team:
+    with Team(*TEAMS[name], transport) as team:
         yield team.ready()
 
 
@@ -162,9 +159,9 @@ def test_wrong_arguments(team: Team, what: str, kind: str, words: list[str]) -> 
     team.run(cases.all_reduce, (1, 1, 4096), "float32")
 
 
-def test_the_cases_notice_a_wrong_result(tmp_path: Any) -> None:
+def test_the_cases_notice_a_wrong_result() -> None:
     """The negative control: a rank that brings something else makes the others' case fail."""
-    with Team([1, 0], 0, "sim", tmp_path) as team:
+    with Team([1, 0], 0, "sim") as team:
         team.ready()
         team.send(0, cases.all_reduce, (1, 1, 4096), "float32")
         team.send(1, cases.all_reduce, (1, 1, 4096), "float32", (1,))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from pathlib import Path
 
 import p2p_cases as cases
 import pytest
@@ -33,8 +32,8 @@ def failures_of(team: Team, devices: list[int]) -> list[Failed]:
     return raised
 
 
-def test_survivors_name_a_rank_that_died_in_a_pass(transport: str, tmp_path: Path) -> None:
-    with Team([0, 2, 1], 1, transport, tmp_path) as team:
+def test_survivors_name_a_rank_that_died_in_a_pass(transport: str) -> None:
+    with Team([0, 2, 1], 1, transport) as team:
         team.ready().run(cases.all_reduce, (1, 1, 4096), "float32")
         survivors = [0, 1]
         for device in survivors:
@@ -54,9 +53,9 @@ def test_survivors_name_a_rank_that_died_in_a_pass(transport: str, tmp_path: Pat
         team.run(cases.leave)
 
 
-def test_a_rank_that_makes_no_call(transport: str, tmp_path: Path) -> None:
+def test_a_rank_that_makes_no_call(transport: str) -> None:
     options = Options(deadline=1.0, first_deadline=1.0)
-    with Team([1, 0], 0, transport, tmp_path, options=options) as team:
+    with Team([1, 0], 0, transport, options=options) as team:
         team.ready().run(cases.barrier)
         team.send(0, cases.all_reduce, (1, 1, 4096), "float32")
         begin = time.monotonic()
@@ -69,10 +68,10 @@ def test_a_rank_that_makes_no_call(transport: str, tmp_path: Path) -> None:
         team.run(cases.leave)
 
 
-def test_a_pass_that_does_not_wait_for_the_gpu(transport: str, tmp_path: Path) -> None:
+def test_a_pass_that_does_not_wait_for_the_gpu(transport: str) -> None:
     """The failure shows at the next call after it is known."""
     options = Options(deadline=1.0, first_deadline=1.0, check="late")
-    with Team([1, 0], 0, transport, tmp_path, options=options) as team:
+    with Team([1, 0], 0, transport, options=options) as team:
         team.ready().send(0, cases.barrier)
         try:
             team.reply(0)
@@ -84,16 +83,16 @@ def test_a_pass_that_does_not_wait_for_the_gpu(transport: str, tmp_path: Path) -
         assert failed.kind == "DeadlineError" and "rank 1" in failed.message
 
 
-def test_a_rank_that_never_starts(transport: str, tmp_path: Path) -> None:
-    with Team([0, 1, 2], 2, transport, tmp_path, options=Options(patience=5.0), absent=[1]) as team:
+def test_a_rank_that_never_starts(transport: str) -> None:
+    with Team([0, 1, 2], 2, transport, options=Options(patience=5.0), absent=[1]) as team:
         for failed in failures_of(team, [0, 2]):
             assert failed.kind == "RendezvousError" and "1" in failed.message
         team.reply(-1)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([0, 1, 2])), ids=str)
-def test_leaving_in_any_order(transport: str, tmp_path: Path, order: tuple[int, ...]) -> None:
-    with Team([0, 1, 2], 2, transport, tmp_path) as team:
+def test_leaving_in_any_order(transport: str, order: tuple[int, ...]) -> None:
+    with Team([0, 1, 2], 2, transport) as team:
         team.ready().run(cases.all_reduce, (1, 1, 4096), "float32")
         for device in order:
             team.send(device, cases.leave)
@@ -105,8 +104,8 @@ def test_leaving_in_any_order(transport: str, tmp_path: Path, order: tuple[int, 
         assert failed.kind == "ClosedError"
 
 
-def test_two_models_in_the_same_devices(transport: str, tmp_path: Path) -> None:
-    with Team([1, 0], 0, transport, tmp_path) as one, Team([0, 1], 1, transport, tmp_path) as two:
+def test_two_models_in_the_same_devices(transport: str) -> None:
+    with Team([1, 0], 0, transport) as one, Team([0, 1], 1, transport) as two:
         one.ready(), two.ready()
         for team in (one, two, one):
             team.run(cases.all_reduce, (1, 1, 4096), "float32")
@@ -114,10 +113,10 @@ def test_two_models_in_the_same_devices(transport: str, tmp_path: Path) -> None:
         two.run(cases.all_reduce, (1, 1, 4096), "float32")
 
 
-def test_devices_of_a_killed_model_serve_the_next_one(transport: str, tmp_path: Path) -> None:
-    with Team([1, 0], 0, transport, tmp_path) as team:
+def test_devices_of_a_killed_model_serve_the_next_one(transport: str) -> None:
+    with Team([1, 0], 0, transport) as team:
         team.ready()
         for device in (0, 1):
             team.kill(device)
-    with Team([1, 0], 0, transport, tmp_path) as team:
+    with Team([1, 0], 0, transport) as team:
         team.ready().run(cases.all_reduce, (1, 1, 4096), "float32")

@@ -1,7 +1,11 @@
-//! What every plot needs before there is anything to draw: a file name that says how, and a font.
+//! What every plot needs: a file name that says how, a font, and a place to draw.
 //!
 //! Invariant: what can go wrong without data goes wrong here, before a command measures.
 
+use crate::bench::rank::Fail;
+use plotters::coord::Shift;
+use plotters::drawing::{DrawingArea, IntoDrawingArea};
+use plotters::prelude::{BitMapBackend, DrawingBackend, SVGBackend};
 use plotters::style::{FontStyle, register_font};
 use std::path::Path;
 
@@ -34,4 +38,22 @@ pub(crate) fn prepare(path: &Path) -> Result<(), String> {
     // The library keeps fonts for as long as the program runs.
     register_font(FONT, FontStyle::Normal, Vec::leak(font))
         .map_err(|_| "--plot: expected a TrueType font in PEERLANE_FONT, got something else".into())
+}
+
+/// What can be drawn.
+pub(crate) trait Picture {
+    /// Draws it on all of `area`.
+    fn draw_on<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<(), Fail>
+    where
+        B::ErrorType: 'static;
+}
+
+/// Draws a picture of `size` pixels. [`prepare`] has been called.
+pub(crate) fn draw(path: &Path, size: (u32, u32), picture: &impl Picture) -> Result<(), Fail> {
+    let drawn = if path.extension().is_some_and(|e| e == "svg") {
+        picture.draw_on(&SVGBackend::new(path, size).into_drawing_area())
+    } else {
+        picture.draw_on(&BitMapBackend::new(path, size).into_drawing_area())
+    };
+    drawn.map_err(|error| format!("--plot: cannot draw {}: {error}", path.display()).into())
 }

@@ -66,7 +66,7 @@ pub(crate) fn run(options: &Options) -> Outcome {
         for (name, chart) in charts() {
             let path = directory.join(name);
             drawing::prepare(&path)?;
-            plot::draw_chart(&path, &chart)?;
+            drawing::draw(&path, plot::SIZE, &chart)?;
         }
     }
     Ok(true)
@@ -187,7 +187,8 @@ const GROWING: [Algorithm; 6] = [
 
 fn over_ranks() -> String {
     let names = GROWING.map(|algorithm| algorithm.to_string());
-    let mut text = format!("| ranks | {} |\n|---:|{}\n", names.join(" | "), "---:|".repeat(6));
+    let mut text =
+        format!("| ranks | {} |\n|---:|{}\n", names.join(" | "), "---:|".repeat(GROWING.len()));
     for world in 2..=16 {
         let us = GROWING.map(|a| model::predict(a, Preset::NvSwitch, world, 8 << 10).time_us);
         let _ = writeln!(text, "| {world} | {} |", us.map(|us| format!("{us:.2}")).join(" | "));

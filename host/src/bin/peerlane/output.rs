@@ -3,9 +3,12 @@
 //!
 //! Invariant: every file names the command, the time, the versions and the GPUs.
 
+use crate::bench::rank::Fail;
 use crate::devices::Devices;
+use crate::parse::bytes_name;
 use indicatif::{ProgressBar, ProgressStyle};
-use peerlane::{Communicator, Result, Transport};
+use peerlane::choice::{Choice, Source};
+use peerlane::{Communicator, Error, Result, Transport};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -24,18 +27,97 @@ pub(crate) fn provenance(devices: &Devices) -> Value {
     })
 }
 
-/// What carries the data of a group: p2p, host, or both between different pairs.
-pub(crate) fn transport(rank: &Communicator) -> Result<&'static str> {
-    let ranks = 0..rank.world_size();
-    let pairs = ranks.clone().flat_map(|from| ranks.clone().map(move |to| (from, to)));
-    let pairs = pairs.filter(|(from, to)| from != to).map(|(from, to)| rank.transport(from, to));
-    let used: Vec<Transport> = pairs.collect::<Result<_>>()?;
-    let has = |transport| used.contains(&transport);
-    Ok(match (has(Transport::P2p), has(Transport::Host)) {
-        (true, true) => "p2p and host",
-        (false, true) => "host",
-        (_, false) => "p2p",
+/// What carries the data of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    P2p,
+    Host,
+    /// Each between some pairs.
+    Both,
+}
+
+impl Carrier {
+    /// What carries the data of the group of `rank`.
+    pub(crate) fn of(rank: &Communicator) -> Result<Carrier> {
+        let ranks = 0..rank.world_size();
+        let pairs = ranks.clone().flat_map(|from| ranks.clone().map(move |to| (from, to)));
+        let pairs = pairs.filter(|(from, to)| from != to);
+        let used: Vec<Transport> =
+            pairs.map(|(from, to)| rank.transport(from, to)).collect::<Result<_>>()?;
+        let has = |transport| used.contains(&transport);
+        Ok(match (has(Transport::P2p), has(Transport::Host)) {
+            (true, true) => Carrier::Both,
+            (false, true) => Carrier::Host,
+            (_, false) => Carrier::P2p,
+        })
+    }
+
+    /// Its name in reports.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Carrier::P2p => "p2p",
+            Carrier::Host => "host",
+            Carrier::Both => "p2p and host",
+        }
+    }
+}
+
+/// What calls take that do not choose for themselves, and a line for each thing that did not go as it should.
+pub(crate) fn choices(choice: &Choice) -> String {
+    let (all_reduce, broadcast) =
+        (limits(choice.all_reduces().entries()), limits(choice.broadcasts().entries()));
+    let list = |limits: Vec<(Option<usize>, String)>| {
+        let one = |(limit, name): &(Option<usize>, String)| match limit {
+            Some(limit) => format!("{name} up to {}", bytes_name(*limit)),
+            None => name.clone(),
+        };
+        limits.iter().map(one).collect::<Vec<_>>().join(", ")
+    };
+    let source = source_name(choice.source());
+    let (all_reduce, broadcast) = (list(all_reduce), list(broadcast));
+    let mut text = format!("# choices: {source}: all_reduce {all_reduce}; broadcast {broadcast}\n");
+    choice.notes().iter().for_each(|note| text += &format!("# note: {note}\n"));
+    text
+}
+
+/// The same for `--json`.
+pub(crate) fn choices_json(choice: &Choice) -> Value {
+    let list = |limits: Vec<(Option<usize>, String)>| {
+        let one = |(limit, name)| json!({ "up_to": limit, "choice": name });
+        limits.into_iter().map(one).collect::<Vec<_>>()
+    };
+    json!({
+        "source": source_name(choice.source()),
+        "all_reduce": list(limits(choice.all_reduces().entries())),
+        "broadcast": list(limits(choice.broadcasts().entries())),
+        "notes": choice.notes(),
     })
+}
+
+/// Limits and names; no limit where the last is.
+fn limits<T: std::fmt::Display>(entries: &[(usize, T)]) -> Vec<(Option<usize>, String)> {
+    let one = |(limit, way): &(usize, T)| {
+        (Some(*limit).filter(|limit| *limit != usize::MAX), way.to_string())
+    };
+    entries.iter().map(one).collect()
+}
+
+const fn source_name(source: Source) -> &'static str {
+    match source {
+        Source::Model => "model",
+        Source::Table => "table",
+        Source::Fixed => "fixed",
+    }
+}
+
+/// Whether an error says that a communicator does not do this: nothing was queued then.
+pub(crate) fn is_refusal(error: &Fail) -> bool {
+    error.downcast_ref().is_some_and(refuses)
+}
+
+/// [`is_refusal`], of the library's own error.
+pub(crate) fn refuses(error: &Error) -> bool {
+    matches!(error, Error::InvalidArgument { .. } | Error::Unsupported { .. })
 }
 
 /// Writes `value` to `path`.
@@ -83,7 +165,32 @@ fn date(time: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use peerlane::gpu::sim;
+    use peerlane::{Algorithm, Config, Route, Tuning};
     use std::time::Duration;
+
+    #[test]
+    fn choices_are_shown_with_their_source() {
+        let gpus = sim::devices(&sim::Config { devices: 3, ..Default::default() });
+        let choice = |config: Config| {
+            let ranks = Communicator::connect(&gpus, &Config { tuning: Tuning::Off, ..config });
+            ranks.unwrap()[0].choice().clone()
+        };
+        let fixed = choice(Config { fixed: true, ..Config::default() });
+        let text = choices(&fixed);
+        assert_eq!(text, "# choices: fixed: all_reduce two-shot; broadcast direct\n");
+        let named = Config {
+            algorithm: Some(Algorithm::Ring),
+            route: Some(Route::Hub),
+            ..Config::default()
+        };
+        let value = choices_json(&choice(named));
+        assert_eq!(value["broadcast"], json!([{ "up_to": null, "choice": "hub" }]));
+        assert_eq!(value["all_reduce"], json!([{ "up_to": null, "choice": "ring" }]));
+        assert_eq!((&value["source"], &value["notes"]), (&json!("model"), &json!([])));
+        let modelled = choices(&choice(Config::default()));
+        assert!(modelled.starts_with("# choices: model: all_reduce packet up to "), "{modelled}");
+    }
 
     #[test]
     fn dates() {

@@ -4,7 +4,8 @@
 
 use peerlane::algorithm::UnknownName;
 use peerlane::model::Preset;
-use peerlane::{Algorithm, DType, Operation, ReduceOp, Transport, Wire};
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Route, Transport, Wire};
+use std::str::FromStr;
 use std::time::Duration;
 
 /// The collectives, in the order in which they are reported.
@@ -66,19 +67,43 @@ pub(crate) const fn algorithm_name(algorithm: Option<Algorithm>) -> &'static str
     }
 }
 
+/// The name of a way to carry out a broadcast; `None` leaves the choice to the plan.
+pub(crate) const fn route_name(route: Option<Route>) -> &'static str {
+    match route {
+        None => "auto",
+        Some(route) => route.name(),
+    }
+}
+
 /// The value of `--algorithm`: ways to carry out an all-reduce, one after the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Choice(pub(crate) Vec<Option<Algorithm>>);
+pub(crate) struct Algorithms(pub(crate) Vec<Option<Algorithm>>);
+
+/// The value of `--route`: ways to carry out a broadcast, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Routes(pub(crate) Vec<Option<Route>>);
 
 /// A way to carry out an all-reduce, or all of them.
-pub(crate) fn algorithm(text: &str) -> Result<Choice, String> {
+pub(crate) fn algorithms(text: &str) -> Result<Algorithms, String> {
+    ways(text, &Algorithm::ALL).map(Algorithms)
+}
+
+/// A way to carry out a broadcast, or all of them.
+pub(crate) fn routes(text: &str) -> Result<Routes, String> {
+    ways(text, &Route::ALL).map(Routes)
+}
+
+fn ways<T: Copy + FromStr<Err = UnknownName>>(
+    text: &str,
+    all: &[T],
+) -> Result<Vec<Option<T>>, String> {
     match text {
-        "auto" => Ok(Choice(vec![None])),
-        "all" => Ok(Choice(Algorithm::ALL.map(Some).into())),
+        "auto" => Ok(vec![None]),
+        "all" => Ok(all.iter().copied().map(Some).collect()),
         _ => {
             let known =
                 |error: UnknownName| error.to_string().replacen("one of ", "one of auto, all, ", 1);
-            text.parse().map(|algorithm| Choice(vec![Some(algorithm)])).map_err(known)
+            text.parse().map(|way| vec![Some(way)]).map_err(known)
         }
     }
 }
@@ -115,6 +140,22 @@ pub(crate) fn bytes(text: &str) -> Result<usize, String> {
     number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
+/// The sizes from `--min` to `--max`, each `factor` times the one before; `least` is the smallest that means
+/// something.
+pub(crate) fn sizes(
+    least: usize,
+    min: usize,
+    max: usize,
+    factor: usize,
+) -> Result<Vec<usize>, String> {
+    if min < least || min > max {
+        let (least, max) = (bytes_name(least), bytes_name(max));
+        return Err(format!("--min: expected {least} to {max}, got {}", bytes_name(min)));
+    }
+    let next = |size: &usize| size.checked_mul(factor).filter(|next| *next <= max);
+    Ok(std::iter::successors(Some(min), next).collect())
+}
+
 /// Writes a number of bytes as briefly as it reads back: `65536` as `64K`.
 pub(crate) fn bytes_name(bytes: usize) -> String {
     for (shift, suffix) in [(30, "G"), (20, "M"), (10, "K")] {
@@ -130,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes() {
+    fn byte_counts() {
         assert_eq!(bytes("1"), Ok(1));
         assert_eq!(bytes("64K"), Ok(65536));
         assert_eq!(bytes("3M"), Ok(3 << 20));
@@ -140,6 +181,15 @@ mod tests {
         for size in [0, 1, 1000, 1024, 65536, 3 << 20, 1 << 30] {
             assert_eq!(bytes(&bytes_name(size)), Ok(size));
         }
+    }
+
+    #[test]
+    fn ranges_of_sizes() {
+        assert_eq!(sizes(1, 1 << 10, 5 << 10, 2), Ok(vec![1 << 10, 2 << 10, 4 << 10]));
+        assert_eq!(sizes(2, 2, 2, 4), Ok(vec![2]));
+        assert_eq!(sizes(1, usize::MAX, usize::MAX, 2), Ok(vec![usize::MAX]));
+        assert_eq!(sizes(2, 1, 64 << 10, 4), Err("--min: expected 2 to 64K, got 1".into()));
+        assert_eq!(sizes(1, 2 << 20, 1 << 20, 4), Err("--min: expected 1 to 1M, got 2M".into()));
     }
 
     #[test]
@@ -156,10 +206,13 @@ mod tests {
         assert_eq!(operation("gather"), Ok(Operation::Gather));
         assert_eq!(transport("host"), Ok(Transport::Host));
         assert_eq!(operation("all-reduce"), operation("all_reduce"));
-        assert_eq!(algorithm("auto"), Ok(Choice(vec![None])));
-        assert_eq!(algorithm("two-shot"), Ok(Choice(vec![Some(Algorithm::TwoShot)])));
-        assert_eq!(algorithm("all").unwrap().0.len(), Algorithm::ALL.len());
-        assert!(algorithm("two").unwrap_err().starts_with("expected one of auto, all, packet, "));
+        assert_eq!(algorithms("auto"), Ok(Algorithms(vec![None])));
+        assert_eq!(algorithms("two-shot"), Ok(Algorithms(vec![Some(Algorithm::TwoShot)])));
+        assert_eq!(algorithms("all").unwrap().0.len(), Algorithm::ALL.len());
+        assert!(algorithms("two").unwrap_err().starts_with("expected one of auto, all, packet, "));
+        assert_eq!(routes("hub"), Ok(Routes(vec![Some(Route::Hub)])));
+        assert_eq!(routes("all").unwrap().0.len(), Route::ALL.len());
+        assert!(routes("ring").unwrap_err().starts_with("expected one of auto, all, direct, "));
         assert_eq!(fabric("pcie"), Ok(Preset::Pcie));
         assert_eq!(
             dtype("f64").unwrap_err(),

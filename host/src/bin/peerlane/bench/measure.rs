@@ -54,8 +54,7 @@ impl Ranks {
         job: &Job,
         inputs: &[Vec<u8>],
     ) -> Result<Result<(), String>, Fail> {
-        let algorithm = self.ranks[0].contenders[contender].algorithm(job).or(job.algorithm);
-        let outcome = Job { algorithm, ..*job }.outcome(inputs);
+        let outcome = self.settled(contender, job).outcome(inputs);
         self.each(|rank| {
             rank.load(contender, job, &inputs[rank.rank as usize])?;
             rank.call(contender, job)
@@ -63,6 +62,14 @@ impl Ranks {
         let verdicts =
             self.each(|rank| Ok(rank.verify(contender, job, job.expected(rank.rank, &outcome))))?;
         Ok(verdicts.into_iter().find(Result::is_err).unwrap_or(Ok(())))
+    }
+
+    /// The job with what the contender takes where the job leaves it to it.
+    pub(crate) fn settled(&self, contender: usize, job: &Job) -> Job {
+        let contender = &self.ranks[0].contenders[contender];
+        let algorithm = contender.algorithm(job).or(job.algorithm);
+        let route = contender.route(job).or(job.route);
+        Job { algorithm, route, ..*job }
     }
 
     /// Times every contender: `[contender][sample]`, the slowest rank's microseconds per call.
@@ -189,7 +196,8 @@ mod tests {
 
     fn job(op: Operation) -> Job {
         let (dtype, wire, reduce) = (DType::F32, Wire::Native, ReduceOp::Sum);
-        Job { op, dtype, wire, reduce, algorithm: None, root: 1, world: 3, count: 0 }.sized(600)
+        Job { op, dtype, wire, reduce, algorithm: None, route: None, root: 1, world: 3, count: 0 }
+            .sized(600)
     }
 
     #[test]

@@ -17,17 +17,18 @@ pub(crate) mod report;
 pub(crate) mod results;
 
 use crate::devices::Devices;
-use crate::parse::{self, Choice};
+use crate::output::Carrier;
+use crate::parse::{self, Algorithms, Routes};
 use crate::{Common, Outcome, drawing, output};
 use clap::ValueEnum;
 use job::Job;
 use measure::Ranks;
 use nccl::Nccl;
 use ours::Ours;
+use peerlane::choice::Choice;
 use peerlane::model::Preset;
 use peerlane::{
-    Algorithm, Communicator, Config, DType, Operation, ReduceOp, STAGING_BYTES, Transport, Tuning,
-    Wire,
+    Communicator, Config, DType, Operation, ReduceOp, STAGING_BYTES, Transport, Tuning, Wire,
 };
 use rank::{Fail, Rank, Timing};
 use registered::Registered;
@@ -68,8 +69,12 @@ pub(crate) struct Options {
     op_type: ReduceOp,
     /// How an all-reduce is carried out: auto, all, or one of packet, full, two-shot, staged, ring, tree,
     /// double-tree, hierarchical, and copy-two-shot to copy-hierarchical.
-    #[arg(long, default_value = "auto", value_parser = parse::algorithm)]
-    algorithm: Choice,
+    #[arg(long, default_value = "auto", value_parser = parse::algorithms)]
+    algorithm: Algorithms,
+    /// How a broadcast is carried out: auto, all, or one of direct, hub, chain, tree, double-tree, and
+    /// copy-direct to copy-double-tree.
+    #[arg(long, default_value = "auto", value_parser = parse::routes)]
+    route: Routes,
     #[command(flatten)]
     choosing: Choosing,
     /// The machine that all-reduces and broadcasts on simulated GPUs are predicted for: nvswitch,
@@ -82,10 +87,10 @@ pub(crate) struct Options {
     /// What carries data from rank to rank: auto, p2p or host. Left out: PEERLANE_TRANSPORT, else auto.
     #[arg(long, value_parser = parse::transport)]
     transport: Option<Transport>,
-    /// Bytes of a rank's staging area, which algorithms named copy-... need. Left out: 64M for those.
+    /// Bytes of a rank's staging area, which algorithms and routes named copy-... need. Left out: 64M for those.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     staging: Option<usize>,
-    /// Bytes that algorithms named copy-... copy at once. Left out: half of a part, at least 4M.
+    /// Bytes that algorithms and routes named copy-... copy at once. Left out: half of a part, at least 4M.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     chunk: Option<usize>,
     /// All-reduce registered tensors, in place and without mailboxes, instead of by an algorithm.
@@ -164,13 +169,14 @@ pub(crate) fn run(options: &Options) -> Outcome {
     let rival = options.compare.map(|Rival::Nccl| Nccl::load()).transpose()?;
     let nccl_version = rival.as_ref().map(|nccl| nccl.version()).transpose()?;
     print_head(&plan, &devices, nccl_version.as_deref());
-    let (mut ranks, used) = plan.connect(&devices, rival.as_ref())?;
-    println!("# transport: {} ({used})", plan.config.transport);
+    let (mut ranks, used, choice) = plan.connect(&devices, rival.as_ref())?;
+    println!("# transport: {} ({})", plan.config.transport, used.name());
+    print!("{}", output::choices(&choice));
     let mut series = Vec::new();
     for job in plan.jobs() {
         match plan.measure(&job, &mut ranks, &devices) {
-            // Of several algorithms, one that this communicator refuses does not stop the others.
-            Err(error) if plan.has_more_algorithms(&job) && is_refused(&error) => {
+            // Of several ways, one that this communicator refuses does not stop the others.
+            Err(error) if plan.has_more_ways(&job) && output::is_refusal(&error) => {
                 println!("# not run: {error}");
             }
             measured => series.push(measured?),
@@ -179,8 +185,9 @@ pub(crate) fn run(options: &Options) -> Outcome {
     print!("{}", report::comparison(&series));
     let right = series.iter().flat_map(|s: &Series| &s.rows).all(|row| row.failure.is_none());
     let mut provenance = output::provenance(&devices).as_object().cloned().unwrap_or_default();
-    let transport = json!({ "asked": plan.config.transport, "used": used });
+    let transport = json!({ "asked": plan.config.transport, "used": used.name() });
     provenance.insert("transport".into(), transport);
+    provenance.insert("choices".into(), output::choices_json(&choice));
     let results = Results { provenance, nccl_version, series };
     if let Some(path) = &options.common.json {
         output::write_json(path, &serde_json::to_value(&results)?)?;
@@ -192,12 +199,6 @@ pub(crate) fn run(options: &Options) -> Outcome {
         plot::draw(path, &results)?;
     }
     Ok(right)
-}
-
-/// Whether an error says that this communicator does not have an algorithm.
-fn is_refused(error: &Fail) -> bool {
-    let error = error.downcast_ref::<peerlane::Error>();
-    matches!(error, Some(peerlane::Error::InvalidArgument { argument: "algorithm", .. }))
 }
 
 fn print_head(plan: &Plan<'_>, devices: &Devices, nccl: Option<&str>) {
@@ -238,10 +239,6 @@ impl Plan<'_> {
                 format!("--root: expected a rank below {world}, got {}", options.root).into()
             );
         }
-        let max = options.max.unwrap_or(if sim { 64 << 10 } else { 64 << 20 });
-        if options.min == 0 || options.min > max {
-            return Err(format!("--min: expected 1 to {max}, got {}", options.min).into());
-        }
         let Operations(operations) = &options.operations;
         if options.registered && operations[..] != [Operation::AllReduce] {
             let names: Vec<_> = operations.iter().map(|op| op.name()).collect();
@@ -261,33 +258,37 @@ impl Plan<'_> {
         let replays = options.replays.unwrap_or(usual) as usize;
         let timing = Timing { calls, replays, eager: options.eager };
         let config = Plan::config(options, sim)?;
-        Ok(Plan { options, world, sim, timing, config })
+        let plan = Plan { options, world, sim, timing, config };
+        plan.jobs().iter().try_for_each(|job| plan.sizes(job).map(|_| ()))?;
+        Ok(plan)
     }
 
     /// What is asked for, without sizes.
     fn jobs(&self) -> Vec<Job> {
         let Options { dtype, wire, op_type: reduce, root, .. } = *self.options;
-        let Choice(algorithms) = &self.options.algorithm;
-        let job = |op, algorithm| Job {
-            op,
-            dtype,
-            wire,
-            reduce,
-            algorithm,
-            root,
-            world: self.world,
-            count: 0,
-        };
+        let (Algorithms(algorithms), Routes(routes)) =
+            (&self.options.algorithm, &self.options.route);
+        let (algorithm, route, world, count) = (None, None, self.world, 0);
+        let job = |op| Job { op, dtype, wire, reduce, algorithm, route, root, world, count };
         let ways = |op: &Operation| match op {
-            Operation::AllReduce => algorithms.iter().map(|way| job(*op, *way)).collect(),
-            _ => vec![job(*op, None)],
+            Operation::AllReduce => {
+                algorithms.iter().map(|way| Job { algorithm: *way, ..job(*op) }).collect()
+            }
+            Operation::Broadcast => {
+                routes.iter().map(|way| Job { route: *way, ..job(*op) }).collect()
+            }
+            _ => vec![job(*op)],
         };
         self.options.operations.0.iter().flat_map(ways).collect()
     }
 
-    /// Whether the job's algorithm is one of several.
-    fn has_more_algorithms(&self, job: &Job) -> bool {
-        job.op == Operation::AllReduce && self.options.algorithm.0.len() > 1
+    /// Whether the job's algorithm or route is one of several.
+    fn has_more_ways(&self, job: &Job) -> bool {
+        match job.op {
+            Operation::AllReduce => self.options.algorithm.0.len() > 1,
+            Operation::Broadcast => self.options.route.0.len() > 1,
+            _ => false,
+        }
     }
 
     /// Whether the job's times are predicted.
@@ -295,16 +296,19 @@ impl Plan<'_> {
         self.sim && !self.options.registered && predict::knows(job)
     }
 
-    /// The sizes of a job. A barrier has one: none.
-    fn sizes(&self, job: &Job) -> Vec<usize> {
-        if job.op == Operation::Barrier {
-            return vec![0];
-        }
+    /// The largest size of a job.
+    fn max(&self, job: &Job) -> usize {
         let usual = if self.sim && !self.is_predicted(job) { 64 << 10 } else { 64 << 20 };
-        let max = self.options.max.unwrap_or(usual);
+        self.options.max.unwrap_or(usual)
+    }
+
+    /// The sizes of a job. A barrier has one: none.
+    fn sizes(&self, job: &Job) -> Result<Vec<usize>, String> {
+        if job.op == Operation::Barrier {
+            return Ok(vec![0]);
+        }
         let factor = self.options.factor.unwrap_or(if self.sim { 4 } else { 2 }) as usize;
-        let next = |size: &usize| size.checked_mul(factor).filter(|next| *next <= max);
-        std::iter::successors(Some(self.options.min), next).collect()
+        parse::sizes(1, self.options.min, self.max(job), factor)
     }
 
     /// Whether the job, with its size, is carried out.
@@ -314,30 +318,35 @@ impl Plan<'_> {
 
     fn config(options: &Options, sim: bool) -> peerlane::Result<Config> {
         let Options { staging, chunk: chunk_bytes, transport, .. } = *options;
-        let is_scheduled = |way: &Option<Algorithm>| matches!(way, Some(Algorithm::Scheduled(_)));
-        let usual = if sim { 1 << 20 } else { STAGING_BYTES };
-        let wanted = options.algorithm.0.iter().any(is_scheduled).then_some(usual);
+        let mut algorithms = options.algorithm.0.iter().flatten();
+        let mut routes = options.route.0.iter().flatten();
+        let copies =
+            algorithms.any(|way| way.is_scheduled()) || routes.any(|way| way.is_scheduled());
+        let wanted = copies.then_some(if sim { 1 << 20 } else { STAGING_BYTES });
         let config = options.choosing.config()?;
         let transport = transport.unwrap_or(config.transport);
         Ok(Config { transport, staging_bytes: staging.or(wanted), chunk_bytes, ..config })
     }
 
-    /// Makes the ranks, with buffers for the largest job; says what carries their data.
+    /// Makes the ranks, with buffers for the largest job; says what carries their data, and what they
+    /// choose.
     fn connect(
         &self,
         devices: &Devices,
         rival: Option<&Arc<Nccl>>,
-    ) -> Result<(Ranks, &'static str), Fail> {
+    ) -> Result<(Ranks, Carrier, Choice), Fail> {
         let gpus = devices.for_ranks(self.world);
-        let all = self.jobs().into_iter();
-        let sized =
-            all.flat_map(|job| self.sizes(&job).into_iter().map(move |size| job.sized(size)));
+        let mut sized = Vec::new();
+        for job in self.jobs() {
+            sized.extend(self.sizes(&job)?.into_iter().map(|size| job.sized(size)));
+        }
         let (src, dst) = sized
+            .iter()
             .filter(|job| self.is_carried_out(job))
             .fold((0, 0), |(src, dst), job| (src.max(job.src_bytes()), dst.max(job.dst_bytes())));
         let mut ranks = Vec::new();
         let communicators = Communicator::connect(&gpus, &self.config)?;
-        let used = communicators.first().map_or(Ok("p2p"), output::transport)?;
+        let (used, choice) = (Carrier::of(&communicators[0])?, communicators[0].choice().clone());
         for communicator in &communicators {
             ranks.push(Rank::new(communicator.rank(), communicator.gpu().clone(), src, dst)?);
         }
@@ -360,7 +369,7 @@ impl Plan<'_> {
                 rank.contenders.push(Box::new(contender));
             }
         }
-        Ok((Ranks { ranks, threads: !devices.simulated_only() }, used))
+        Ok((Ranks { ranks, threads: !devices.simulated_only() }, used, choice))
     }
 
     fn measure(&self, job: &Job, ranks: &mut Ranks, devices: &Devices) -> Result<Series, Fail> {
@@ -370,7 +379,7 @@ impl Plan<'_> {
         let predicted = self.is_predicted(job);
         let head = if predicted { report::predicted_head() } else { report::line_head(compared) };
         println!("{head}");
-        let sizes = self.sizes(job);
+        let sizes = self.sizes(job)?;
         let progress = output::progress(sizes.len());
         for size in sizes {
             progress.set_message(format!("{} {}", job.op.name(), parse::bytes_name(size)));
@@ -402,7 +411,7 @@ impl Plan<'_> {
             return Ok(row);
         }
         if self.is_predicted(job) {
-            row.predicted = predict::predict(job, self.options.fabric);
+            row.predicted = predict::predict(&ranks.settled(0, job), self.options.fabric);
         } else {
             let times = ranks.time(job, &self.timing)?;
             let sum_up = |samples| results::Timing::new(samples, job.bytes(), job.bus_factor());
@@ -418,9 +427,10 @@ impl Plan<'_> {
             dtype: job.dtype.name().into(),
             wire: parse::wire_name(job.wire).into(),
             reduce: job.reduce.name().into(),
-            algorithm: match self.options.registered {
-                true => "direct".into(),
-                false => parse::algorithm_name(job.algorithm).into(),
+            algorithm: match job.op {
+                _ if self.options.registered => "direct".into(),
+                Operation::Broadcast => parse::route_name(job.route).into(),
+                _ => parse::algorithm_name(job.algorithm).into(),
             },
             root: job.root,
             world: job.world,
@@ -434,60 +444,4 @@ impl Plan<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-    use peerlane::Algorithm;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
-    fn options(line: &str) -> Result<Options, clap::Error> {
-        Line::try_parse_from(std::iter::once("bench").chain(line.split(' ')))
-            .map(|line| line.options)
-    }
-
-    #[test]
-    fn all_algorithms_are_checked_and_predicted_on_simulated_gpus() {
-        let file = std::env::temp_dir().join(format!("peerlane-bench-{}.json", std::process::id()));
-        let line = "all-reduce --devices sim:3 --algorithm all --max 4M --factor 64 --fabric pcie";
-        let json = format!("{line} --json {}", file.display());
-        assert!(run(&options(&json).unwrap()).unwrap());
-        let results = report::read(&file).unwrap();
-        std::fs::remove_file(&file).unwrap();
-        // The communicator may refuse those that copy engines carry out.
-        let fused = Algorithm::ALL.iter().filter(|a| !matches!(a, Algorithm::Scheduled(_)));
-        assert!(results.series.len() >= fused.count());
-        for series in &results.series {
-            let sizes: Vec<_> = series.rows.iter().map(|row| (row.bytes, row.checked)).collect();
-            assert_eq!(sizes, [(1 << 10, true), (64 << 10, true), (4 << 20, false)]);
-            assert!(series.rows.iter().all(|row| row.failure.is_none() && row.predicted.is_some()));
-            assert_eq!(series.fabric.as_deref(), Some("pcie"));
-        }
-    }
-
-    #[test]
-    fn registered_tensors_are_checked() {
-        let line = "all-reduce --devices sim:3 --registered --max 20K --factor 16";
-        assert!(run(&options(line).unwrap()).unwrap());
-        let other = run(&options("broadcast --devices sim:2 --registered").unwrap());
-        let error = other.unwrap_err().to_string();
-        assert_eq!(error, "--registered: expected all_reduce, got broadcast");
-        assert!(options("all-reduce --registered --algorithm ring").is_err());
-    }
-
-    #[test]
-    fn names_that_nothing_has_are_answered_with_those_that_exist() {
-        for (line, expected) in [
-            ("all-reduce --algorithm fast", "expected one of auto, all, packet, "),
-            ("all-reduce --fabric star", "expected one of nvswitch, nvlink-pairs, "),
-            ("all-reduced", "expected one of all_reduce, "),
-        ] {
-            let error = options(line).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-}
+mod tests;

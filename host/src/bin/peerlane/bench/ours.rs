@@ -7,6 +7,7 @@ use super::rank::{Contender, Fail};
 use peerlane::gpu::{DevicePtr, Stream};
 use peerlane::{
     Algorithm, AllGather, AllReduce, Broadcast, Communicator, Gather, Operation, ReduceScatter,
+    Route,
 };
 
 /// One rank of a communicator.
@@ -20,7 +21,7 @@ impl Contender for Ours {
         dst: DevicePtr,
         stream: Stream,
     ) -> Result<(), Fail> {
-        let Job { dtype, wire, reduce: op, algorithm, root, count, .. } = *job;
+        let Job { dtype, wire, reduce: op, algorithm, route, root, count, .. } = *job;
         let (contribution, bytes) = (true, job.part_bytes());
         // SAFETY: the caller vouches for both buffers.
         unsafe {
@@ -38,7 +39,8 @@ impl Contender for Ours {
                     self.0.all_gather(&AllGather { src, dst, bytes }, stream)?;
                 }
                 Operation::Broadcast => {
-                    self.0.broadcast(&Broadcast::new(dst, bytes, root), stream)?;
+                    let call = Broadcast { route, ..Broadcast::new(dst, bytes, root) };
+                    self.0.broadcast(&call, stream)?;
                 }
                 Operation::Gather => {
                     let widths = &vec![bytes; job.world as usize][..];
@@ -66,5 +68,11 @@ impl Contender for Ours {
         let Job { dtype, wire, algorithm, count, .. } = *job;
         let call = AllReduce { wire, algorithm, ..AllReduce::in_place(DevicePtr(0), count, dtype) };
         Some(self.0.algorithm_for(&call))
+    }
+
+    fn route(&self, job: &Job) -> Option<Route> {
+        let Job { route, root, .. } = *job;
+        let call = Broadcast { route, ..Broadcast::new(DevicePtr(0), job.part_bytes(), root) };
+        Some(self.0.route_for(&call))
     }
 }

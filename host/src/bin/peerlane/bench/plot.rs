@@ -6,13 +6,14 @@
 
 use super::rank::Fail;
 use super::results::{Results, Row, Series};
-use crate::drawing::FONT;
+use crate::drawing::{self, FONT, Picture};
 use crate::parse::bytes_name;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::path::Path;
 
-const SIZE: (u32, u32) = (900, 560);
+/// Pixels of a picture.
+pub(crate) const SIZE: (u32, u32) = (900, 560);
 /// One line and the one beside it.
 pub(crate) struct Line {
     /// What the key says.
@@ -35,17 +36,7 @@ pub(crate) struct Chart {
 
 /// Draws results. [`prepare`](crate::drawing::prepare) has been called.
 pub(crate) fn draw(path: &Path, results: &Results) -> Result<(), Fail> {
-    draw_chart(path, &chart(results))
-}
-
-/// Draws a picture. [`prepare`](crate::drawing::prepare) has been called.
-pub(crate) fn draw_chart(path: &Path, chart: &Chart) -> Result<(), Fail> {
-    let drawn = if path.extension().is_some_and(|e| e == "svg") {
-        draw_on(&SVGBackend::new(path, SIZE).into_drawing_area(), chart)
-    } else {
-        draw_on(&BitMapBackend::new(path, SIZE).into_drawing_area(), chart)
-    };
-    drawn.map_err(|error| format!("--plot: cannot draw {}: {error}", path.display()).into())
+    drawing::draw(path, SIZE, &chart(results))
 }
 
 /// The picture of results.
@@ -84,55 +75,58 @@ fn points(series: &Series, us: impl Fn(&Row) -> Option<f64>) -> Vec<(f64, f64)> 
     series.rows.iter().filter_map(point).filter(drawable).collect()
 }
 
-fn draw_on<B: DrawingBackend>(area: &DrawingArea<B, Shift>, what: &Chart) -> Result<(), Fail>
-where
-    B::ErrorType: 'static,
-{
-    let all = || what.lines.iter().flat_map(|line| line.points.iter().chain(&line.nccl));
-    let Some((x, y)) = bounds(all()) else {
-        return Err("expected at least one size that was timed, got none".into());
-    };
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(area)
-        .caption(&what.caption, (FONT, if what.caption.len() > 60 { 16 } else { 20 }))
-        .margin(16)
-        .x_label_area_size(44)
-        .y_label_area_size(64)
-        .build_cartesian_2d((x.0..x.1).log_scale().base(2.0), (y.0..y.1).log_scale())?;
-    chart
-        .configure_mesh()
-        .x_desc(what.x)
-        .y_desc("time, us")
-        .x_label_formatter(&|bytes| bytes_name(bytes.round() as usize))
-        .label_style((FONT, 14))
-        .light_line_style(WHITE)
-        .draw()?;
-    for (index, Line { label, points: ours, nccl }) in what.lines.iter().enumerate() {
-        let color = Palette99::pick(index).to_rgba();
-        let (bold, thin) = (color.stroke_width(3).filled(), color.stroke_width(1));
-        let key =
-            move |style: ShapeStyle| move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style);
+impl Picture for Chart {
+    fn draw_on<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>) -> Result<(), Fail>
+    where
+        B::ErrorType: 'static,
+    {
+        let all = || self.lines.iter().flat_map(|line| line.points.iter().chain(&line.nccl));
+        let Some((x, y)) = bounds(all()) else {
+            return Err("expected at least one size that was timed, got none".into());
+        };
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(area)
+            .caption(&self.caption, (FONT, if self.caption.len() > 60 { 16 } else { 20 }))
+            .margin(16)
+            .x_label_area_size(44)
+            .y_label_area_size(64)
+            .build_cartesian_2d((x.0..x.1).log_scale().base(2.0), (y.0..y.1).log_scale())?;
         chart
-            .draw_series(LineSeries::new(ours.iter().copied(), bold).point_size(4))?
-            .label(label)
-            .legend(key(bold));
-        if !nccl.is_empty() {
+            .configure_mesh()
+            .x_desc(self.x)
+            .y_desc("time, us")
+            .x_label_formatter(&|bytes| bytes_name(bytes.round() as usize))
+            .label_style((FONT, 14))
+            .light_line_style(WHITE)
+            .draw()?;
+        for (index, Line { label, points: ours, nccl }) in self.lines.iter().enumerate() {
+            let color = Palette99::pick(index).to_rgba();
+            let (bold, thin) = (color.stroke_width(3).filled(), color.stroke_width(1));
+            let key = move |style: ShapeStyle| {
+                move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style)
+            };
             chart
-                .draw_series(LineSeries::new(nccl.iter().copied(), thin))?
-                .label(format!("{label}: NCCL"))
-                .legend(key(thin));
-            chart.draw_series(nccl.iter().map(|point| Circle::new(*point, 4, thin)))?;
+                .draw_series(LineSeries::new(ours.iter().copied(), bold).point_size(4))?
+                .label(label)
+                .legend(key(bold));
+            if !nccl.is_empty() {
+                chart
+                    .draw_series(LineSeries::new(nccl.iter().copied(), thin))?
+                    .label(format!("{label}: NCCL"))
+                    .legend(key(thin));
+                chart.draw_series(nccl.iter().map(|point| Circle::new(*point, 4, thin)))?;
+            }
         }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .label_font((FONT, 14))
+            .background_style(WHITE.mix(0.8))
+            .border_style(BLACK.mix(0.2))
+            .draw()?;
+        area.present()?;
+        Ok(())
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .label_font((FONT, 14))
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.2))
-        .draw()?;
-    area.present()?;
-    Ok(())
 }
 
 /// The ranges of both axes, with room around the points.

@@ -6,7 +6,7 @@
 use super::job::Job;
 use crate::check::POISON;
 use peerlane::gpu::{DevicePtr, Event, GpuRef, Graph, Stream};
-use peerlane::{Algorithm, Operation};
+use peerlane::{Algorithm, Operation, Route};
 use std::collections::BTreeMap;
 
 /// Why a measurement could not be made.
@@ -42,6 +42,11 @@ pub(crate) trait Contender: Send {
 
     /// How it would carry out an all-reduce, where that decides the order of additions.
     fn algorithm(&self, _job: &Job) -> Option<Algorithm> {
+        None
+    }
+
+    /// How it would carry out a broadcast, where that is known.
+    fn route(&self, _job: &Job) -> Option<Route> {
         None
     }
 }

@@ -100,7 +100,7 @@ pub(crate) struct Series {
     pub(crate) wire: String,
     /// Reduction operator.
     pub(crate) reduce: String,
-    /// Algorithm of an all-reduce.
+    /// Algorithm of an all-reduce, route of a broadcast.
     pub(crate) algorithm: String,
     /// Root, where there is one.
     pub(crate) root: u32,
@@ -145,6 +145,10 @@ impl Series {
         }
         if matches!(self.op.as_str(), "broadcast" | "gather") {
             title += &format!(", root {}", self.root);
+        }
+        // Files from before there was a choice say "auto" of every broadcast.
+        if self.op == "broadcast" && self.algorithm != "auto" {
+            title += algorithm;
         }
         title += &format!(", {} rank{}", self.world, if self.world == 1 { "" } else { "s" });
         self.fabric.iter().fold(title, |title, fabric| title + &format!(", model of {fabric}"))

@@ -3,9 +3,9 @@
 //! Invariant: a case's name says all of it. Its inputs follow from the name and the seed alone, so
 //! the name replays the case.
 
-use crate::parse::{algorithm_name, wire_name};
+use crate::parse::{algorithm_name, route_name, wire_name};
 use peerlane::cases::Values;
-use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Route, Wire};
 
 /// What the ranks are asked to do.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,7 +34,7 @@ pub(crate) enum Call {
     /// An all-gather; in place, each rank's bytes already lie in its destination.
     AllGather { in_place: bool },
     /// A broadcast.
-    Broadcast { root: u32 },
+    Broadcast { root: u32, route: Option<Route> },
     /// A gather.
     Gather { root: u32, widths: Widths },
     /// A barrier.
@@ -158,6 +158,9 @@ impl Case {
             Call::Registered { dtype, wire, .. } => {
                 format!("{name}/{}/{}/registered/w{world}", dtype.name(), wire_name(wire))
             }
+            Call::Broadcast { route, .. } => {
+                format!("{name}/bytes/{}/w{world}", route_name(route))
+            }
             _ => format!("{name}/bytes/w{world}"),
         }
     }
@@ -172,7 +175,7 @@ impl Case {
                 format!("{}/{}/{}", op.name(), place_name(true), absent_name(absent))
             }
             Call::AllGather { in_place } => place_name(in_place).into(),
-            Call::Broadcast { root } => format!("root{root}"),
+            Call::Broadcast { root, .. } => format!("root{root}"),
             Call::Gather { root, widths } => format!("root{root}/{}", widths.name()),
             Call::Barrier => "barrier".into(),
         };
@@ -190,6 +193,23 @@ impl Case {
             Call::Broadcast { .. } => Operation::Broadcast,
             Call::Gather { .. } => Operation::Gather,
             Call::Barrier => Operation::Barrier,
+        }
+    }
+
+    /// Whether the ranks may say that they do not do this, even where peers reach each other and queues are
+    /// plenty.
+    pub(crate) fn is_impossible(&self) -> bool {
+        let Call::Reduce { wire, algorithm, .. } = self.call else { return false };
+        wire != Wire::Native && algorithm.is_some_and(Algorithm::is_scheduled)
+    }
+
+    /// Whether there are ranks that do not do this: copies and registered tensors ask more of a machine.
+    pub(crate) fn is_demanding(&self) -> bool {
+        match self.call {
+            Call::Reduce { algorithm, .. } => algorithm.is_some_and(Algorithm::is_scheduled),
+            Call::Broadcast { route, .. } => route.is_some_and(Route::is_scheduled),
+            Call::Registered { .. } => true,
+            _ => false,
         }
     }
 

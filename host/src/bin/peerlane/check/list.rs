@@ -5,7 +5,7 @@
 
 use super::case::{Call, Case, Style, Widths};
 use peerlane::cases::{Rng, Values};
-use peerlane::{Algorithm, DType, Operation, ReduceOp, Wire};
+use peerlane::{Algorithm, DType, Operation, ReduceOp, Route, Wire};
 
 /// Which cases a run takes.
 pub(crate) struct Filter<'a> {
@@ -21,16 +21,11 @@ pub(crate) struct Filter<'a> {
     /// A case that costs n times as much is taken n times less often.
     pub(crate) affordable: u64,
     pub(crate) seed: u64,
-    /// Most ranks for which scheduled algorithms are checked: what the GPUs have hardware queues for.
-    pub(crate) scheduled_ranks: u32,
 }
 
-/// Every way to carry out an all-reduce whose elements travel as `wire`, and the plan's choice.
-fn algorithms(wire: Wire) -> impl Iterator<Item = Option<Algorithm>> {
-    let is_possible = move |algorithm: &Algorithm| {
-        wire == Wire::Native || !matches!(algorithm, Algorithm::Scheduled(_))
-    };
-    Algorithm::ALL.into_iter().filter(is_possible).map(Some).chain([None])
+/// Every one of `all`, and the plan's choice.
+fn ways<T>(all: impl IntoIterator<Item = T>) -> impl Iterator<Item = Option<T>> {
+    all.into_iter().map(Some).chain([None])
 }
 
 impl Filter<'_> {
@@ -51,9 +46,6 @@ impl Filter<'_> {
         let mut cases = Vec::new();
         for operation in self.operations {
             for family in self.families(*operation) {
-                if world > self.scheduled_ranks && family.is_scheduled() {
-                    continue;
-                }
                 for count in sizes(*operation, self.sizes) {
                     for call in family.calls(world) {
                         variants(world, *count, call, |case| {
@@ -72,6 +64,7 @@ impl Filter<'_> {
         let all = match operation {
             Operation::AllReduce => true,
             Operation::ReduceScatter => false,
+            Operation::Broadcast => return ways(Route::ALL).map(Family::Broadcasts).collect(),
             other => return vec![Family::Moves(other)],
         };
         let mut families = Vec::new();
@@ -81,7 +74,8 @@ impl Filter<'_> {
                 _ => &[Wire::Native],
             };
             for wire in wires {
-                let algorithms = algorithms(*wire).filter(|algorithm| all || algorithm.is_none());
+                let algorithms =
+                    ways(Algorithm::ALL).filter(|algorithm| all || algorithm.is_none());
                 families.extend(algorithms.map(|a| Family::Reduces(all, *dtype, *wire, a)));
                 if all {
                     families.push(Family::Registered(*dtype, *wire));
@@ -101,14 +95,11 @@ fn sizes(operation: Operation, sizes: &[usize]) -> &[usize] {
 enum Family {
     Reduces(bool, DType, Wire, Option<Algorithm>),
     Registered(DType, Wire),
+    Broadcasts(Option<Route>),
     Moves(Operation),
 }
 
 impl Family {
-    fn is_scheduled(&self) -> bool {
-        matches!(self, Family::Reduces(.., Some(Algorithm::Scheduled(_))))
-    }
-
     fn calls(&self, world: u32) -> Vec<Call> {
         let places = [false, true];
         match *self {
@@ -143,8 +134,8 @@ impl Family {
             Family::Moves(Operation::AllGather) => {
                 places.map(|in_place| Call::AllGather { in_place }).into()
             }
-            Family::Moves(Operation::Broadcast) => {
-                (0..world).map(|root| Call::Broadcast { root }).collect()
+            Family::Broadcasts(route) => {
+                (0..world).map(|root| Call::Broadcast { root, route }).collect()
             }
             Family::Moves(Operation::Gather) => {
                 let mut roots = vec![0, world / 2, world - 1];
@@ -192,15 +183,22 @@ mod tests {
             plain_one_in: 1,
             affordable: u64::MAX,
             seed: 1,
-            scheduled_ranks: u32::MAX,
         }
     }
 
     #[test]
-    fn scheduled_algorithms_are_left_out_where_ranks_crowd() {
-        let few = Filter { scheduled_ranks: 2, ..filter(None, 1) };
-        let scheduled = |cases: Vec<Case>| cases.iter().any(|case| case.name().contains("/copy-"));
-        assert!(scheduled(few.cases(2)) && !scheduled(few.cases(3)));
+    fn every_algorithm_and_every_route_is_taken() {
+        let families: HashSet<_> = filter(None, 1).cases(3).iter().map(Case::family).collect();
+        for algorithm in ways(Algorithm::ALL) {
+            for types in ["f32/native", "f32/bf16", "f16/native", "bf16/native"] {
+                let name = crate::parse::algorithm_name(algorithm);
+                assert!(families.contains(&format!("all_reduce/{types}/{name}/w3")), "{name}");
+            }
+        }
+        for route in ways(Route::ALL) {
+            let name = crate::parse::route_name(route);
+            assert!(families.contains(&format!("broadcast/bytes/{name}/w3")), "{name}");
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Invariant: a case passes only if every byte of every tensor is what the reference says, ranks
 //! and reruns agree bit for bit, the bytes around each tensor are untouched and no rank recorded an
-//! error. A case that fails prints the command that runs it alone.
+//! error. A case that fails prints the command that runs it alone. What the ranks refuse before anything is
+//! queued is left out and counted, never silently; where they can do everything, a refusal is a failure.
 
 mod case;
 mod list;
@@ -14,8 +15,7 @@ use crate::devices::Devices;
 use crate::{Common, Outcome, output, parse};
 use case::Case;
 use list::Filter;
-use peerlane::gpu::GpuRef;
-use peerlane::plan::steps::LEAST_QUEUES;
+use peerlane::choice::Choice;
 use peerlane::{Config, DType, Operation, STAGING_BYTES, Transport};
 pub(crate) use round::POISON;
 use run::{Group, Verdict};
@@ -67,6 +67,8 @@ struct Tally {
     failed: usize,
     error: f64,
     time: Duration,
+    /// Why the family's other cases were not run.
+    left_out: Option<String>,
 }
 
 /// Runs the cases and prints a line per family.
@@ -79,23 +81,31 @@ pub(crate) fn run(options: &Options) -> Outcome {
         None => Config::from_environment()?.transport,
     };
     println!("checking on {devices}, seed {}, transport {transport}", options.common.seed);
+    let rows = Vec::new();
+    let choices = serde_json::Map::new();
     let mut session =
-        Session { options, devices, transport, rows: Vec::new(), failed: 0, cases: 0 };
+        Session { options, devices, transport, rows, choices, failed: 0, cases: 0, left_out: 0 };
     let started = Instant::now();
     for world in worlds {
         session.check_world(world, &filter.cases(world))?;
     }
-    let Session { devices, rows, cases, failed, .. } = session;
-    if cases == 0 {
-        return Err("check: no case matches --case, --ops, --ranks and --sizes".into());
+    let Session { devices, rows, choices, cases, failed, left_out, .. } = session;
+    match (cases, left_out) {
+        (0, 0) => return Err("check: no case matches --case, --ops, --ranks and --sizes".into()),
+        (0, _) => return Err("check: nothing was checked: every family was left out".into()),
+        _ => {}
     }
     let verdict = if failed == 0 { "ok" } else { "FAILED" };
     let seconds = started.elapsed().as_secs_f64();
-    println!("check: {cases} cases, {failed} failed, {seconds:.1} s on {devices}: {verdict}");
+    let without = if left_out == 0 { "".into() } else { format!(", {left_out} families left out") };
+    println!(
+        "check: {cases} cases, {failed} failed{without}, {seconds:.1} s on {devices}: {verdict}"
+    );
     if let Some(path) = &options.common.json {
         let mut value = output::provenance(&devices);
         value["seed"] = json!(options.common.seed);
         value["transport"] = json!({ "asked": transport });
+        value["choices"] = json!(choices);
         value["seconds"] = json!(seconds);
         value["families"] = json!(rows);
         output::write_json(path, &value)?;
@@ -148,19 +158,7 @@ fn filter<'a>(options: &'a Options, devices: &Devices, sizes: &'a [usize]) -> Fi
     let operations = if options.ops.is_empty() { &parse::OPERATIONS[..] } else { &options.ops[..] };
     let dtypes = if options.dtypes.is_empty() { &DType::ALL[..] } else { &options.dtypes[..] };
     let (name, seed) = (options.case.as_deref(), options.common.seed);
-    let crowd = |gpu: &GpuRef| gpu.hardware_queues() / LEAST_QUEUES;
-    let scheduled_ranks = devices.gpus.iter().map(crowd).sum::<usize>() as u32;
-    Filter {
-        operations,
-        dtypes,
-        sizes,
-        name,
-        one_in,
-        plain_one_in,
-        affordable,
-        seed,
-        scheduled_ranks,
-    }
+    Filter { operations, dtypes, sizes, name, one_in, plain_one_in, affordable, seed }
 }
 
 /// A run in progress.
@@ -169,8 +167,12 @@ struct Session<'a> {
     devices: Devices,
     transport: Transport,
     rows: Vec<Value>,
+    /// What calls take that do not choose for themselves, by number of ranks.
+    choices: serde_json::Map<String, Value>,
     cases: usize,
     failed: usize,
+    /// Families that the ranks refuse.
+    left_out: usize,
 }
 
 impl Session<'_> {
@@ -183,20 +185,25 @@ impl Session<'_> {
             let name = family[0].family();
             progress.set_message(name.clone());
             let (mut tally, started) = (Tally::default(), Instant::now());
-            for case in family {
+            for (index, case) in family.iter().enumerate() {
                 let mut current = match group.take() {
                     Some(group) => group,
-                    None => self.connect(world)?,
+                    None => {
+                        let new = self.connect(world)?;
+                        progress.suspend(|| self.show(world, new.choice()));
+                        new
+                    }
                 };
-                if !current.can_run(case) {
-                    group = Some(current);
-                    progress.inc(1);
-                    continue;
-                }
                 let verdict = current.run(case, self.options.common.seed);
+                let allowed = self.may_refuse(case, &current);
                 // After an error ranks may still wait for each other: the next case gets new ones.
                 if verdict.is_ok() {
                     group = Some(current);
+                }
+                if let (Ok(Verdict::Refused(error)), true) = (&verdict, allowed) {
+                    tally.left_out = Some(error.to_string());
+                    progress.inc((family.len() - index) as u64);
+                    break;
                 }
                 tally.cases += 1;
                 match verdict {
@@ -207,19 +214,31 @@ impl Session<'_> {
                     Ok(Verdict::Wrong(reason)) => {
                         progress.suspend(|| self.complain(case, &reason, &mut tally));
                     }
-                    Err(error) => {
+                    Ok(Verdict::Refused(error)) | Err(error) => {
                         progress.suspend(|| self.complain(case, &error.to_string(), &mut tally));
                     }
                 }
                 progress.inc(1);
             }
             tally.time = started.elapsed();
-            if tally.cases != 0 {
-                progress.suspend(|| self.report(&name, &tally));
-            }
+            progress.suspend(|| self.report(&name, &tally));
         }
         progress.finish_and_clear();
         group.map_or(Ok(()), Group::close)
+    }
+
+    /// Shows what calls take that do not choose for themselves, once for each number of ranks.
+    fn show(&mut self, world: u32, choice: &Choice) {
+        if self.choices.insert(format!("w{world}"), output::choices_json(choice)).is_none() {
+            print!("# {world} ranks\n{}", output::choices(choice));
+        }
+    }
+
+    /// Whether these ranks may refuse a case. Simulated ones that can do everything may not, or a library that
+    /// refuses everything would pass.
+    fn may_refuse(&self, case: &Case, group: &Group) -> bool {
+        let all = self.devices.simulated_only() && group.is_able();
+        case.is_demanding() && (case.is_impossible() || !all)
     }
 
     /// New ranks, on simulated GPUs of a new machine: theirs may have ended with an error, and what
@@ -292,15 +311,24 @@ impl Session<'_> {
     fn replay_start(&self) -> String {
         let (devices, seed) = (&self.devices.selection, self.options.common.seed);
         let mailbox = self.options.mailbox.map_or_else(String::new, |b| format!(" --mailbox {b}"));
-        format!("peerlane check --devices {devices} --seed {seed}{mailbox}")
+        let transport = match self.transport {
+            Transport::Auto => String::new(),
+            asked => format!(" --transport {asked}"),
+        };
+        format!("peerlane check --devices {devices} --seed {seed}{mailbox}{transport}")
     }
 
     fn report(&mut self, name: &str, tally: &Tally) {
         let backend = self.devices.backend_name();
         let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
-        let Tally { cases, failed, error, time } = tally;
+        let Tally { cases, failed, error, time, left_out } = tally;
         self.cases += cases;
+        self.left_out += usize::from(left_out.is_some());
         let seconds = time.as_secs_f64();
+        let verdict = match left_out {
+            Some(error) if *failed == 0 => format!("left out: {error}"),
+            _ => verdict.to_owned(),
+        };
         println!(
             "{name:<36} {backend:<4} {cases:>5} cases  max error {error:>8.1e}  {seconds:>6.2} s  {verdict}"
         );
@@ -308,8 +336,90 @@ impl Session<'_> {
             "family": name,
             "cases": cases,
             "failed": failed,
+            "left_out": left_out,
             "max_error": error,
             "seconds": seconds,
         }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::Selection;
+
+    fn options(transport: Transport) -> Options {
+        Options {
+            common: Common { devices: Some(Selection::Sim(2)), json: None, seed: 1 },
+            ranks: vec![2],
+            sizes: vec![7],
+            ops: vec![Operation::AllReduce, Operation::Broadcast],
+            dtypes: vec![DType::F32],
+            quick: true,
+            case: None,
+            mailbox: None,
+            transport: Some(transport),
+            deadline: 10,
+        }
+    }
+
+    fn session(options: &Options) -> Session<'_> {
+        let devices = Devices::open(options.common.devices.as_ref(), 1).unwrap();
+        let (transport, rows) = (options.transport.unwrap(), Vec::new());
+        let choices = serde_json::Map::new();
+        Session { options, devices, transport, rows, choices, cases: 0, failed: 0, left_out: 0 }
+    }
+
+    /// What became of the families whose names begin so.
+    fn families(transport: Transport, name: &str) -> Vec<(usize, usize, bool)> {
+        let options = Options { case: Some(name.into()), ..options(transport) };
+        let mut session = session(&options);
+        let sizes = options.sizes.clone();
+        let cases = filter(&options, &session.devices, &sizes).cases(2);
+        let plain: Vec<_> = cases.into_iter().filter(Case::is_plain).collect();
+        session.check_world(2, &plain).unwrap();
+        assert!(session.left_out == 0 || session.cases == 0);
+        let row = |row: &Value| {
+            let number = |key: &str| row[key].as_u64().unwrap() as usize;
+            (number("cases"), number("failed"), row["left_out"].is_string())
+        };
+        session.rows.iter().map(row).collect()
+    }
+
+    #[test]
+    fn copies_are_left_out_where_ranks_meet_in_host_memory_and_checked_elsewhere() {
+        for (name, cases) in
+            [("all_reduce/f32/native/copy-one-shot", 4), ("broadcast/bytes/copy-hub", 2)]
+        {
+            assert_eq!(families(Transport::Host, name), [(0, 0, true)], "{name}");
+            assert_eq!(families(Transport::P2p, name), [(cases, 0, false)], "{name}");
+        }
+        // No transport lets copies round what they carry.
+        assert_eq!(families(Transport::P2p, "all_reduce/f32/bf16/copy-ring"), [(0, 0, true)]);
+        assert_eq!(families(Transport::Host, "broadcast/bytes/chain"), [(2, 0, false)]);
+        assert_eq!(families(Transport::Host, "all_reduce/f32/native/registered"), [(0, 0, true)]);
+    }
+
+    #[test]
+    fn only_ranks_that_cannot_may_refuse() {
+        let case = |name: &str| {
+            let options = Options { case: Some(name.into()), ..options(Transport::Auto) };
+            let devices = Devices::open(options.common.devices.as_ref(), 1).unwrap();
+            filter(&options, &devices, &[7]).cases(2)[0]
+        };
+        let (p2p, host) = (options(Transport::P2p), options(Transport::Host));
+        let (mut p2p, mut host) = (session(&p2p), session(&host));
+        let (able, unable) = (p2p.connect(2).unwrap(), host.connect(2).unwrap());
+        for (name, demanding) in [
+            ("all_reduce/f32/native/copy-ring", true),
+            ("all_reduce/f32/native/registered", true),
+            ("broadcast/bytes/copy-hub", true),
+            ("all_reduce/f32/native/ring", false),
+            ("broadcast/bytes/auto", false),
+        ] {
+            let case = case(name);
+            assert_eq!(host.may_refuse(&case, &unable), demanding, "{name}");
+            assert!(!p2p.may_refuse(&case, &able), "{name}");
+        }
     }
 }

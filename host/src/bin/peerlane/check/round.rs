@@ -102,7 +102,7 @@ impl Round {
         match case.call {
             Call::Reduce { .. } | Call::Registered { .. } => draw.reduction(),
             Call::AllGather { in_place } => Ok(draw.all_gather(in_place)),
-            Call::Broadcast { root } => Ok(draw.broadcast(root)),
+            Call::Broadcast { root, .. } => Ok(draw.broadcast(root)),
             Call::Gather { .. } => Ok(draw.gather()),
             Call::Barrier => Ok(Round { parts: Vec::new(), error: 0.0 }),
         }

@@ -6,9 +6,12 @@
 use super::case::{Call, Case, Style};
 use super::memory::{Arena, Region};
 use super::round::{Part, Place, ROWS, Round, is_shared, widths};
+use crate::output;
+use peerlane::choice::Choice;
 use peerlane::gpu::{DevicePtr, GpuRef, Graph, Stream};
+use peerlane::plan::steps::LEAST_QUEUES;
 use peerlane::{
-    AllGather, AllReduce, AllReduceRegistered, Broadcast, Communicator, Config, Gather,
+    AllGather, AllReduce, AllReduceRegistered, Broadcast, Communicator, Config, Error, Gather,
     ReduceScatter, Registration, Result, Transport,
 };
 use std::time::Duration;
@@ -19,6 +22,8 @@ pub(crate) enum Verdict {
     Right(f64),
     /// Wrong, and why.
     Wrong(String),
+    /// Not run: the ranks said that they do not do this, before anything was queued.
+    Refused(Error),
 }
 
 /// One rank.
@@ -43,6 +48,8 @@ impl Drop for Rank {
 /// All ranks of a communicator.
 pub(crate) struct Group {
     ranks: Vec<Rank>,
+    /// Calls of the current case that a rank has taken.
+    taken: usize,
 }
 
 impl Group {
@@ -54,7 +61,7 @@ impl Group {
             let (stream, arena) = (gpu.stream_create()?, Arena::new(gpu.clone()));
             ranks.push(Rank { communicator, gpu, stream, arena, registration: None });
         }
-        Ok(Group { ranks })
+        Ok(Group { ranks, taken: 0 })
     }
 
     /// Ends the group.
@@ -62,13 +69,24 @@ impl Group {
         self.ranks.iter_mut().try_for_each(|rank| rank.communicator.close())
     }
 
-    /// Whether the ranks can do what a case asks for.
-    pub(crate) fn can_run(&self, case: &Case) -> bool {
-        let mut pairs = (0..case.world).flat_map(|from| (0..case.world).map(move |to| (from, to)));
-        let by_host = |(from, to): (u32, u32)| {
-            from != to && self.ranks[0].communicator.transport(from, to) == Ok(Transport::Host)
+    /// What calls take that do not choose for themselves.
+    pub(crate) fn choice(&self) -> &Choice {
+        self.ranks[0].communicator.choice()
+    }
+
+    /// Whether every rank reaches every other's memory and has the hardware queues that copies need.
+    pub(crate) fn is_able(&self) -> bool {
+        let world = self.ranks.len() as u32;
+        let mut pairs = (0..world).flat_map(|from| (0..world).map(move |to| (from, to)));
+        let first = &self.ranks[0].communicator;
+        let by_host = |(from, to)| from != to && first.transport(from, to) != Ok(Transport::P2p);
+        let has_queues = |rank: &Rank| {
+            let ordinal = rank.gpu.properties().ordinal;
+            let on_it = |other: &&Rank| other.gpu.properties().ordinal == ordinal;
+            let sharers = self.ranks.iter().filter(on_it).count();
+            rank.gpu.hardware_queues() / sharers >= LEAST_QUEUES
         };
-        !matches!(case.call, Call::Registered { .. }) || !pairs.any(by_host)
+        !pairs.any(by_host) && self.ranks.iter().all(has_queues)
     }
 
     /// Lets all ranks reach each other's arenas, which are alike.
@@ -99,7 +117,11 @@ impl Group {
         if case.call == Call::Barrier {
             return self.run_barrier();
         }
-        let verdict = self.run_rounds(case, seed)?;
+        self.taken = 0;
+        let verdict = match self.run_rounds(case, seed) {
+            Err(error) if self.taken == 0 && output::refuses(&error) => Verdict::Refused(error),
+            verdict => verdict?,
+        };
         self.deregister()?;
         Ok(verdict)
     }
@@ -192,6 +214,7 @@ impl Group {
             for (r, rank) in self.ranks.iter_mut().enumerate() {
                 if let Some(part) = &round.parts[r] {
                     rank.issue(case, part, &places[r])?;
+                    self.taken += 1;
                 }
             }
         }
@@ -208,12 +231,16 @@ impl Group {
         let mut graphs = Vec::new();
         for (r, rank) in self.ranks.iter_mut().enumerate() {
             rank.gpu.capture_begin(rank.stream)?;
-            for (round, places) in rounds.iter().zip(places) {
-                if let Some(part) = &round.parts[r] {
-                    rank.issue(case, part, &places[r])?;
-                }
-            }
-            graphs.push(rank.gpu.capture_end(rank.stream)?);
+            let queued: Result<()> = rounds.iter().zip(places).try_for_each(|(round, places)| {
+                let Some(part) = &round.parts[r] else { return Ok(()) };
+                rank.issue(case, part, &places[r])?;
+                self.taken += 1;
+                Ok(())
+            });
+            // A stream must not be left capturing.
+            let graph = rank.gpu.capture_end(rank.stream);
+            queued?;
+            graphs.push(graph?);
         }
         Ok(graphs)
     }
@@ -320,8 +347,9 @@ impl Rank {
                 Call::AllGather { .. } => {
                     communicator.all_gather(&AllGather { src, dst, bytes: count }, stream)
                 }
-                Call::Broadcast { root } => {
-                    communicator.broadcast(&Broadcast::new(src, count, root), stream)
+                Call::Broadcast { root, route } => {
+                    let call = Broadcast { route, ..Broadcast::new(src, count, root) };
+                    communicator.broadcast(&call, stream)
                 }
                 Call::Gather { root, .. } => {
                     let widths = &widths(case)[..];

@@ -4,16 +4,15 @@
 //! same in both panels of a quantity. A pair without a figure is crossed out.
 
 use super::text::number;
-use crate::drawing::FONT;
+use crate::bench::rank::Fail;
+use crate::drawing::{self, FONT, Picture};
 use peerlane::gpu::Backend;
 use peerlane::links::{Measurement, Quantity, Traffic};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use std::error::Error;
 use std::path::Path;
 
-type Fail = Box<dyn Error + Send + Sync>;
 type Area<'a, B> = DrawingArea<B, Shift>;
 
 /// Pixels: a cell, the room left of and above a panel's cells, the heading of the picture.
@@ -29,13 +28,13 @@ const EMPTY: RGBColor = RGBColor(225, 225, 225);
 
 /// Draws what was measured on `devices`. [`prepare`](crate::drawing::prepare) has been called.
 pub(crate) fn draw(path: &Path, devices: &str, measurement: &Measurement) -> Result<(), Fail> {
-    let size = size(measurement);
-    let drawn = if path.extension().is_some_and(|e| e == "svg") {
-        draw_on(&SVGBackend::new(path, size).into_drawing_area(), devices, measurement)
-    } else {
-        draw_on(&BitMapBackend::new(path, size).into_drawing_area(), devices, measurement)
-    };
-    drawn.map_err(|error| format!("--plot: cannot draw {}: {error}", path.display()).into())
+    drawing::draw(path, size(measurement), &Heat { devices, measurement })
+}
+
+/// Heat maps of what was measured.
+struct Heat<'a> {
+    devices: &'a str,
+    measurement: &'a Measurement,
 }
 
 /// Width and height of a panel.
@@ -58,30 +57,29 @@ fn title(devices: &str, measurement: &Measurement) -> String {
     format!("Links of {devices}{note}")
 }
 
-fn draw_on<B: DrawingBackend>(
-    area: &Area<'_, B>,
-    devices: &str,
-    measurement: &Measurement,
-) -> Result<(), Fail>
-where
-    B::ErrorType: 'static,
-{
-    area.fill(&WHITE)?;
-    area.draw_text(&title(devices, measurement), &style(20, &BLACK, HPos::Left), (16, 22))?;
-    let axes = "rows act (store, load, copy), columns are the GPUs whose memory is used";
-    area.draw_text(axes, &style(13, &BLACK, HPos::Left), (16, 46))?;
-    let (width, height) = panel(measurement);
-    for (column, quantity) in (0..).zip(Quantity::ALL) {
-        let panels = Traffic::ALL.map(|traffic| measurement.matrix(quantity, traffic));
-        let range = range(panels.iter().flatten().flatten().flatten());
-        for ((row, traffic), cells) in (0..).zip(Traffic::ALL).zip(&panels) {
-            let at = (column * width, HEAD + row * height);
-            let name = format!("{}: {}", quantity.title(), traffic.name());
-            draw_panel(area, at, &name, cells, range)?;
+impl Picture for Heat<'_> {
+    fn draw_on<B: DrawingBackend>(&self, area: &Area<'_, B>) -> Result<(), Fail>
+    where
+        B::ErrorType: 'static,
+    {
+        let Heat { devices, measurement } = *self;
+        area.fill(&WHITE)?;
+        area.draw_text(&title(devices, measurement), &style(20, &BLACK, HPos::Left), (16, 22))?;
+        let axes = "rows act (store, load, copy), columns are the GPUs whose memory is used";
+        area.draw_text(axes, &style(13, &BLACK, HPos::Left), (16, 46))?;
+        let (width, height) = panel(measurement);
+        for (column, quantity) in (0..).zip(Quantity::ALL) {
+            let panels = Traffic::ALL.map(|traffic| measurement.matrix(quantity, traffic));
+            let range = range(panels.iter().flatten().flatten().flatten());
+            for ((row, traffic), cells) in (0..).zip(Traffic::ALL).zip(&panels) {
+                let at = (column * width, HEAD + row * height);
+                let name = format!("{}: {}", quantity.title(), traffic.name());
+                draw_panel(area, at, &name, cells, range)?;
+            }
         }
+        area.present()?;
+        Ok(())
     }
-    area.present()?;
-    Ok(())
 }
 
 /// Text of `size` pixels, beside its point or around it, at the height of its point.
@@ -156,7 +154,7 @@ mod tests {
         let directory = std::env::temp_dir();
         for extension in ["svg", "png"] {
             let path = directory.join(format!("peerlane-links-{}.{extension}", std::process::id()));
-            crate::drawing::prepare(&path).unwrap();
+            drawing::prepare(&path).unwrap();
             draw(&path, "3 x Test GPU (cuda)", &three(Backend::Cuda)).unwrap();
             let bytes = std::fs::read(&path).unwrap();
             std::fs::remove_file(&path).unwrap();
@@ -192,7 +190,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_not_there_is_named() {
         let path = Path::new("/nowhere/links.svg");
-        crate::drawing::prepare(path).unwrap();
+        drawing::prepare(path).unwrap();
         let error = draw(path, "", &three(Backend::Sim)).unwrap_err().to_string();
         assert!(error.starts_with("--plot: cannot draw /nowhere/links.svg"), "{error}");
     }

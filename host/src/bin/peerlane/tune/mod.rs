@@ -9,17 +9,20 @@ mod report;
 mod sweep;
 mod table;
 
+use crate::bench::job::Job;
 use crate::bench::measure::Ranks;
 use crate::bench::rank::{Fail, Rank};
 use crate::devices::Devices;
+use crate::output::Carrier;
 use crate::parse::{self, bytes_name};
 use crate::{Common, Outcome, output};
 use candidate::{Candidate, Way};
 use peerlane::choice::{Choice, TuningTable};
 use peerlane::gpu::GpuRef;
 use peerlane::links::{Cache, Key};
-use peerlane::{Communicator, Config, Tuning};
-use std::path::PathBuf;
+use peerlane::{Communicator, Config, Transport, Tuning};
+use serde_json::json;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use sweep::Sweep;
@@ -74,8 +77,9 @@ pub(crate) fn run(options: &Options) -> Outcome {
         return Ok(true);
     }
     let ways = Way::all();
-    let (mut ranks, default, used) = connect(&plan, &ways, !devices.simulated_only())?;
-    println!("# transport: {used}");
+    let transport = Config::from_environment()?.transport;
+    let (mut ranks, default, used) = connect(&plan, &ways, transport, !devices.simulated_only())?;
+    println!("# transport: {} ({})", transport, used.name());
     let mut sweep = Sweep {
         ranks: &mut ranks,
         world: plan.world,
@@ -94,28 +98,58 @@ pub(crate) fn run(options: &Options) -> Outcome {
         print!("{}", report::text(series, &ways));
     }
     println!("# {:.1} s of {:.0} s", took.as_secs_f64(), options.budget.as_secs_f64());
-    let mut written = None;
-    match &plan.place {
-        Some(path) if right => {
-            let simulated = devices.simulated_only();
-            let table = table::of(&series, &ways, &default, &plan, (simulated, used != "p2p"));
-            table.write(path)?;
-            println!("# table: {}", path.display());
-            written = Some(path);
+    let simulated = devices.simulated_only();
+    let host = used != Carrier::P2p;
+    let fate = match &plan.place {
+        Some(_) if !right => Fate::Nowhere("a result was wrong".into()),
+        Some(path) => {
+            let table = table::of(&series, &ways, &default, &plan, (simulated, host));
+            table.write(path).map_or_else(Fate::Failed, |()| Fate::Written(path))
         }
-        Some(_) => println!("# no table is written: a result was wrong"),
-        None => println!("# no table is written: {}", plan.nowhere.as_deref().unwrap_or_default()),
-    }
+        None => Fate::Nowhere(plan.nowhere.clone().unwrap_or_default()),
+    };
     if let Some(path) = &options.common.json {
         let mut value = output::provenance(&devices);
         value["tuning"] = report::json(&series, &ways);
         value["tuning"]["world"] = plan.world.into();
         value["tuning"]["seconds"] = took.as_secs_f64().into();
         value["tuning"]["budget"] = options.budget.as_secs_f64().into();
-        value["tuning"]["table"] = written.map(|path| path.display().to_string()).into();
+        value["tuning"]["table"] = fate.path().into();
+        value["tuning"]["no_table"] = fate.reason().into();
+        value["transport"] = json!({ "asked": transport, "used": used.name() });
         output::write_json(path, &value)?;
     }
+    match fate {
+        Fate::Written(path) => println!("# table: {}", path.display()),
+        Fate::Nowhere(reason) => println!("# no table is written: {reason}"),
+        Fate::Failed(reason) => return Err(reason.into()),
+    }
     Ok(right)
+}
+
+/// What became of the table. Whatever it is, the results are written where `--json` says.
+enum Fate<'a> {
+    Written(&'a Path),
+    /// Why it goes nowhere.
+    Nowhere(String),
+    /// Why it could not be written.
+    Failed(String),
+}
+
+impl Fate<'_> {
+    fn path(&self) -> Option<String> {
+        match self {
+            Fate::Written(path) => Some(path.display().to_string()),
+            _ => None,
+        }
+    }
+
+    fn reason(&self) -> Option<&str> {
+        match self {
+            Fate::Written(_) => None,
+            Fate::Nowhere(reason) | Fate::Failed(reason) => Some(reason),
+        }
+    }
 }
 
 impl Plan {
@@ -126,12 +160,8 @@ impl Plan {
             return Err("--ranks: expected 2 or more: one rank has nothing to choose, got 1".into());
         }
         let max = options.max.unwrap_or(if sim { 64 << 10 } else { 64 << 20 });
-        if options.min == 0 || options.min > max {
-            return Err(format!("--min: expected 1 to {max}, got {}", options.min).into());
-        }
         let factor = if sim { 4 } else { 2 };
-        let next = |size: &usize| size.checked_mul(factor).filter(|next| *next <= max);
-        let sizes = std::iter::successors(Some(options.min), next).collect();
+        let sizes = parse::sizes(sweep::DTYPE.bytes(), options.min, max, factor)?;
         let gpus = devices.for_ranks(world);
         let (key, nowhere) = key(&gpus, devices);
         let cached = || -> Result<PathBuf, String> {
@@ -183,20 +213,23 @@ fn key(gpus: &[GpuRef], devices: &Devices) -> (Key, Option<String>) {
 fn connect(
     plan: &Plan,
     ways: &[Way],
+    transport: Transport,
     threads: bool,
-) -> Result<(Ranks, Choice, &'static str), Fail> {
-    let transport = Config::from_environment()?.transport;
+) -> Result<(Ranks, Choice, Carrier), Fail> {
     let config = Config { tuning: Tuning::Off, transport, ..Config::default() };
     let communicators = Communicator::connect(&plan.gpus, &config)?;
     let default = communicators[0].choice().clone();
-    let used = output::transport(&communicators[0])?;
-    let largest = plan.sizes.last().copied().unwrap_or(1);
+    let used = Carrier::of(&communicators[0])?;
+    let largest = plan.sizes.last().copied().unwrap_or_default();
+    let jobs = sweep::OPERATIONS.map(|op| sweep::job(op, plan.world).sized(largest));
+    let bytes = |of: fn(&Job) -> usize| jobs.iter().map(of).max().unwrap_or_default();
+    let (src, dst) = (bytes(Job::src_bytes), bytes(Job::dst_bytes));
     let mut ranks = Vec::new();
     for communicator in communicators {
         let gpu = communicator.gpu().clone();
-        let mut rank = Rank::new(communicator.rank(), gpu, largest, largest)?;
+        let mut rank = Rank::new(communicator.rank(), gpu, src, dst)?;
         // Small numbers, whatever the element type: what is not checked is not to overflow either.
-        rank.fill(0x3c, largest, largest)?;
+        rank.fill(0x3c, src, dst)?;
         let communicator = Arc::new(Mutex::new(communicator));
         for way in ways {
             let communicator = communicator.clone();

@@ -30,6 +30,11 @@ const FIRST_SHARE: f64 = 0.6;
 /// Most samples of a candidate, first and second look.
 const SAMPLES: [usize; 2] = [15, 20];
 
+/// What a table is for.
+pub(super) const OPERATIONS: [Operation; 2] = [Operation::AllReduce, Operation::Broadcast];
+/// What is measured. Tables go by bytes, so one element type does for all.
+pub(super) const DTYPE: DType = DType::Bf16;
+
 /// What is measured, and how.
 pub(super) struct Sweep<'a> {
     pub(super) ranks: &'a mut Ranks,
@@ -75,12 +80,11 @@ pub(super) struct Series {
 impl Sweep<'_> {
     /// Measures both operations.
     pub(super) fn run(&mut self, ways: &[Way]) -> Result<Vec<Series>, Fail> {
-        let operations = [Operation::AllReduce, Operation::Broadcast];
-        let progress = output::progress(2 * operations.len() * self.sizes.len());
+        let progress = output::progress(2 * OPERATIONS.len() * self.sizes.len());
         let first = self.begin + self.budget.mul_f64(FIRST_SHARE);
         let mut all = Vec::new();
-        for (done, operation) in operations.into_iter().enumerate() {
-            let later = (operations.len() - 1 - done) * self.sizes.len();
+        for (done, operation) in OPERATIONS.into_iter().enumerate() {
+            let later = (OPERATIONS.len() - 1 - done) * self.sizes.len();
             all.push(self.first_look(operation, ways, (first, later), &progress)?);
         }
         let mut left: usize = all.iter().map(|series| series.rows.len()).sum();
@@ -121,7 +125,7 @@ impl Sweep<'_> {
                 break;
             }
             progress.set_message(format!("{} {}", operation.name(), bytes_name(*size)));
-            let job = self.job(operation).sized(*size);
+            let job = job(operation, self.world).sized(*size);
             self.check(&job, ways, &mut active, &mut series)?;
             let slice = slice(end, later + self.sizes.len() - index);
             let medians = self.time(&active, &job, slice, SAMPLES[0])?;
@@ -170,7 +174,9 @@ impl Sweep<'_> {
                 Ok(Err(wrong)) => {
                     series.failures.push(format!("{name} at {}: {wrong}", bytes_name(job.bytes())));
                 }
-                Err(error) if is_refusal(&error) => series.notes.push(format!("{name}: {error}")),
+                Err(error) if output::is_refusal(&error) => {
+                    series.notes.push(format!("{name}: {error}"))
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -219,7 +225,7 @@ impl Sweep<'_> {
         let mut candidates: Vec<usize> = close.chain(known).collect();
         candidates.sort_unstable();
         candidates.dedup();
-        let job = self.job(operation).sized(row.bytes);
+        let job = job(operation, self.world).sized(row.bytes);
         row.second = self.time(&candidates, &job, slice, SAMPLES[1])?;
         Ok(())
     }
@@ -243,14 +249,16 @@ impl Sweep<'_> {
         (row.chosen, row.chosen_any) = (chosen, any);
     }
 
-    fn job(&self, op: Operation) -> Job {
-        let (dtype, wire, reduce) = (DType::Bf16, Wire::Native, ReduceOp::Sum);
-        Job { op, dtype, wire, reduce, algorithm: None, root: 0, world: self.world, count: 0 }
-    }
-
     fn timing(&self, replays: usize) -> Timing {
         Timing { calls: self.calls, replays, eager: false }
     }
+}
+
+/// What is measured of an operation, without a size.
+pub(super) fn job(op: Operation, world: u32) -> Job {
+    let (wire, reduce) = (Wire::Native, ReduceOp::Sum);
+    let (algorithm, route) = (None, None);
+    Job { op, dtype: DTYPE, wire, reduce, algorithm, route, root: 0, world, count: 0 }
 }
 
 /// The contender that `choice` takes.
@@ -265,13 +273,6 @@ pub(super) fn default_at(
         _ => Way::AllReduce(choice.all_reduce(bytes)),
     };
     ways.iter().position(|other| *other == way).unwrap_or(0)
-}
-
-/// Whether a communicator said that it does not do this: nothing was queued then.
-fn is_refusal(error: &Fail) -> bool {
-    let error = error.downcast_ref::<peerlane::Error>();
-    use peerlane::Error::{InvalidArgument, Unsupported};
-    matches!(error, Some(InvalidArgument { .. } | Unsupported { .. }))
 }
 
 /// An even share of the time until `end`.
