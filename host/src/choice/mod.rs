@@ -195,8 +195,7 @@ fn model_all_reduce(shape: &Shape, links: &Links, exact: bool) -> Limits<Algorit
     }
     let cost = |algorithm| (algorithm, Cost::of_all_reduce(algorithm, shape, links));
     let plain = [PACKET, FULL, Algorithm::TwoShot].map(cost);
-    // Scheduled algorithms leave the multiprocessors to others; their copies are at best a quarter
-    // faster, which is within the margin.
+    // Scheduled algorithms leave the multiprocessors to others, and are slower alone.
     let others = [
         Algorithm::Staged,
         Algorithm::Ring,
