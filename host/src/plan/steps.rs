@@ -8,7 +8,7 @@
 //!
 //! Chunk c of a part is dealt with `delay` turns after turn c. A rank's reduction is delayed by the
 //! height of its tree below it; what is sent goes out in the turn before the receiver works on it, not
-//! earlier. Then the slot of chunk c - [`SLOTS`], which chunk c reuses, was emptied a turn before.
+//! earlier. Then the slot of chunk c - `SLOTS`, which chunk c reuses, was emptied a turn before.
 
 use super::forest::{Forest, Tree};
 
