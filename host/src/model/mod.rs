@@ -33,8 +33,8 @@ impl Costs {
     /// The launch is that of an empty kernel, measured. The gap, the speed of taking and the latency of
     /// [`Preset::NvSwitch`] are the least-squares fit (relative errors) of this model to one-shot
     /// all-reduces of 2 KiB to 64 MiB on two H200s; `tests::constants_fit_the_measurements` holds them to it.
-    /// What copies cost was measured with `benches/stream_ops.py`: a small copy and its flag are seen 8.7 us
-    /// later, of which 2.1 count as the step; a flag between two copies takes 2.2 us; the sum of a call of
+    /// What copies cost was measured as `benches/stream_ops.py` does: a small copy and its flag are seen 8.7 us (other
+    /// runs: 10) later, of which 2.1 count as the step; a flag between two copies takes 2.2 us; the sum of a call of
     /// 8 KiB ends 5.3 us after its data have come; a call's first copy begins some 8 us after the caller's stream.
     pub const H200: Costs = Costs {
         launch_us: 0.57,
