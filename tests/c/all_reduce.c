@@ -4,11 +4,7 @@
  * libpeerlane.so and runs it. Exit status 0: all is right; else the first thing that is not was
  * printed. */
 
-#include "peerlane.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "check.h"
 
 enum { MOST = 4, COUNT = 1000 };
 
@@ -19,31 +15,6 @@ typedef struct group {
     void *streams[MOST];
     char *tensors[MOST];
 } group;
-
-static void fail(int line, const char *what) {
-    fprintf(stderr, "all_reduce.c:%d: %s: %s\n", line, what, peerlane_last_error());
-    exit(1);
-}
-
-/* The call goes well. */
-#define OK(call)                                       \
-    do {                                               \
-        if ((call) != PEERLANE_OK) fail(__LINE__, #call); \
-    } while (0)
-
-#define TRUE(what)                           \
-    do {                                     \
-        if (!(what)) fail(__LINE__, #what);  \
-    } while (0)
-
-/* The call fails with this status, in words that hold both fragments. */
-#define REFUSED(status, first, second, call)                        \
-    do {                                                            \
-        const peerlane_status came = (call);                        \
-        if (came != (status)) fail(__LINE__, peerlane_status_name(came)); \
-        TRUE(strstr(peerlane_last_error(), (first)) != NULL);       \
-        TRUE(strstr(peerlane_last_error(), (second)) != NULL);      \
-    } while (0)
 
 static group open_group(uint32_t world, uint64_t deadline_ms) {
     group g = {.world = world};

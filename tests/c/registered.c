@@ -4,11 +4,7 @@
  * libpeerlane.so and runs it. Exit status 0: all is right; else the first thing that is not was
  * printed. */
 
-#include "peerlane.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "check.h"
 
 enum { WORLD = 3, COUNT = 600, BYTES = COUNT * 4, FIRST = 4 };
 
@@ -16,29 +12,6 @@ static peerlane_gpu *gpus[WORLD];
 static peerlane_comm *comms[WORLD];
 static void *tensors[WORLD];
 static peerlane_registration *registrations[WORLD];
-
-static void fail(int line, const char *what) {
-    fprintf(stderr, "registered.c:%d: %s: %s\n", line, what, peerlane_last_error());
-    exit(1);
-}
-
-/* The call goes well. */
-#define OK(call)                                       \
-    do {                                               \
-        if ((call) != PEERLANE_OK) fail(__LINE__, #call); \
-    } while (0)
-
-#define TRUE(what)                           \
-    do {                                     \
-        if (!(what)) fail(__LINE__, #what);  \
-    } while (0)
-
-/* The call is refused in words that hold this. */
-#define REFUSED(words, call)                                                            \
-    do {                                                                                \
-        if ((call) != PEERLANE_INVALID_ARGUMENT) fail(__LINE__, #call);                   \
-        TRUE(strstr(peerlane_last_error(), (words)) != NULL);                            \
-    } while (0)
 
 static peerlane_status reduce(uint32_t rank, size_t offset, size_t count) {
     return peerlane_all_reduce_registered(comms[rank], registrations[rank], offset, count,
@@ -65,20 +38,20 @@ static void errors(void) {
     peerlane_comm *twice[WORLD] = {comms[0], comms[1], comms[1]};
     peerlane_registration *none[WORLD];
     peerlane_reduce_options options;
-    REFUSED("offset", reduce(0, 8, 1));
-    REFUSED("count", reduce(0, 16, COUNT));
-    REFUSED("registration", peerlane_all_reduce_registered(comms[0], registrations[1], 0, 1, PEERLANE_F32,
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "offset", "", reduce(0, 8, 1));
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "count", "", reduce(0, 16, COUNT));
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "registration", "", peerlane_all_reduce_registered(comms[0], registrations[1], 0, 1, PEERLANE_F32,
                                                            PEERLANE_SUM, NULL, NULL));
-    REFUSED("registration", peerlane_all_reduce_registered(comms[0], NULL, 0, 1, PEERLANE_F32,
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "registration", "", peerlane_all_reduce_registered(comms[0], NULL, 0, 1, PEERLANE_F32,
                                                            PEERLANE_SUM, NULL, NULL));
     OK(peerlane_reduce_options_init(&options, sizeof options));
     options.algorithm = PEERLANE_ALGORITHM_TWO_SHOT;
-    REFUSED("algorithm", peerlane_all_reduce_registered(comms[0], registrations[0], 0, 1, PEERLANE_F32,
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "algorithm", "", peerlane_all_reduce_registered(comms[0], registrations[0], 0, 1, PEERLANE_F32,
                                                         PEERLANE_SUM, &options, NULL));
-    REFUSED("twice", peerlane_register_all(twice, WORLD, tensors, BYTES, none));
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "twice", "", peerlane_register_all(twice, WORLD, tensors, BYTES, none));
     TRUE(none[0] == NULL && none[2] == NULL);
-    REFUSED("world_size", peerlane_register_all(comms, 17, tensors, BYTES, none));
-    REFUSED("bytes", peerlane_register_all(comms, WORLD, tensors, BYTES + 1, none));
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "world_size", "", peerlane_register_all(comms, 17, tensors, BYTES, none));
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "bytes", "", peerlane_register_all(comms, WORLD, tensors, BYTES + 1, none));
 }
 
 int main(void) {
@@ -94,7 +67,7 @@ int main(void) {
     errors();
     values();
     OK(peerlane_deregister_all(comms, WORLD, registrations));
-    REFUSED("deregistered", reduce(0, 0, 1));
+    REFUSED(PEERLANE_INVALID_ARGUMENT, "deregistered", "", reduce(0, 0, 1));
     for (uint32_t rank = 0; rank < WORLD; rank++) {
         peerlane_registration_free(registrations[rank]);
         OK(peerlane_gpu_free(gpus[rank], tensors[rank]));

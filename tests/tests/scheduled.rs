@@ -2,7 +2,7 @@
 //! world, and what becomes of them when a peer does not come.
 
 use peerlane::cases::{Rng, Values};
-use peerlane::gpu::sim;
+use peerlane::gpu::{Graph, sim};
 use peerlane::reference::first_difference;
 use peerlane::{
     Algorithm, Config, DType, Error, Format, Meeting, Pattern, ReduceOp, Route, Spread, Wire,
@@ -128,6 +128,22 @@ fn ranks_that_share_a_gpu_have_fewer_streams() {
     }
 }
 
+/// What the ranks hold after their graphs have run once more.
+fn replayed(
+    group: &mut Group,
+    graphs: &[Graph],
+    memory: &[Memory],
+    script: &Script,
+) -> Vec<Vec<u8>> {
+    for ((rank, memory), image) in group.ranks.iter().zip(memory).zip(&script.images) {
+        memory.write(&image.before, rank.stream).unwrap();
+    }
+    for (rank, graph) in group.ranks.iter().zip(graphs) {
+        rank.gpu.graph_launch(*graph, rank.stream).unwrap();
+    }
+    group.collect(memory, script).unwrap()
+}
+
 fn broadcast(bytes: usize, root: u32, spread: Spread) -> Job {
     Job::plain(Call::Broadcast { bytes, root, route: Some(Route::Scheduled(spread)) })
 }
@@ -158,13 +174,7 @@ fn broadcasts_replay_beside_reductions() {
     let memory = group.load(&script).unwrap();
     let graphs = group.capture(&script, &memory).unwrap();
     for _ in 0..2 {
-        for ((rank, memory), image) in group.ranks.iter().zip(&memory).zip(&script.images) {
-            memory.write(&image.before, rank.stream).unwrap();
-        }
-        for (rank, graph) in group.ranks.iter().zip(&graphs) {
-            rank.gpu.graph_launch(*graph, rank.stream).unwrap();
-        }
-        assert_eq!(group.collect(&memory, &script).unwrap(), expected);
+        assert_eq!(replayed(&mut group, &graphs, &memory, &script), expected);
     }
 }
 
@@ -266,13 +276,7 @@ fn graphs_replay() {
         let memory = group.load(&many).unwrap();
         let graphs = group.capture(&many, &memory).unwrap();
         for _ in 0..3 {
-            for ((rank, memory), image) in group.ranks.iter().zip(&memory).zip(&many.images) {
-                memory.write(&image.before, rank.stream).unwrap();
-            }
-            for (rank, graph) in group.ranks.iter().zip(&graphs) {
-                rank.gpu.graph_launch(*graph, rank.stream).unwrap();
-            }
-            let found = group.collect(&memory, &many).unwrap();
+            let found = replayed(&mut group, &graphs, &memory, &many);
             compare(&many, &kernel, &found).unwrap();
             // A call in between, in other chunks, finds the flags as it left them.
             let steps = run(&mut group, &many).unwrap();
