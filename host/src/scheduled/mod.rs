@@ -262,8 +262,8 @@ impl Scheduled {
     /// the first chunks need no other room. Every flag of an area goes down and up once in each
     /// call, whoever sends to whom in it, so that calls can follow each other in any order.
     ///
-    /// No note says that a stream waits here: whoever has not ended its last call has not begun this one,
-    /// for which [`Scheduled::await_peers`] waits.
+    /// No note says that a stream waits here but where it is that of the reductions: whoever has not ended its
+    /// last call has not begun this one, for which [`Scheduled::await_peers`] waits there, with a note.
     unsafe fn open(&mut self) -> Result<()> {
         let busy = self.board.offset(offset_of!(Board, busy));
         self.lanes[REDUCE].pending.push(MemoryOp::Write(busy, 1));
@@ -272,11 +272,13 @@ impl Scheduled {
                 let area = self.staging[self.rank as usize].offset(staging::area_flag(peer));
                 let begun = self.staging[peer as usize].offset(staging::begun_flag(self.rank));
                 let lane = self.send_lane(peer);
-                self.lanes[lane].pending.extend([
-                    MemoryOp::Wait(area, UP),
-                    MemoryOp::Write(area, 0),
-                    MemoryOp::Write(begun, UP),
-                ]);
+                if lane == REDUCE {
+                    self.await_flag(lane, area, Board::note(0, phase::CREDIT, peer));
+                } else {
+                    let taken = [MemoryOp::Wait(area, UP), MemoryOp::Write(area, 0)];
+                    self.lanes[lane].pending.extend(taken);
+                }
+                self.lanes[lane].pending.push(MemoryOp::Write(begun, UP));
             }
         }
         // SAFETY: passed on to the caller.

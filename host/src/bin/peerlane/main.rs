@@ -41,7 +41,7 @@ enum Command {
     Check(check::Options),
     /// Measures collectives the way nccl-tests does.
     Bench(bench::Options),
-    /// Measures every algorithm and keeps a table of what is fastest at each size.
+    /// Measures every algorithm that is one kernel and keeps a table of what is fastest at each size.
     Tune(tune::Options),
     /// Writes Markdown tables of results that `bench --json` wrote.
     Report(bench::report::Options),

@@ -68,7 +68,7 @@ pub(crate) struct Options {
     #[arg(long, default_value = "sum", value_parser = parse::reduce_op)]
     op_type: ReduceOp,
     /// How an all-reduce is carried out: auto, all, or one of packet, full, two-shot, staged, ring, tree,
-    /// double-tree, hierarchical, and copy-two-shot to copy-hierarchical.
+    /// double-tree, hierarchical, and copy-two-shot to copy-one-shot.
     #[arg(long, default_value = "auto", value_parser = parse::algorithms)]
     algorithm: Algorithms,
     /// How a broadcast is carried out: auto, all, or one of direct, hub, chain, tree, double-tree, and

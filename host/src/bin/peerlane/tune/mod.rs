@@ -1,4 +1,4 @@
-//! `peerlane tune`: measures every algorithm and every route on this machine and keeps a table of what
+//! `peerlane tune`: measures every algorithm and every route that is one kernel on this machine and keeps a table of what
 //! is fastest at each size (docs/tuning.md).
 //!
 //! Invariant: a table is written whole or not at all, and not if a result was wrong. Simulated times
