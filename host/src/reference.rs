@@ -169,7 +169,9 @@ impl Reduction<'_> {
         let tolerance = error + (reach * 2f64.powi(-bits)).max(smallest / 2.0);
         // What a rank passes on has not been divided yet.
         let passed_on = if hops == 0.0 { 0.0 } else { magnitude * 1.1 };
-        let fits = magnitude < f64::from(f32::MAX) && (reach + tolerance).max(passed_on) < largest;
+        // NaN, the most or least of nothing, has no bound, so nothing may swallow it.
+        let fits =
+            magnitude < f64::from(f32::MAX) && reach + tolerance < largest && passed_on < largest;
         Bound { value, tolerance: if fits { tolerance } else { f64::INFINITY } }
     }
 
@@ -274,6 +276,15 @@ pub fn largest_error(dtype: DType, result: &[u8], bounds: &[Bound]) -> Result<f6
 mod tests {
     use super::*;
     use crate::cases::{Rng, Values, elements};
+
+    #[test]
+    fn the_most_of_nothing_has_no_bound() {
+        for op in [ReduceOp::Max, ReduceOp::Min] {
+            let (dtype, wire, order) = (DType::F32, Wire::Native, Order::along(&None));
+            let reduction = Reduction { inputs: &[None], dtype, op, wire, order };
+            assert!(reduction.bounds(1)[0].tolerance.is_infinite());
+        }
+    }
 
     fn reduce(dtype: DType, op: ReduceOp, wire: Wire, ranks: &[&[f32]]) -> Vec<f32> {
         let pack = |values: &&[f32]| {
