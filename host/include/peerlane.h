@@ -213,6 +213,10 @@ typedef struct {
     // Bytes of device memory for one rank's staging area, which algorithms and routes named COPY need.
     // 0: some 64 MiB if `algorithm` or `route` is one of those, none otherwise.
     size_t staging_bytes;
+    // The deadline of waits in a rank's first call, if that is longer; 0 for six times `deadline_ms`.
+    uint64_t first_deadline_ms;
+    // If not 0, the ranks compare on the GPU what they call, and checksums of all that travels.
+    int checked;
 } peerlane_config;
 
 // What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -310,9 +314,10 @@ const char *peerlane_last_error(void);
 // Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
 // blocks as fit, and algorithms by size and the transport that suits each pair unless the
 // environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
-// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_TUNING, which is read again where `tuning` stays
 // NULL). `size` is sizeof(peerlane_config).
-peerlane_status peerlane_config_init(peerlane_config *config, size_t size);
+peerlane_status peerlane_config_init(peerlane_config *config,
+                                     size_t size);
 
 // Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.
 // `size` is sizeof(peerlane_reduce_options).

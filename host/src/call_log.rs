@@ -32,7 +32,8 @@ pub(crate) struct Signature {
 }
 
 impl Signature {
-    fn words(self) -> [u64; 2] {
+    /// All of it in two words.
+    pub(crate) fn words(self) -> [u64; 2] {
         let element = match self.element {
             None => 0,
             Some((dtype, wire)) => 1 + 2 * dtype as u64 + (wire == Wire::Bf16) as u64,
@@ -46,7 +47,7 @@ impl Signature {
     }
 
     /// How a person would say it; `words` may be another rank's.
-    fn describe([head, bytes]: [u64; 2]) -> String {
+    pub(crate) fn describe([head, bytes]: [u64; 2]) -> String {
         let operation =
             Operation::from_code((head & 0xff) as u32).map_or("unknown", Operation::name);
         let element = match (head >> 8 & 0xff) as usize {

@@ -7,6 +7,7 @@
 //! Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
+use crate::call_log::Signature;
 use crate::choice::{Choice, Known, Tuning};
 use crate::collectives::invalid;
 use crate::error::{self, Error, Result};
@@ -24,7 +25,9 @@ use crate::sizing::{Sizes, Sizing, State};
 use crate::transport::{Pairs, Transport};
 use crate::usage::{Tally, Usage};
 use crate::work::Side;
-use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
+use peerlane_device::abi::{
+    Args, Kernel, Layout, MAX_RANKS, Operation, Status, TICK_SHIFT, flags, state, ticks,
+};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -35,8 +38,16 @@ pub const STAGING_BYTES: usize = FLAG_BYTES + (64 << 20);
 /// What all ranks of a communicator agree on when they meet.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// A wait on the GPU that lasts longer than this ends with an error.
+    /// A wait on the GPU that lasts longer than this ends with an error. 19 hours are as good as no limit.
     pub deadline: Duration,
+    /// The same in a rank's first call, in which others may still be compiling or loading, if that is
+    /// longer. `None`: six times the deadline.
+    pub first_deadline: Option<Duration>,
+    /// Whether the ranks compare on the GPU what they call, and checksums of all that travels ([`docs/reliability.md`]).
+    /// Every call is then carried out by kernels.
+    ///
+    /// [`docs/reliability.md`]: https://github.com/peerlane/peerlane/blob/main/docs/reliability.md
+    pub checked: bool,
     /// Most bytes of device memory for one rank's mailbox.
     pub mailbox_bytes: usize,
     /// Most blocks that one call may use. `None`: as many as the smallest GPU holds at once,
@@ -83,6 +94,8 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             deadline: Duration::from_secs(10),
+            first_deadline: None,
+            checked: false,
             mailbox_bytes: 32 << 20,
             max_blocks: None,
             algorithm: None,
@@ -103,6 +116,12 @@ impl Default for Config {
 }
 
 impl Config {
+    /// How long a wait in a rank's first call may last.
+    pub(crate) fn first_deadline(&self) -> Duration {
+        let first = self.first_deadline.unwrap_or(self.deadline.saturating_mul(6));
+        first.max(self.deadline)
+    }
+
     /// Bytes of a staging area.
     pub(crate) fn staging(&self) -> usize {
         let scheduled = self.algorithm.is_some_and(Algorithm::is_scheduled)
@@ -305,6 +324,11 @@ impl Communicator {
         self.tally.report(self.state.sizes)
     }
 
+    /// How many calls of this rank have been queued, captured ones included.
+    pub fn calls(&self) -> u64 {
+        self.tally.calls()
+    }
+
     /// What calls take that do not choose for themselves.
     pub fn choice(&self) -> &Choice {
         &self.choice
@@ -332,7 +356,7 @@ impl Communicator {
     /// no longer agree, so every later call returns it too.
     pub fn health(&self) -> Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
-        health_of(&group.mailboxes.members, group.segment(), self.rank, self.config.deadline)
+        health_of(&group.mailboxes.members, group.segment(), self.rank)
     }
 
     /// What tells this rank's health without the communicator.
@@ -345,7 +369,6 @@ impl Communicator {
             ),
             segment: group.and_then(Group::segment).map(Arc::downgrade),
             rank: self.rank,
-            deadline: self.config.deadline,
         }
     }
 
@@ -357,9 +380,10 @@ impl Communicator {
     /// How long this rank's waits may last from its next call on. Ranks may differ.
     pub fn set_deadline(&mut self, deadline: Duration) {
         self.config.deadline = deadline;
-        self.template.deadline_ns = deadline.as_nanos().min(u64::MAX as u128) as u64;
+        self.template.deadline = ticks(deadline);
+        self.template.first_deadline = ticks(self.config.first_deadline());
         if let Some(scheduled) = &self.scheduled {
-            scheduled.set_deadline(deadline);
+            scheduled.set_deadline(&self.config);
         }
     }
 
@@ -455,11 +479,7 @@ impl Communicator {
     }
 
     /// Compares the call with those of the ranks in `peers`.
-    pub(crate) fn announce(
-        &mut self,
-        peers: u32,
-        signature: crate::call_log::Signature,
-    ) -> Result<()> {
+    pub(crate) fn announce(&mut self, peers: u32, signature: Signature) -> Result<()> {
         let group = self.group.as_ref().ok_or(Error::Closed { op: "announce", rank: self.rank })?;
         group.log.enter(self.rank, peers, &mut self.calls, signature)
     }
@@ -552,8 +572,9 @@ impl Drop for Communicator {
 fn template(rank: u32, config: &Config, group: &Group) -> Args {
     let Shape { world, layout, .. } = group.shape;
     let mut template = Args {
-        flags: config.broken,
-        deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
+        flags: config.broken | if config.checked { flags::CHECKED } else { 0 },
+        deadline: ticks(config.deadline),
+        first_deadline: ticks(config.first_deadline()),
         ..Args::new(rank, world, layout)
     };
     group.mailboxes.address(&mut template);
@@ -570,7 +591,6 @@ pub(crate) struct Health {
     members: Weak<[Arc<Member>]>,
     segment: Option<Weak<Segment>>,
     rank: u32,
-    deadline: Duration,
 }
 
 impl Health {
@@ -578,17 +598,12 @@ impl Health {
     pub(crate) fn check(&self) -> Result<()> {
         let Some(members) = self.members.upgrade() else { return Ok(()) };
         let segment = self.segment.as_ref().and_then(Weak::upgrade);
-        health_of(&members, segment.as_ref(), self.rank, self.deadline)
+        health_of(&members, segment.as_ref(), self.rank)
     }
 }
 
 /// What the status page of `rank` says.
-fn health_of(
-    members: &[Arc<Member>],
-    segment: Option<&Arc<Segment>>,
-    rank: u32,
-    deadline: Duration,
-) -> Result<()> {
+fn health_of(members: &[Arc<Member>], segment: Option<&Arc<Segment>>, rank: u32) -> Result<()> {
     let page = members[rank as usize].status.host.cast::<Status>();
     // SAFETY: the page is alive as long as the member. The device writes the state last, after
     // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
@@ -615,9 +630,16 @@ fn health_of(
     Err(match status.state {
         state::OK => Error::Stopped { rank },
         state::TIMED_OUT => {
-            Error::Timeout { operation, rank, peer, epoch, phase, waited: deadline }
+            // Whole milliseconds: a tick says no more.
+            let waited =
+                Duration::from_millis((u64::from(status.waited) << TICK_SHIFT) / 1_000_000);
+            Error::Timeout { operation, rank, peer, epoch, phase, waited }
         }
         state::CORRUPT => Error::Corrupt { operation, rank, peer },
+        state::MISMATCH => {
+            let [mine, theirs] = status.signatures.map(Signature::describe);
+            Error::Mismatch { op: operation, rank, peer, call: epoch.into(), mine, theirs }
+        }
         _ => Error::Aborted { operation, rank, peer, epoch, phase },
     })
 }

@@ -141,10 +141,10 @@ pub enum Error {
         rank: u32,
     },
 
-    /// What a GPU read is not what its peer wrote.
+    /// What a GPU read is not what its peer wrote: a probe or a checked call found out.
     #[error("{operation}: rank {rank} read data from rank {peer} that rank {peer} did not write")]
     Corrupt {
-        /// The probe that found out.
+        /// The probe or the call that found out.
         operation: &'static str,
         /// The rank that read.
         rank: u32,
@@ -190,6 +190,8 @@ pub(crate) fn phase_name(code: u32) -> &'static str {
         phase::RESULT => "its result",
         phase::BARRIER => "the barrier",
         phase::PROBE => "the probe",
+        phase::SIGNATURE => "its signature",
+        phase::CHECKSUM => "its checksum",
         _ => "an unknown phase",
     }
 }

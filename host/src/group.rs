@@ -50,6 +50,9 @@ impl Card {
         for kernel in Kernel::ALL {
             resident_blocks = resident_blocks.min(gpu.resident_blocks(*kernel, MAX_THREADS)?);
         }
+        if config.checked {
+            resident_blocks = resident_blocks.min(gpu.load_checked_kernels(MAX_THREADS)?);
+        }
         Ok(Card {
             ordinal: gpu.properties().ordinal,
             uuid: gpu.properties().uuid.clone(),
@@ -114,7 +117,8 @@ impl Agreement {
         if let Some(reason) = different_tables(cards) {
             return fail(reason);
         }
-        let Some(layout) = layout::choose(world, config.mailbox_bytes) else {
+        let choose = if config.checked { layout::choose_checked } else { layout::choose };
+        let Some(layout) = choose(world, config.mailbox_bytes) else {
             return Err(Error::InvalidArgument {
                 op: "connect",
                 argument: "mailbox_bytes",

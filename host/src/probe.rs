@@ -11,7 +11,7 @@ use crate::gpu::GpuRef;
 use crate::group::Mailboxes;
 use crate::mailbox::OwnStream;
 use crate::plan::Shape;
-use peerlane_device::abi::{Args, Kernel, Operation, Status, probe, state};
+use peerlane_device::abi::{Args, Kernel, Operation, Status, probe, state, ticks};
 use std::time::Duration;
 
 /// Patterns that each pair exchanges.
@@ -60,7 +60,7 @@ impl Probe<'_> {
         let mut args = Args {
             operation: Operation::Probe as u32,
             peer,
-            deadline_ns: DEADLINE.as_nanos() as u64,
+            deadline: ticks(DEADLINE),
             mode: probe::PING_PONG,
             rounds: ROUNDS,
             rows: u64::from(1 + (pass * self.steps() + step) * ROUNDS),

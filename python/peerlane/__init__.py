@@ -12,6 +12,7 @@ from ._peerlane import (
 from .errors import (
     AbortedError,
     ClosedError,
+    CorruptError,
     DeadlineError,
     DriverError,
     Error,
@@ -33,6 +34,7 @@ __all__ = [
     "DriverError",
     "Error",
     "Event",
+    "CorruptError",
     "MismatchError",
     "NoDriverError",
     "PeerLostError",

@@ -49,8 +49,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False)"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None, first_deadline=None, checked=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False, first_deadline=None, checked=False)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -72,6 +72,8 @@ impl Communicator {
         tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
         sizing: Given<'_, '_>,
+        first_deadline: Given<'_, '_>,
+        checked: Given<'_, '_>,
     ) -> PyResult<Communicator> {
         const CALL: &str = "Communicator";
         let rank = options::whole32(CALL, "rank", rank)?;
@@ -95,6 +97,8 @@ impl Communicator {
             tuning,
             transport,
             sizing,
+            first_deadline,
+            checked,
         };
         let config = config(py, CALL, &agreed)?;
         let device = Device::open(CALL, "device", device)?;
@@ -108,8 +112,8 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False)"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None, first_deadline=None, checked=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False, first_deadline=None, checked=False)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn connect(
@@ -127,6 +131,8 @@ impl Communicator {
         tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
         sizing: Given<'_, '_>,
+        first_deadline: Given<'_, '_>,
+        checked: Given<'_, '_>,
     ) -> PyResult<Vec<Communicator>> {
         const CALL: &str = "connect";
         let agreed = Agreed {
@@ -142,6 +148,8 @@ impl Communicator {
             tuning,
             transport,
             sizing,
+            first_deadline,
+            checked,
         };
         let config = config(py, CALL, &agreed)?;
         let devices = Device::open_all(CALL, devices)?;
@@ -259,17 +267,22 @@ impl Communicator {
 
     /// An all-reduce in place whose options are fixed, for callers to whom every microsecond counts.
     #[pyo3(
-        signature = (*, op=None, wire=None),
-        text_signature = "($self, *, op='sum', wire='native')"
+        signature = (*, op=None, wire=None, retry=None),
+        text_signature = "($self, *, op='sum', wire='native', retry=None)"
     )]
     fn prepare_all_reduce(
         slf: &Bound<'_, Communicator>,
         op: Given<'_, '_>,
         wire: Given<'_, '_>,
+        retry: Given<'_, '_>,
     ) -> PyResult<PreparedAllReduce> {
         const CALL: &str = "prepare_all_reduce";
-        let (op, wire) = (options::reduce_op(CALL, op)?, options::wire(CALL, wire)?);
-        Ok(PreparedAllReduce::new(slf.clone().unbind(), op, wire))
+        let how = (options::reduce_op(CALL, op)?, options::wire(CALL, wire)?);
+        let retry = retry.filter(|retry| !retry.is_none());
+        if let Some(other) = retry.filter(|retry| !retry.is_callable()) {
+            return Err(error::wrong_type(CALL, "retry", "a callable or None", error::kind(other)));
+        }
+        Ok(PreparedAllReduce::new(slf.clone().unbind(), how, retry.cloned().map(Bound::unbind)))
     }
 
     /// Rank r ends with the reduction of all ranks' r-th parts.
@@ -390,6 +403,12 @@ impl Communicator {
             Ok(adapted)
         });
         adapted.map(|adapted| adapted.changed()).map_err(|e: Error| error::raise(py, e))
+    }
+
+    /// How many calls of this rank have been queued.
+    #[getter]
+    fn calls(&self, py: Python<'_>) -> PyResult<u64> {
+        self.queue(py, "calls", |rank| Ok(rank.calls()))
     }
 
     /// What this rank's calls have brought, and the sizes in force.
@@ -597,6 +616,8 @@ struct Agreed<'a, 'py> {
     tuning: Given<'a, 'py>,
     transport: Given<'a, 'py>,
     sizing: Given<'a, 'py>,
+    first_deadline: Given<'a, 'py>,
+    checked: Given<'a, 'py>,
 }
 
 /// The configuration: what the caller says, else what the environment says, else the default.
@@ -639,6 +660,12 @@ fn config(py: Python<'_>, call: &str, given: &Agreed<'_, '_>) -> PyResult<Config
     }
     if let Some(sizing) = given.sizing {
         config.sizing = options::sizing(call, sizing)?;
+    }
+    if let Some(seconds) = given.first_deadline {
+        config.first_deadline = Some(options::seconds(call, "first_deadline", seconds)?);
+    }
+    if let Some(checked) = given.checked {
+        config.checked = options::truth(call, "checked", checked)?;
     }
     Ok(config)
 }

@@ -90,7 +90,7 @@ impl Gpus {
 /// What a rank is told when it starts.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// The name of the meeting.
+    /// The name of the meeting; empty for a rank that is told later where to meet.
     pub name: String,
     /// Its number.
     pub rank: u32,
@@ -118,7 +118,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a rank, which joins at once.
+    /// Starts a rank, which joins at once if there is a name.
     pub fn start(start: &Start) -> Process {
         let program = std::env::current_exe().expect("a program knows its path");
         let mut child = Command::new(program)
@@ -218,6 +218,11 @@ pub fn serve(arguments: &[String]) -> ExitCode {
         };
         let patience = Duration::from_millis(number(5));
         let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };
+        if arguments[0].is_empty() {
+            // As far as it can come alone.
+            servant.gpu.load_kernels()?;
+            return Ok(servant);
+        }
         servant.joined("", &arguments[0])
     });
     let mut servant = match joined {
@@ -292,6 +297,7 @@ impl Servant {
             "register-unshared" => {
                 registered::register(rank, number(1)? as usize, false).map_err(text)
             }
+            "loop" => Ok(loop_until_error(rank, number(1)?)),
             "health" => rank.communicator.health().map(|()| "well".into()).map_err(text),
             "adapt" => {
                 let adapted = rank.communicator.adapt().map_err(text)?;
@@ -348,6 +354,30 @@ fn reduce(rank: &mut Rank, count: usize, algorithm: Option<Algorithm>) -> Result
     let after = tensor(&|index| world * (world + 1) / 2 + world * (index % 7) as u32);
     assert!(memory.read(after.len())? == after, "rank {number} holds another sum");
     Ok("reduced".into())
+}
+
+/// Nanoseconds on the clock that all processes share.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Makes calls of all kinds, some waited for, until one fails; says when that was noticed, and the error.
+fn loop_until_error(rank: &mut Rank, seed: u64) -> String {
+    let error = loop_calls(rank, seed).expect_err("it goes on until an error");
+    format!("failed {} {error}", monotonic_ns())
+}
+
+fn loop_calls(rank: &mut Rank, seed: u64) -> Result<(), Error> {
+    let world = rank.communicator.world_size();
+    let jobs = random_jobs(world, 12, 40_000, &mut Rng::new(seed, "loop"));
+    let script = Script::new(world, &jobs, seed);
+    let image = &script.images[rank.communicator.rank() as usize].before;
+    let memory = Memory::with_image(&rank.gpu, rank.stream, image)?;
+    loop {
+        rank.issue_all(&script, memory.base)?;
+        rank.finish()?;
+    }
 }
 
 /// Captures an all-reduce of `count` numbers that never runs.

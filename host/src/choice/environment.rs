@@ -48,7 +48,7 @@ impl fmt::Display for Tuning {
 
 impl Config {
     /// The default configuration, as the environment changes it: `PEERLANE_ALGORITHM`,
-    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`. A variable that is
+    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`, `PEERLANE_CHECKED`. A variable that is
     /// not set changes nothing.
     ///
     /// # Errors
@@ -76,6 +76,9 @@ fn read(environment: impl Fn(&str) -> Option<OsString>) -> Result<Config> {
     }
     if let Some(exact) = truth("PEERLANE_EXACT", value("PEERLANE_EXACT")?)? {
         config.exact = exact;
+    }
+    if let Some(checked) = truth("PEERLANE_CHECKED", value("PEERLANE_CHECKED")?)? {
+        config.checked = checked;
     }
     if let Some(transport) = value("PEERLANE_TRANSPORT")? {
         config.transport = transport.parse().map_err(|unknown: UnknownName| {
@@ -154,8 +157,9 @@ mod tests {
             assert_eq!(config.transport, transport);
         }
         for (text, truth) in [("1", true), ("on", true), ("0", false), ("no", false)] {
-            let config = from(&[("PEERLANE_FIXED", text), ("PEERLANE_EXACT", text)]).unwrap();
-            assert_eq!((config.fixed, config.exact), (truth, truth));
+            let names = ["PEERLANE_FIXED", "PEERLANE_EXACT", "PEERLANE_CHECKED"];
+            let config = from(&names.map(|name| (name, text))).unwrap();
+            assert_eq!((config.fixed, config.exact, config.checked), (truth, truth, truth));
         }
         let tuning = |text| from(&[("PEERLANE_TUNING", text)]).unwrap().tuning;
         assert_eq!(tuning("off"), Tuning::Off);

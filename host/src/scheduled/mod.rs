@@ -141,13 +141,13 @@ impl Scheduled {
             fork: gpu.event_create()?,
             steps: vec![None; Scheme::COUNT],
             calls: 0,
-            monitor: Monitor::new(gpu, rank, group, config.deadline)?,
+            monitor: Monitor::new(gpu, rank, group, config)?,
         })
     }
 
     /// See [`Communicator::set_deadline`](crate::Communicator::set_deadline).
-    pub(crate) fn set_deadline(&self, deadline: std::time::Duration) {
-        self.monitor.set_deadline(deadline);
+    pub(crate) fn set_deadline(&self, config: &Config) {
+        self.monitor.set_deadline(config);
     }
 
     /// How a tensor of `units` units, the last of `tail` bytes, is cut.

@@ -310,6 +310,11 @@ impl Gpu for SimGpu {
         self.world.enter().engine.check(self.ordinal())
     }
 
+    fn load_checked_kernels(&self, threads: u32) -> Result<u32> {
+        // The same ones: they look whether they are asked for it.
+        self.resident_blocks(Kernel::Barrier, threads)
+    }
+
     unsafe fn launch(
         &self,
         kernel: Kernel,
