@@ -6,7 +6,7 @@ use peerlane_device::element::F32;
 use peerlane_device::kernels::{barrier, one_shot};
 use peerlane_device::lane::Lane;
 use peerlane_device::pipe::{Call, Form, Full, Packet, everyone_else};
-use peerlane_loom::{LoomLane, Scene, Seat, Threads, dst, mailbox, src};
+use peerlane_loom::{Faults, LoomLane, Scene, Seat, Threads, dst, mailbox, src};
 
 #[test]
 fn a_barrier_waits_for_every_rank() {
@@ -62,6 +62,10 @@ fn reductions_see_both_ranks_values() {
     scene.with(flags::BREAK_CLEAN).fails("reductions, not cleaned", full, join);
     scene.with(flags::BREAK_TEAR).fails("reductions, seen by half", full, join);
     scene.with(flags::BREAK_CREDIT).fails("reductions without credits", full, join);
+    // One thread adds to the counters at the end of a call that the other still reads.
+    let drifting = Scene { faults: Faults { no_barrier: true, ..scene.faults }, ..scene };
+    let reason = drifting.fails("counters without the block", full, join);
+    assert!(reason.contains("Causality violation"), "{reason}");
 }
 
 /// Two meetings a call around what a direct all-reduce does: write, meet, read the other's, meet, write again. A
