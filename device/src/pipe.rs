@@ -181,7 +181,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 if renews || self.by_host(thread) {
                     self.lane.fence_system();
                 }
-                if renews {
+                if renews && self.may_seal() {
                     self.lane.put_word(self.peer_word(thread, lane_words::SEALED), sent);
                 }
                 self.return_credit(thread, self.received(thread));
@@ -393,6 +393,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 && (hidden || self.seals_all())
                 && to >> thread & 1 != 0
                 && !self.broken(flags::BREAK_SEAL);
+            let seals = seals && self.may_seal();
             let releases = self.books && taken != 0 && from >> thread & 1 != 0;
             if seals || releases {
                 if !self.broken(flags::BREAK_FENCE) {
@@ -516,6 +517,15 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         all
     }
 
+    /// Whether no wait of this rank has failed, in this call or before, and nobody has stopped it. A seal speaks for all
+    /// slots before it, and who has failed has left some of them as they were.
+    #[inline(always)]
+    unsafe fn may_seal(&self) -> bool {
+        let own = self.lane.peer(self.args.rank);
+        // SAFETY: a word of this rank's mailbox.
+        unsafe { self.lane.poll_word(own + offset_of!(Control, abort) as u64) == 0 }
+    }
+
     /// Offset in `receiver`'s mailbox of slot number `number` of the pipe from `sender` to it.
     #[inline(always)]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
@@ -559,6 +569,9 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             let state = self.look_up(patience);
             if state != state::OK {
                 self.failure = state << 16 | phase << 8 | peer;
+                // Before the barrier behind which another thread might seal.
+                // SAFETY: a word of this rank's mailbox.
+                unsafe { stop(self.lane, self.args.rank) };
             }
         }
         self.ok()
