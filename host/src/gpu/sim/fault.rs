@@ -115,16 +115,18 @@ impl Faults {
     pub(super) fn turn(&self, gpu: u32, now: u64) -> bool {
         let mut stops = false;
         for (fault, count) in &self.list {
+            let (Fault::Stop { gpu: whose, turn } | Fault::Slow { gpu: whose, turn, .. }) = *fault
+            else {
+                continue;
+            };
+            if whose != gpu || advance(count) != turn {
+                continue;
+            }
             match *fault {
-                Fault::Stop { gpu: whose, turn } if whose == gpu => {
-                    stops |= advance(count) == turn;
+                Fault::Slow { turn_ns, lasts_ns, .. } => {
+                    self.slow.set(Some((gpu, turn_ns.max(1), now.saturating_add(lasts_ns))));
                 }
-                Fault::Slow { gpu: whose, turn, turn_ns, lasts_ns } if whose == gpu => {
-                    if advance(count) == turn {
-                        self.slow.set(Some((gpu, turn_ns.max(1), now.saturating_add(lasts_ns))));
-                    }
-                }
-                _ => {}
+                _ => stops = true,
             }
         }
         if stops {
