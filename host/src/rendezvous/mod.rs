@@ -1,7 +1,10 @@
 //! How ranks meet: as threads of one process, or as processes of one machine.
 
 mod assembly;
+#[cfg(test)]
+mod deaths;
 mod host;
+mod life;
 mod processes;
 mod segment;
 mod socket;
