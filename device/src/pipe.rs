@@ -114,7 +114,7 @@ pub struct Call<'a, L, F> {
     books: bool,
     /// Whether it has returned the credits of earlier calls.
     returned: bool,
-    /// How the first failed wait of this thread failed; 0 while none has.
+    /// How the first failed wait of this thread failed; 0 while none has. The highest bit: it was the rank's first.
     failure: u32,
     form: PhantomData<F>,
 }
@@ -196,10 +196,17 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     pub unsafe fn end(mut self, sent: u32, received: u32) {
         let (lane, thread) = (self.lane, self.lane.thread());
         if !self.ok() {
+            // Waits that fail after the first do so at once, so the end of the kernel is soon enough to tell.
             let (state, phase, peer) =
-                (self.failure >> 16, self.failure >> 8 & 0xff, self.failure & 0xff);
+                (self.failure >> 16 & 0x7fff, self.failure >> 8 & 0xff, self.failure & 0xff);
             // SAFETY: the status page and all mailboxes are alive as long as the communicator.
-            unsafe { fail(lane, self.args, state, peer, phase) };
+            unsafe {
+                if self.failure >> 31 != 0 {
+                    leave_record(lane, self.args, state, peer, phase);
+                }
+                // Whoever comes here first: the one who failed first may stand at a barrier.
+                stop_all(lane, self.args);
+            }
         }
         // SAFETY: the counters and the control block lie in this rank's mailbox, and this thread
         // is their only writer on this rank.
@@ -517,13 +524,13 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         all
     }
 
-    /// Whether no wait of this rank has failed, in this call or before, and nobody has stopped it. A seal speaks for all
-    /// slots before it, and who has failed has left some of them as they were.
+    /// Whether no wait of this rank has failed, in this call or before. A seal speaks for all slots before it, and who
+    /// has failed has left some of them as they were.
     #[inline(always)]
     unsafe fn may_seal(&self) -> bool {
         let own = self.lane.peer(self.args.rank);
         // SAFETY: a word of this rank's mailbox.
-        unsafe { self.lane.poll_word(own + offset_of!(Control, abort) as u64) == 0 }
+        unsafe { self.lane.poll_word(own + offset_of!(Control, claim) as u64) == 0 }
     }
 
     /// Offset in `receiver`'s mailbox of slot number `number` of the pipe from `sender` to it.
@@ -568,10 +575,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         if patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {
             let state = self.look_up(patience);
             if state != state::OK {
-                self.failure = state << 16 | phase << 8 | peer;
                 // Before the barrier behind which another thread might seal.
                 // SAFETY: a word of this rank's mailbox.
-                unsafe { stop(self.lane, self.args.rank) };
+                let first = unsafe { claim(self.lane, self.args) };
+                self.failure = u32::from(first) << 31 | state << 16 | phase << 8 | peer;
             }
         }
         self.ok()
@@ -619,29 +626,36 @@ pub unsafe fn aborted<L: Lane>(lane: L, args: &Args, host: bool) -> bool {
     }
 }
 
-/// Leaves the record of a failed wait, unless another thread of this rank has, and stops every rank.
-/// Waits that fail after the first do so at once, so the end of the kernel is soon enough for it.
+/// Stops every rank, unless somebody in these GPUs' memory has.
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
 #[inline(always)]
-pub unsafe fn fail<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) {
+unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {
-        if record(lane, args, state, peer, phase) {
-            let mut rank = 0;
-            while rank < args.world {
-                stop(lane, rank);
-                rank += 1;
-            }
+        let mut rank = if aborted(lane, args, false) { args.world } else { 0 };
+        while rank < args.world {
+            stop(lane, rank);
+            rank += 1;
         }
     }
+}
+
+/// Notes that a wait of this rank has failed; whether it is the first to do so.
+///
+/// # Safety
+/// `args` is what [`Args`] says it is.
+#[inline(always)]
+unsafe fn claim<L: Lane>(lane: L, args: &Args) -> bool {
+    // SAFETY: a word of this rank's mailbox.
+    unsafe { lane.claim_word(lane.peer(args.rank) + offset_of!(Control, claim) as u64) }
 }
 
 /// Stops the waits of `rank`.
 ///
 /// # Safety
-/// As for [`fail`].
+/// `args` is what [`Args`] says it is.
 #[inline(always)]
 pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
     // SAFETY: all mailboxes are alive as long as the communicator.
@@ -651,15 +665,28 @@ pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
 /// Leaves the record of a failed wait; false if another thread of this rank has.
 ///
 /// # Safety
-/// As for [`fail`].
+/// `args` is what [`Args`] says it is.
 #[inline(always)]
 pub unsafe fn record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) -> bool {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let first = claim(lane, args);
+        if first {
+            leave_record(lane, args, state, peer, phase);
+        }
+        first
+    }
+}
+
+/// Tells the host how the rank's first failed wait failed.
+///
+/// # Safety
+/// As for [`record`], by the thread whose [`claim`] was the first.
+#[inline(always)]
+unsafe fn leave_record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) {
     let own = lane.peer(args.rank);
     // SAFETY: the status page and all mailboxes are alive as long as the communicator.
     unsafe {
-        if !lane.claim_word(own + offset_of!(Control, claim) as u64) {
-            return false;
-        }
         let epoch = lane.load_u32(own + offset_of!(Control, epoch) as u64);
         let record = |offset: usize, value: u32| lane.put_word(args.status + offset as u64, value);
         record(offset_of!(Status, operation), args.operation);
@@ -671,7 +698,6 @@ pub unsafe fn record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase
         lane.fence_system();
         record(offset_of!(Status, state), state);
     }
-    true
 }
 
 /// A bit for every rank but `rank`.
