@@ -135,9 +135,20 @@ impl Failure {
         Failure(state << 16 | phase << 8 | peer)
     }
 
+    /// The same, knowing whether it was the rank's first.
+    #[inline(always)]
+    fn noted(self, first: bool) -> Failure {
+        Failure(self.0 | (first as u32) << 31)
+    }
+
+    #[inline(always)]
+    fn is_first(self) -> bool {
+        self.0 >> 31 != 0
+    }
+
     #[inline(always)]
     fn state(self) -> u32 {
-        self.0 >> 16
+        self.0 >> 16 & 0x7fff
     }
 
     #[inline(always)]
@@ -237,7 +248,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 if renews || self.by_host(thread) {
                     self.lane.fence_system();
                 }
-                if renews {
+                if renews && self.may_seal() {
                     self.lane.put_word(self.peer_word(thread, lane_words::SEALED), sent);
                 }
                 self.return_credit(thread, self.received(thread));
@@ -256,8 +267,15 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             unsafe { self.compare_sums() };
         }
         if !self.ok() && self.failure != Failure::ELSEWHERE {
+            // Waits that fail after the first do so at once, so the end of the kernel is soon enough to tell.
             // SAFETY: the status page and all mailboxes are alive as long as the communicator.
-            unsafe { fail(lane, self.args, self.failure) };
+            unsafe {
+                if self.failure.is_first() {
+                    leave_record(lane, self.args, self.failure, [0; 2]);
+                }
+                // Whoever comes here first: the one who failed first may stand at a barrier.
+                stop_all(lane, self.args);
+            }
         }
         // SAFETY: the counters and the control block lie in this rank's mailbox, and this thread
         // is their only writer on this rank.
@@ -458,7 +476,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 if !self.broken(flags::BREAK_FENCE) {
                     lane.fence_system();
                 }
-                if seals {
+                if seals && self.may_seal() {
                     let sealed = self.peer_word(thread, lane_words::SEALED);
                     lane.put_word(sealed, self.sent(thread).wrapping_add(sent));
                 }
@@ -580,6 +598,15 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         all
     }
 
+    /// Whether no wait of this rank has failed, in this call or before. A seal speaks for all slots before it, and who
+    /// has failed has left some of them as they were.
+    #[inline(always)]
+    unsafe fn may_seal(&self) -> bool {
+        let own = self.lane.peer(self.args.rank);
+        // SAFETY: a word of this rank's mailbox.
+        unsafe { self.lane.poll_word(own + offset_of!(Control, claim) as u64) == 0 }
+    }
+
     /// Offset in `receiver`'s mailbox of slot number `number` of the pipe from `sender` to it.
     #[inline(always)]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
@@ -622,7 +649,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         if L::BOUNDED && patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {
             let state = self.look_up(patience);
             if state != state::OK {
-                self.failure = Failure::new(state, phase, peer);
+                // Before the barrier behind which another thread might seal.
+                // SAFETY: a word of this rank's mailbox.
+                let first = unsafe { claim(self.lane, self.args) };
+                self.failure = Failure::new(state, phase, peer).noted(first);
             }
         }
         self.ok()
@@ -682,39 +712,36 @@ pub unsafe fn aborted<L: Lane>(lane: L, args: &Args, host: bool) -> bool {
     }
 }
 
-/// Leaves the record of a failed wait, unless another thread of this rank has, and stops every rank.
-/// Waits that fail after the first do so at once, so the end of the kernel is soon enough for it.
+/// Stops every rank, unless somebody in these GPUs' memory has.
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
 #[inline(always)]
-pub unsafe fn fail<L: Lane>(lane: L, args: &Args, failure: Failure) {
+pub unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {
-        if record(lane, args, failure, [0; 2]) {
-            stop_all(lane, args);
+        let mut rank = if aborted(lane, args, false) { args.world } else { 0 };
+        while rank < args.world {
+            stop(lane, rank);
+            rank += 1;
         }
     }
 }
 
-/// Stops the waits of every rank.
+/// Notes that a wait of this rank has failed; whether it is the first to do so.
 ///
 /// # Safety
-/// As for [`fail`].
+/// `args` is what [`Args`] says it is.
 #[inline(always)]
-pub unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
-    let mut rank = 0;
-    while rank < args.world {
-        // SAFETY: passed on to the caller.
-        unsafe { stop(lane, rank) };
-        rank += 1;
-    }
+unsafe fn claim<L: Lane>(lane: L, args: &Args) -> bool {
+    // SAFETY: a word of this rank's mailbox.
+    unsafe { lane.claim_word(lane.peer(args.rank) + offset_of!(Control, claim) as u64) }
 }
 
 /// Stops the waits of `rank`.
 ///
 /// # Safety
-/// As for [`fail`].
+/// `args` is what [`Args`] says it is.
 #[inline(always)]
 pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
     // SAFETY: all mailboxes are alive as long as the communicator.
@@ -725,15 +752,27 @@ pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
 /// called, where that is what failed.
 ///
 /// # Safety
-/// As for [`fail`].
+/// `args` is what [`Args`] says it is.
 #[inline(always)]
 pub unsafe fn record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u64; 2]) -> bool {
-    let own = lane.peer(args.rank);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let first = claim(lane, args);
+        if first {
+            leave_record(lane, args, failure, theirs);
+        }
+        first
+    }
+}
+
+/// Tells the host how the rank's first failed wait failed.
+///
+/// # Safety
+/// As for [`record`], by the thread whose [`claim`] was the first.
+#[inline(always)]
+unsafe fn leave_record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u64; 2]) {
     // SAFETY: the status page and all mailboxes are alive as long as the communicator.
     unsafe {
-        if !lane.claim_word(own + offset_of!(Control, claim) as u64) {
-            return false;
-        }
         let epoch = epoch(lane, args);
         let record = |offset: usize, value: u32| lane.put_word(args.status + offset as u64, value);
         record(offset_of!(Status, operation), args.operation);
@@ -761,7 +800,6 @@ pub unsafe fn record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u
         lane.fence_system();
         record(offset_of!(Status, state), failure.state());
     }
-    true
 }
 
 /// A bit for every rank but `rank`.

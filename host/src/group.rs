@@ -12,7 +12,7 @@ use crate::layout;
 use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
-use crate::rendezvous::{ABORTED, Assembly, Membership, Segment};
+use crate::rendezvous::{ABORTED, Assembly, LOST, Membership, Segment};
 use crate::sizing;
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
@@ -516,6 +516,17 @@ impl Aborter {
     /// Ends every wait of every rank; their calls return errors from then on. Does nothing once
     /// the communicator is closed.
     pub fn abort(&self) {
+        self.store(ABORTED);
+    }
+
+    /// Test only: ends the waits as the end of the process of `lost` does.
+    #[doc(hidden)]
+    pub fn lose(&self, lost: u32) {
+        self.store(LOST + lost);
+    }
+
+    /// Stores why the waits end, for every rank that has no reason yet.
+    fn store(&self, reason: u32) {
         // Held until all words are stored: who lets the clones follow another group looks at them after that.
         let members = self.lock();
         for member in members.upgrade().iter().flat_map(|members| members.iter()) {
@@ -524,7 +535,7 @@ impl Aborter {
             // atomic; kernels only read it.
             let abort = unsafe { AtomicU32::from_ptr(&raw mut (*status).abort) };
             // A rank that was lost before is the reason to report.
-            let _ = abort.compare_exchange(0, ABORTED, Ordering::AcqRel, Ordering::Relaxed);
+            let _ = abort.compare_exchange(0, reason, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 

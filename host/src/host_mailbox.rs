@@ -8,10 +8,8 @@
 use crate::error::{Error, Result};
 use crate::gpu::{GpuRef, HostMemory};
 use crate::rendezvous::PAGE;
+use crate::sealed;
 use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout};
-use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
-};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::os::fd::OwnedFd;
 use std::ptr::null_mut;
@@ -54,13 +52,7 @@ impl HostMailbox {
         file: OwnedFd,
     ) -> Result<HostMailbox> {
         let bytes = bytes(layout, world);
-        let sealed = fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
-        let size = fstat(&file).map(|stat| stat.st_size).unwrap_or_default();
-        if !sealed || usize::try_from(size) != Ok(bytes) {
-            return Err(unsupported(format!(
-                "expected a sealed file of {bytes} bytes from another rank, got {size} bytes"
-            )));
-        }
+        sealed::check(&file, bytes).map_err(unsupported)?;
         HostMailbox::pin(gpu, file, bytes)
     }
 
@@ -148,14 +140,7 @@ fn bytes(layout: Layout, world: u32) -> usize {
 
 /// A file of `bytes` bytes that keeps its size, without a name.
 fn sealed_file(bytes: usize) -> Result<OwnedFd> {
-    let make = || {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = memfd_create("peerlane mailbox", flags)?;
-        ftruncate(&file, bytes as u64)?;
-        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(file)
-    };
-    make().map_err(|error: rustix::io::Errno| {
+    sealed::create("peerlane mailbox", bytes).map_err(|error| {
         unsupported(format!("cannot make a memory file of {bytes} bytes: {error}"))
     })
 }
@@ -169,6 +154,7 @@ mod tests {
     use super::*;
     use crate::gpu::sim;
     use peerlane_device::abi::lane_words;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     fn gpus() -> Vec<GpuRef> {
         sim::devices(&sim::Config { devices: 2, ..Default::default() })

@@ -26,6 +26,7 @@ mod registration;
 pub mod rendezvous;
 pub mod request;
 mod scheduled;
+mod sealed;
 mod sizing;
 pub mod topology;
 pub mod transport;

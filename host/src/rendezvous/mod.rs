@@ -1,7 +1,10 @@
 //! How ranks meet: as threads of one process, or as processes of one machine.
 
 mod assembly;
+#[cfg(test)]
+mod deaths;
 mod host;
+mod life;
 mod processes;
 mod segment;
 mod socket;
@@ -12,7 +15,7 @@ mod threads;
 pub(crate) use assembly::{Assembly, Table, Topic, meeting_of};
 pub use processes::Processes;
 pub(crate) use processes::{Membership, Seat};
-pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
+pub(crate) use segment::{ABORTED, LOST, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.

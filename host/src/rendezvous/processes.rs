@@ -5,10 +5,10 @@
 //! segment of shared memory and carries rounds of an exchange, as [`Meeting`](super::Meeting) does
 //! for threads. A connection stays open for as long as its rank belongs to the group.
 
-use super::PROTOCOL;
 use super::host::Host;
 use super::segment::{Presence, Segment};
 use super::socket::{Claim, Connection, Listener, wait};
+use super::{PROTOCOL, life};
 use crate::error::{Error, Result};
 use peerlane_device::abi::MAX_RANKS;
 use rustix::fd::{AsFd, OwnedFd};
@@ -130,7 +130,7 @@ impl Processes {
             let segment = Arc::new(Segment::create(self.world)?);
             let host = Host::new(listener, segment, (rank, self.world), self.patience);
             let thread = thread::Builder::new().name("peerlane-host".into());
-            if thread.spawn(move || host.run()).is_err() {
+            if thread.spawn(life::inherited(move || host.run())).is_err() {
                 return Err(rustix::io::Errno::AGAIN);
             }
         }
@@ -145,7 +145,7 @@ impl Processes {
         deadline: Instant,
     ) -> Result<Option<Seat>> {
         let fail = |reason: String| Err(Error::Rendezvous { world: self.world, reason });
-        let process = (std::process::id(), pid_namespace());
+        let process = (life::pid(), pid_namespace());
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let world = self.world;
         let hello = Request::Hello { protocol: PROTOCOL, version, world, rank, process };
@@ -286,6 +286,7 @@ impl Membership {
 
 impl Drop for Membership {
     fn drop(&mut self) {
+        life::message();
         self.segment.set_presence(self.rank, Presence::Left);
         self.connection.shut_down();
         self.leave = None;
@@ -318,7 +319,7 @@ impl Watch {
         mailbox: Arc<dyn Any + Send + Sync>,
     ) -> std::io::Result<JoinHandle<()>> {
         let thread = thread::Builder::new().name("peerlane-watch".into());
-        thread.spawn(move || self.run(&left, mailbox))
+        thread.spawn(life::inherited(move || self.run(&left, mailbox)))
     }
 
     /// Notices the end of the host's process, then keeps `mailbox` until nobody can write to it.
@@ -346,6 +347,7 @@ impl Watch {
 
     /// Finds processes that ended after the host had left.
     fn look_for_lost(&self) {
+        life::look();
         let (count, namespace) = (self.segment.world(), pid_namespace());
         for rank in (0..count).filter(|rank| self.segment.presence(*rank) == Presence::Joined) {
             if self.segment.is_gone(rank, namespace) {

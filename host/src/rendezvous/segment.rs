@@ -1,6 +1,7 @@
 //! The memory that all processes of a group share, and what they read in it about each other.
 //!
-//! Invariant: the file behind it has no name, so it goes when the last process does. Every word is
+//! Invariant: the file behind it has no name, so it goes when the last process does, and it is sealed, so nobody can
+//! cut it off under those who have mapped it. Every word is
 //! atomic or written by one side only; a rank's page is pinned for its own GPU, so the word that
 //! another process stores there to stop a wait is the word that a kernel polls.
 //!
@@ -13,9 +14,9 @@
 
 use crate::call_log::{self, Entry};
 use crate::mailbox::Board;
+use crate::sealed;
 use peerlane_device::abi::Status;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::Pid;
 use std::ffi::c_void;
@@ -35,7 +36,7 @@ const _: () = assert!(Board::OFFSET + size_of::<Board>() <= HOST);
 /// What a host stores in a status page's abort word to stop that rank's waits.
 pub(crate) const ABORTED: u32 = 1;
 /// What it stores because a peer is gone: this plus the peer's rank.
-const LOST: u32 = 0x100;
+pub(crate) const LOST: u32 = 0x100;
 
 /// Where a rank stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +72,7 @@ fn bytes(world: u32) -> usize {
 impl Segment {
     /// Makes the memory for a group of `world` ranks.
     pub(super) fn create(world: u32) -> rustix::io::Result<Segment> {
-        let file = rustix::fs::memfd_create("peerlane", MemfdFlags::CLOEXEC)?;
-        rustix::fs::ftruncate(&file, bytes(world) as u64)?;
+        let file = sealed::create("peerlane", bytes(world))?;
         let segment = Segment::map(file, world)?;
         segment.header(0).store(MAGIC, Ordering::Relaxed);
         segment.header(1).store(super::PROTOCOL, Ordering::Relaxed);
@@ -85,10 +85,7 @@ impl Segment {
 
     /// Maps memory that another process has made; says what is wrong with it.
     pub(super) fn open(file: OwnedFd, world: u32) -> Result<Segment, String> {
-        let size = rustix::fs::fstat(&file).map_err(|error| error.to_string())?.st_size;
-        if size != bytes(world) as i64 {
-            return Err(format!("expected {} bytes of shared memory, got {size}", bytes(world)));
-        }
+        sealed::check(&file, bytes(world))?;
         let segment = Segment::map(file, world).map_err(|error| error.to_string())?;
         let found = [0, 1, 2].map(|index| segment.header(index).load(Ordering::Relaxed));
         let expected = [MAGIC, super::PROTOCOL, world];
@@ -219,5 +216,82 @@ impl Drop for Segment {
         let base: *mut c_void = self.base.as_ptr().cast();
         // SAFETY: mapped in `map` with this size; whoever holds a pointer into it holds the segment.
         let _ = unsafe { rustix::mm::munmap(base, bytes(self.world)) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::io::Errno;
+
+    const WORLD: u32 = 3;
+
+    /// The file of a segment of three ranks in which `change` was made.
+    fn file(change: impl Fn(&Segment)) -> OwnedFd {
+        let segment = Segment::create(WORLD).unwrap();
+        change(&segment);
+        segment.file.try_clone().unwrap()
+    }
+
+    fn refused(file: OwnedFd, world: u32) -> String {
+        Segment::open(file, world).map(drop).unwrap_err()
+    }
+
+    #[test]
+    fn what_one_process_makes_another_opens() {
+        let made = Segment::create(WORLD).unwrap();
+        let opened = Segment::open(made.file.try_clone().unwrap(), WORLD).unwrap();
+        assert_eq!((opened.number(), opened.world()), (made.number(), WORLD));
+        opened.set_presence(2, Presence::Joined);
+        assert_eq!(made.presence(2), Presence::Joined);
+    }
+
+    #[test]
+    fn another_world_magic_or_version_is_refused() {
+        for (word, value) in [(0, 0), (0, !MAGIC), (1, super::super::PROTOCOL + 1), (2, WORLD + 1)]
+        {
+            let reason = refused(
+                file(|segment| segment.header(word).store(value, Ordering::Relaxed)),
+                WORLD,
+            );
+            assert!(reason.contains(&format!("{value:x}")), "{reason}");
+            assert!(reason.contains("expected shared memory marked"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn another_size_is_refused() {
+        for world in [1, 2, 16] {
+            let reason = refused(file(|_| {}), world);
+            let (expected, found) = (bytes(world), bytes(WORLD));
+            let both =
+                reason.contains(&expected.to_string()) && reason.contains(&found.to_string());
+            assert!(both, "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_could_be_cut_off_is_refused() {
+        let loose = |bytes: usize| {
+            let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+            ftruncate(&file, bytes as u64).unwrap();
+            file
+        };
+        for bytes in [0, PAGE, bytes(WORLD) - 1, bytes(WORLD), bytes(WORLD) + 1] {
+            assert!(refused(loose(bytes), WORLD).contains("sealed"));
+        }
+        let device = std::fs::File::open("/dev/null").unwrap();
+        assert!(refused(device.into(), WORLD).contains("sealed"));
+    }
+
+    #[test]
+    fn nobody_can_cut_off_what_is_mapped() {
+        let segment = Segment::create(WORLD).unwrap();
+        let theirs = segment.file.try_clone().unwrap();
+        for bytes in [0, PAGE as u64, 1 << 20] {
+            assert_eq!(ftruncate(&theirs, bytes), Err(Errno::PERM));
+        }
+        assert_eq!(segment.presence(2), Presence::Absent, "the last page is there");
     }
 }

@@ -3,6 +3,7 @@
 //! Sockets are of the abstract namespace, whose names vanish with the last socket, so a killed
 //! process leaves nothing behind. A message is one packet of a `SOCK_SEQPACKET` connection.
 
+use super::life;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, Result};
@@ -21,10 +22,18 @@ const LONGEST: usize = 64 << 10;
 const MOST_FILES: usize = 16;
 
 /// One end of a connection.
-pub(super) struct Connection(OwnedFd);
+pub(super) struct Connection {
+    /// Forgets the socket before it is closed.
+    _life: life::Entry,
+    socket: OwnedFd,
+}
 
 /// Where connections arrive.
-pub(super) struct Listener(OwnedFd);
+pub(super) struct Listener {
+    /// Forgets the socket before it is closed.
+    _life: life::Entry,
+    socket: OwnedFd,
+}
 
 /// How an attempt to be the host of a name ended.
 pub(super) enum Claim {
@@ -53,33 +62,38 @@ impl Listener {
             Err(error) => return Err(error),
         }
         rustix::net::listen(&socket, 64)?;
-        Ok(Claim::Host(Listener(socket)))
+        Ok(Claim::Host(Listener { _life: life::Entry::of(&socket), socket }))
     }
 
     /// The next connection that waits.
     pub(super) fn accept(&self) -> Result<Connection> {
-        rustix::net::accept_with(&self.0, SocketFlags::CLOEXEC).map(Connection)
+        life::look();
+        rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC).map(Connection::over)
     }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
 impl Connection {
+    fn over(socket: OwnedFd) -> Connection {
+        Connection { _life: life::Entry::of(&socket), socket }
+    }
+
     /// Connects to the host of `name`; `None` if there is none that listens.
     pub(super) fn open(name: &str) -> Result<Option<Connection>> {
         let socket = socket()?;
         match rustix::net::connect(&socket, &address(name)?) {
-            Ok(()) => Ok(Some(Connection(socket))),
+            Ok(()) => Ok(Some(Connection::over(socket))),
             Err(Errno::CONNREFUSED) => Ok(None),
             Err(error) => Err(error),
         }
@@ -87,7 +101,7 @@ impl Connection {
 
     /// Whether the process at the other end belongs to the same user.
     pub(super) fn is_same_user(&self) -> bool {
-        let peer = rustix::net::sockopt::socket_peercred(&self.0);
+        let peer = rustix::net::sockopt::socket_peercred(&self.socket);
         peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid())
     }
 
@@ -103,7 +117,8 @@ impl Connection {
             control.push(SendAncillaryMessage::ScmRights(files));
         }
         let parts = [IoSlice::new(&bytes)];
-        rustix::net::sendmsg(&self.0, &parts, &mut control, SendFlags::NOSIGNAL).map(drop)
+        life::message();
+        rustix::net::sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL).map(drop)
     }
 
     /// Receives a message that has come or is about to; `None` if the other end is closed.
@@ -113,15 +128,17 @@ impl Connection {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(&mut bytes)];
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let received = match rustix::net::recvmsg(&self.0, &mut parts, &mut control, flags) {
+        let received = match rustix::net::recvmsg(&self.socket, &mut parts, &mut control, flags) {
             Ok(received) => received.bytes,
             // What a process that is killed leaves unread resets the connection.
             Err(Errno::CONNRESET) => 0,
             Err(error) => return Err(error),
         };
+        life::look();
         if received == 0 {
             return Ok(None);
         }
+        life::message();
         let files = control.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(files) => Some(files),
             _ => None,
@@ -134,7 +151,7 @@ impl Connection {
     /// Tells the other end, and whoever waits at this one, that nothing more will come.
     pub(super) fn shut_down(&self) {
         // It fails only if the other end was faster.
-        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 }
 
@@ -147,7 +164,9 @@ pub(super) fn wait(ends: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result
             let left = at.saturating_duration_since(Instant::now());
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
         });
-        match poll(&mut polled, timeout.as_ref()) {
+        let found = poll(&mut polled, timeout.as_ref());
+        life::look();
+        match found {
             Err(Errno::INTR) => {}
             Err(error) => return Err(error),
             Ok(_) => return Ok(polled.iter().map(|end| !end.revents().is_empty()).collect()),

@@ -2,6 +2,7 @@
 //!
 //! Invariant: two worlds made from equal configurations behave the same.
 
+use super::fault::Fault;
 use peerlane_device::abi::MAX_RANKS;
 
 /// A simulated machine.
@@ -34,6 +35,8 @@ pub struct Config {
     /// Ordered pairs of GPUs: what the first stores into the memory of the second, in units or
     /// words, is lost, though access is offered. Drivers have been seen that do this.
     pub lossy: Vec<(u32, u32)>,
+    /// What goes wrong, and when. Without any the machine behaves as if there were no such thing.
+    pub faults: Vec<Fault>,
 }
 
 impl Default for Config {
@@ -49,6 +52,7 @@ impl Default for Config {
             unreachable: Vec::new(),
             one_way: Vec::new(),
             lossy: Vec::new(),
+            faults: Vec::new(),
         }
     }
 }

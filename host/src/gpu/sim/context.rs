@@ -3,11 +3,13 @@
 //! Invariant: all of it is reached through shared references and changed through cells. One OS
 //! thread at a time runs lanes, the one that holds the world's lock, so the cells need no more.
 
+use super::access::{load_words, store_words};
+use super::fault::{Faults, Harm, Held, flip};
 use super::kernel::Body;
 use super::memory::Memory;
 use super::outbox::{Outbox, Published};
 use super::random::{Policy, Random};
-use super::work::Launch;
+use super::work::{Launch, Work};
 use corosensei::Yielder;
 use peerlane_device::abi::Args;
 use std::cell::{Cell, OnceCell, RefCell};
@@ -28,10 +30,40 @@ pub(super) struct Machine {
     pub(super) weak: bool,
     /// Ordered pairs of GPUs between which puts are lost.
     pub(super) lossy: Vec<(u32, u32)>,
+    /// What goes wrong.
+    pub(super) faults: Faults,
     /// Simulated nanoseconds since the world began.
     pub(super) clock: Cell<u64>,
     /// Something happened that a waiting lane might see.
     pub(super) progress: Cell<bool>,
+}
+
+impl Machine {
+    /// Does what a stream of `device` is to do that is not a kernel; says how many bytes it moved.
+    pub(super) fn store(&self, device: u32, work: &Work) -> Result<usize, String> {
+        let memory = self.memory.borrow();
+        let (Work::Store { dst, .. } | Work::Copy { dst, .. }) = *work else {
+            return memory.transfer(device, work);
+        };
+        let harm =
+            if self.faults.on_stores { self.faults.harm(device, dst, &memory) } else { None };
+        if harm == Some(Harm::Lost) {
+            return Ok(0);
+        }
+        let bytes = memory.transfer(device, work)?;
+        if let Some(Harm::Flipped(bit)) = harm
+            && bytes >= 4
+            && dst.is_multiple_of(4)
+        {
+            // SAFETY: `transfer` has checked the address, which is a word's; no lane runs now.
+            unsafe {
+                let mut words = load_words::<1>(dst);
+                flip(&mut words, bit);
+                store_words(dst, &words);
+            }
+        }
+        Ok(bytes)
+    }
 }
 
 /// Why a lane gave up its turn.
@@ -68,6 +100,8 @@ pub(super) struct KernelContext {
     pub(super) lanes: Vec<LaneContext>,
     /// Store buffers that are not empty.
     pub(super) dirty: RefCell<Vec<Dirty>>,
+    /// A store that a fault makes late.
+    pub(super) held: RefCell<Option<Held>>,
 }
 
 /// A store buffer that is not empty.
@@ -147,6 +181,7 @@ impl KernelContext {
                 })
                 .collect(),
             dirty: RefCell::default(),
+            held: RefCell::default(),
         })
     }
 
@@ -177,8 +212,32 @@ impl KernelContext {
         machine.progress.set(true);
     }
 
+    /// Keeps a store back, in place of one that was kept back before.
+    pub(super) fn hold(&self, store: Held) {
+        self.land_held(|_| true);
+        *self.held.borrow_mut() = Some(store);
+        let faults = &self.machine.faults;
+        faults.held.set(faults.held.get() + 1);
+    }
+
+    /// Lands the store that was kept back, if it is one that `chosen` picks.
+    pub(super) fn land_held(&self, chosen: impl Fn(&Held) -> bool) {
+        let Some(store) = self.held.borrow_mut().take_if(|held| chosen(held)) else { return };
+        // SAFETY: the put checked the address, and memory is not given back while kernels run.
+        unsafe { store_words(store.address, &store.words[..store.count]) };
+        let faults = &self.machine.faults;
+        faults.held.set(faults.held.get() - 1);
+        self.machine.progress.set(true);
+    }
+
+    /// When the store that was kept back in `block` lands, if there is one.
+    pub(super) fn holds(&self, block: u32) -> Option<u64> {
+        self.held.borrow().as_ref().filter(|held| held.block == block).map(|held| held.until)
+    }
+
     /// Lands everything: the kernel is over.
     pub(super) fn land_all(&self) {
+        self.land_held(|_| true);
         for block in &self.blocks {
             block.published.land_all();
         }

@@ -7,9 +7,10 @@
 use super::capture::Capture;
 use super::config::{Config, Statistics};
 use super::context::Machine;
+use super::fault::Faults;
 use super::memory::{Memory, Origin};
 use super::random::{Policy, Random};
-use super::scheduler::{Event, Scheduler};
+use super::scheduler::{Event, STOPPED, Scheduler};
 use super::stream::{EventState, Queue};
 use super::work::{GraphPlan, GraphRun, Mark, Owner, Work};
 use crate::error::Error;
@@ -67,6 +68,8 @@ pub(super) struct Engine {
     /// Waits for a word of memory that are under way.
     awaiting: Vec<(u32, u64, u32, Owner)>,
     startable: VecDeque<(u32, Work, Owner)>,
+    /// What was to start on a GPU that has stopped.
+    stuck: Vec<(u32, Owner)>,
     launches: u64,
     next_handle: u64,
     seed: u64,
@@ -87,6 +90,7 @@ impl Engine {
             memory: RefCell::new(Memory::new(config.devices)),
             weak: config.weak,
             lossy: config.lossy.clone(),
+            faults: Faults::new(&config.faults),
             clock: Cell::new(0),
             progress: Cell::new(false),
         });
@@ -104,6 +108,7 @@ impl Engine {
             running_graphs: Vec::new(),
             awaiting: Vec::new(),
             startable: VecDeque::new(),
+            stuck: Vec::new(),
             launches: 0,
             next_handle: WORLDS.fetch_add(1, Ordering::Relaxed) << 32,
             seed: config.seed,
@@ -153,7 +158,8 @@ impl Engine {
 
     /// Whether nothing moves until something is queued.
     pub(super) fn is_at_rest(&self) -> bool {
-        let nothing_waits = self.awaiting.is_empty() && self.scheduler.is_empty();
+        let nothing_waits =
+            self.awaiting.is_empty() && self.stuck.is_empty() && self.scheduler.is_empty();
         !self.stirred && self.startable.is_empty() && nothing_waits
     }
 
@@ -170,6 +176,9 @@ impl Engine {
             match self.scheduler.run(if held { HOLD_TURNS } else { turns }) {
                 Event::Spent | Event::Empty | Event::Idle(_) if held => {}
                 Event::Spent => return Outcome::Spent,
+                Event::Empty if !self.stuck.is_empty() => {
+                    self.fail(self.stuck[0].0, STOPPED.into());
+                }
                 Event::Empty if self.awaiting.is_empty() => return Outcome::Nothing,
                 Event::Empty => return Outcome::Idle(self.scheduler.jump()),
                 Event::Idle(ns) => return Outcome::Idle(ns),
@@ -207,6 +216,7 @@ impl Engine {
         while let Some(&(device, at, value, owner)) = self.awaiting.get(index) {
             let found = self.machine().memory.borrow().holds(device, at, value);
             match found {
+                Ok(true) if self.machine().faults.has_stopped(device) => index += 1,
                 Ok(false) => index += 1,
                 Ok(true) => {
                     self.awaiting.swap_remove(index);
@@ -242,6 +252,9 @@ impl Engine {
     pub(super) fn start(&mut self, device: u32, work: Work, owner: Owner) {
         if self.failed[device as usize].is_some() {
             return self.complete(owner);
+        }
+        if self.machine().faults.has_stopped(device) {
+            return self.stuck.push((device, owner));
         }
         match work {
             Work::Launch(launch) => {
@@ -311,7 +324,8 @@ impl Engine {
         let error = Error::Simulated { device, reason, seed: self.seed };
         self.failed[device as usize].get_or_insert(error);
         let waits = self.awaiting.extract_if(.., |wait| wait.0 == device);
-        let waits: Vec<Owner> = waits.map(|wait| wait.3).collect();
+        let stuck = self.stuck.extract_if(.., |stuck| stuck.0 == device).map(|stuck| stuck.1);
+        let waits: Vec<Owner> = waits.map(|wait| wait.3).chain(stuck).collect();
         for owner in self.scheduler.remove_device(device).into_iter().chain(waits) {
             self.complete(owner);
         }

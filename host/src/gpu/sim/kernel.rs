@@ -57,6 +57,8 @@ pub(super) struct KernelRun {
     pub(super) owner: Owner,
     pub(super) context: Rc<KernelContext>,
     pub(super) blocks: Vec<BlockRun>,
+    /// Its GPU has stopped: no lane takes a turn any more.
+    pub(super) stopped: bool,
     threads: Vec<Thread>,
     live_blocks: u32,
 }
@@ -88,6 +90,7 @@ impl KernelRun {
             owner,
             context,
             blocks: block_runs,
+            stopped: machine.faults.has_stopped(launch.device),
             threads: coroutines,
             live_blocks: blocks,
         }
@@ -127,7 +130,10 @@ impl KernelRun {
 
     /// Whether its lanes have ended and its stores have landed.
     pub(super) fn is_over(&self) -> bool {
-        self.live_blocks == 0 && self.context.dirty.borrow().is_empty()
+        let context = &self.context;
+        self.live_blocks == 0
+            && context.dirty.borrow().is_empty()
+            && context.held.borrow().is_none()
     }
 
     fn failed(&self, block: u32, thread: u32, reason: &str) -> Step {

@@ -8,7 +8,8 @@
 //! is not resumed again leaks nothing.
 
 use super::access::{load_u8, load_u16, load_words, store_u8, store_u16, store_words, word};
-use super::context::{Barrier, LaneContext, Turn};
+use super::context::{Barrier, LaneContext, Machine, Turn};
+use super::fault::{Harm, Held, flip};
 use super::random::Chance;
 use super::stack::has_room;
 use half::{bf16, f16};
@@ -110,11 +111,42 @@ impl SimLane {
     /// Puts words at a checked address.
     fn put(self, address: u64, values: &[u32]) {
         let context = self.context();
-        let kernel = context.kernel();
         context.acted.set(true);
-        if context.loses(address) {
-            return;
+        if context.kernel().machine.faults.on_stores {
+            self.put_with_faults(address, values);
+        } else if !context.loses(address) {
+            self.put_whole(address, values);
         }
+    }
+
+    /// As `put`, where a store may suffer.
+    fn put_with_faults(self, address: u64, values: &[u32]) {
+        let (context, kernel) = (self.context(), self.context().kernel());
+        let Machine { faults, memory, clock, .. } = &*kernel.machine;
+        // What is kept back is older than what comes now.
+        kernel.land_held(|held| held.address == address);
+        let mut words = [0; 4];
+        words[..values.len()].copy_from_slice(values);
+        let count = values.len();
+        match faults.harm(kernel.device, address, &memory.borrow()) {
+            None => {}
+            Some(Harm::Lost) => return,
+            Some(Harm::Flipped(bit)) => flip(&mut words[..count], bit),
+            Some(Harm::Late(ns)) => {
+                // Older stores to the same place come first.
+                self.land_range(address, 4 * count as u64);
+                let (until, block) = (clock.get() + ns, context.block);
+                return kernel.hold(Held { until, block, address, words, count });
+            }
+        }
+        if !context.loses(address) {
+            self.put_whole(address, &words[..count]);
+        }
+    }
+
+    /// Puts what nothing happens to.
+    fn put_whole(self, address: u64, values: &[u32]) {
+        let (context, kernel) = (self.context(), self.context().kernel());
         if !kernel.machine.weak {
             // SAFETY: checked by the caller.
             unsafe { store_words(address, values) };
@@ -299,6 +331,9 @@ impl Lane for SimLane {
             published.land_all();
             context.outbox.land_all(published);
             self.acted();
+        }
+        while let Some(until) = context.kernel().holds(context.block) {
+            self.suspend(Turn::Sleep(until));
         }
         // Other worlds share no lock with this one.
         fence(Ordering::SeqCst);

@@ -190,6 +190,13 @@ impl Memory {
         inside.then_some(allocation.owner)
     }
 
+    /// The device whose memory `address` lies in, or for which that host memory was allocated; and whether it is
+    /// host memory.
+    pub(super) fn whose(&self, address: u64) -> Option<(u32, bool)> {
+        let allocation = self.below(address).filter(|found| found.range().contains(&address))?;
+        Some((allocation.owner, allocation.origin.is_host()))
+    }
+
     /// Whether `device` imported the memory that `address` lies in.
     pub(super) fn imported(&self, device: u32, address: u64) -> bool {
         self.below(address).is_some_and(|a| a.origin == Origin::Import && a.user == device)

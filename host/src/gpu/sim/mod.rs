@@ -21,6 +21,7 @@ mod context;
 mod device;
 mod engine;
 mod fail;
+mod fault;
 mod gpu;
 mod kernel;
 mod lane;
@@ -38,6 +39,7 @@ mod work;
 mod world;
 
 pub use config::{Config, Statistics};
+pub use fault::{Fault, Harm, Target};
 pub use lane::SimLane;
 
 use super::GpuRef;
@@ -63,6 +65,12 @@ impl World {
     /// What it has done so far.
     pub fn statistics(&self) -> Statistics {
         self.0.statistics()
+    }
+
+    /// For each fault of its configuration, how many of the turns or stores that the fault counts there have been:
+    /// one with a number that is reached has struck.
+    pub fn occasions(&self) -> Vec<u64> {
+        self.0.occasions()
     }
 
     /// Its GPUs, by ordinal.

@@ -10,7 +10,7 @@
 //! that only time can help.
 
 use super::context::{Machine, TURN_NS, Turn};
-use super::kernel::{KernelRun, Step};
+use super::kernel::{BlockRun, KernelRun, Step};
 use super::work::{Launch, Owner, Work};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -25,6 +25,9 @@ const QUIET_ROUNDS: u32 = 16;
 /// clock in every 128th turn only still sees its deadline soon after it has come.
 const FIRST_JUMP_NS: u64 = 200;
 const JUMP_FRACTION: u64 = 128;
+
+/// Why calls that wait for a GPU fail that a fault has stopped.
+pub(super) const STOPPED: &str = "it has stopped, as a fault of its machine says";
 
 /// Simulated time to start any operation of a stream.
 const OPERATION_NS: u64 = 1000;
@@ -120,7 +123,7 @@ impl Scheduler {
 
     /// Does what is not a kernel, at once.
     pub(super) fn transfer(&mut self, device: u32, work: &Work) -> Result<(), String> {
-        let bytes = self.machine.memory.borrow().transfer(device, work)?;
+        let bytes = self.machine.store(device, work)?;
         self.pass(OPERATION_NS + bytes as u64 / BYTES_PER_NS);
         Ok(())
     }
@@ -188,6 +191,9 @@ impl Scheduler {
     /// that sleep briefly between looks would keep time from jumping.
     fn wake(&mut self) {
         let now = self.machine.clock.get();
+        if self.machine.faults.held.get() > 0 {
+            self.land_late();
+        }
         while let Some(Reverse(sleeper)) = self.sleeping.peek().copied()
             && sleeper.until <= now
         {
@@ -231,8 +237,10 @@ impl Scheduler {
         None
     }
 
-    fn block(&mut self, at: BlockRef) -> Option<&mut super::kernel::BlockRun> {
-        self.kernels[at.slot].as_mut().map(|kernel| &mut kernel.blocks[at.block as usize])
+    /// A block whose lanes may take turns.
+    fn block(&mut self, at: BlockRef) -> Option<&mut BlockRun> {
+        let kernel = self.kernels[at.slot].as_mut().filter(|kernel| !kernel.stopped)?;
+        Some(&mut kernel.blocks[at.block as usize])
     }
 
     /// Lets up to `lanes` waiting lanes of one block look. Few while others have work: if all of
@@ -269,7 +277,8 @@ impl Scheduler {
         let machine = Rc::clone(&self.machine);
         let turns = 1 + machine.random.below(machine.policy.burst as usize);
         for _ in 0..turns {
-            let Some(kernel) = &mut self.kernels[at.slot] else { break };
+            let kernel = self.kernels[at.slot].as_mut().filter(|kernel| !kernel.stopped);
+            let Some(kernel) = kernel else { break };
             let ready = &mut kernel.blocks[at.block as usize].ready;
             if ready.is_empty() {
                 break;
@@ -281,6 +290,11 @@ impl Scheduler {
             let device = kernel.context.device;
             let (turn, step) = kernel.step(at.block, thread);
             self.account(at, thread, turn);
+            let step = if machine.faults.on_turns {
+                self.suffer(at, thread, (device, turn), step)
+            } else {
+                step
+            };
             match step {
                 Step::Continue => {}
                 Step::Sleep(until) => self.sleep(at, thread, until),
@@ -291,6 +305,48 @@ impl Scheduler {
         }
         self.list(at);
         self.finished()
+    }
+
+    /// After a turn of a lane of `device`: it may be the GPU's last, or slow.
+    fn suffer(
+        &mut self,
+        at: BlockRef,
+        thread: u32,
+        (device, turn): (u32, Turn),
+        step: Step,
+    ) -> Step {
+        let machine = Rc::clone(&self.machine);
+        let now = machine.clock.get();
+        if machine.faults.turn(device, now) {
+            let kernels = self.kernels.iter_mut().flatten();
+            kernels.filter(|k| k.context.device == device).for_each(|k| k.stopped = true);
+        }
+        let Some(rest) = machine.faults.rest(device, now) else { return step };
+        let Some(run) = self.block(at) else { return step };
+        let list = match (turn, &step) {
+            (Turn::Ready, Step::Continue) => &mut run.ready,
+            (Turn::Waiting, Step::Continue) => &mut run.behind,
+            (Turn::Sleep(_), Step::Sleep(until)) => return Step::Sleep(rest.max(*until)),
+            _ => return step,
+        };
+        // Its turn put the lane at the end of a list, unless it was its last.
+        if list.pop_if(|last| *last == thread).is_some() { Step::Sleep(rest) } else { step }
+    }
+
+    /// Lands the stores that were late, now that their time has come.
+    fn land_late(&self) {
+        let now = self.machine.clock.get();
+        for kernel in self.kernels.iter().flatten() {
+            kernel.context.land_held(|held| held.until <= now);
+        }
+    }
+
+    /// What all that is left to run stands still on, if it does.
+    fn standstill(&self) -> Option<Event> {
+        let mut kernels = self.kernels.iter().flatten();
+        let first = kernels.next()?;
+        (first.stopped && kernels.all(|kernel| kernel.stopped))
+            .then(|| Event::Failed(first.context.device, STOPPED.into()))
     }
 
     /// Ends a kernel whose lanes have ended and whose stores have landed.
@@ -347,6 +403,11 @@ impl Scheduler {
         }
         if self.is_empty() {
             return Some(Event::Empty);
+        }
+        if self.machine.faults.on_turns
+            && let Some(event) = self.standstill()
+        {
+            return Some(event);
         }
         if self.machine.progress.take() {
             self.idle = 0;

@@ -3,6 +3,7 @@
 
 mod access;
 mod autonomous;
+mod faults;
 mod graphs;
 mod memory_model;
 mod schedule;

@@ -81,6 +81,10 @@ impl Shared {
         self.lock().engine.statistics()
     }
 
+    pub(super) fn occasions(&self) -> Vec<u64> {
+        self.lock().engine.machine().faults.occasions()
+    }
+
     /// Takes the lock and notes that this thread uses the world.
     pub(super) fn enter(&self) -> Guard<'_> {
         let mut state = self.lock();
