@@ -27,7 +27,7 @@ pub const BREAK_DRAIN: u32 = 1 << 30;
 /// The round of threads that comes after those of [`Communicator::meet`]: all have let go of the old memory.
 const LEFT: usize = 5;
 /// How long the ranks may take to join again, once their calls are done.
-const REJOIN: Duration = Duration::from_secs(30);
+pub(crate) const REJOIN: Duration = Duration::from_secs(30);
 /// Between two looks at whether the calls are done.
 const PAUSE: Duration = Duration::from_micros(50);
 

@@ -4,6 +4,7 @@
 //! passes their values on and tells all of them the same reason if one fails, is late or ends; once
 //! they have met it notices, by the end of its connection, a process that ends without leaving.
 
+use super::assembly::other_party;
 use super::processes::{Reply, Request};
 use super::segment::{Presence, Segment};
 use super::socket::{Connection, Listener, wait};
@@ -25,6 +26,15 @@ struct Guest {
     joined: bool,
     /// It has been told why the meeting failed.
     told: bool,
+    /// It is not waited for.
+    excused: bool,
+}
+
+impl Guest {
+    /// Whether the round waits for it.
+    fn is_awaited(&self) -> bool {
+        self.value.is_none() && !self.excused
+    }
 }
 
 /// The host.
@@ -33,6 +43,8 @@ pub(super) struct Host {
     segment: Arc<Segment>,
     /// The rank whose process this is.
     rank: u32,
+    /// The ranks that do not come, a bit each.
+    without: u32,
     deadline: Instant,
     patience: Duration,
     guests: Vec<Guest>,
@@ -41,20 +53,25 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// The host of a meeting of `world` ranks.
+    /// The host of a meeting of `world` ranks but those in `without`.
     pub(super) fn new(
         listener: Listener,
         segment: Arc<Segment>,
-        (rank, world): (u32, u32),
+        (rank, world, without): (u32, u32, u32),
         patience: Duration,
     ) -> Host {
+        let guest = |rank| {
+            let excused = without >> rank & 1 != 0;
+            Guest { excused, joined: excused, ..Guest::default() }
+        };
         Host {
             listener,
             segment,
             rank,
+            without,
             deadline: Instant::now() + patience,
             patience,
-            guests: (0..world).map(|_| Guest::default()).collect(),
+            guests: (0..world).map(guest).collect(),
             strangers: Vec::new(),
         }
     }
@@ -77,7 +94,7 @@ impl Host {
             if Instant::now() >= self.deadline {
                 return Err(self.late());
             }
-            if self.guests.iter().all(|guest| guest.value.is_some()) {
+            if !self.guests.iter().any(Guest::is_awaited) {
                 self.hand_out()?;
             }
         }
@@ -86,7 +103,7 @@ impl Host {
 
     /// Who did not come in time.
     fn late(&self) -> String {
-        let late = |guest: &Guest| guest.value.is_none() && !guest.joined;
+        let late = |guest: &Guest| guest.is_awaited() && !guest.joined;
         let missing =
             (0..).zip(&self.guests).filter(|(_, guest)| late(guest)).map(|(rank, _)| rank);
         format!("waited {:?} in vain for {}", self.patience, ranks(missing))
@@ -122,7 +139,7 @@ impl Host {
         if !connection.is_same_user() {
             return Ok(());
         }
-        let Ok(Some((Request::Hello { protocol, version, world, rank, process }, _))) =
+        let Ok(Some((Request::Hello { protocol, version, world, without, rank, process }, _))) =
             connection.receive::<Request>()
         else {
             return Ok(());
@@ -137,8 +154,21 @@ impl Host {
             let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
             return Err(reason);
         }
+        let expected = self.guests.get(rank as usize).is_some_and(|guest| !guest.excused);
+        if without != self.without && expected {
+            let reason = other_party((self.rank, self.without), (rank, without));
+            let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
+            self.guests[rank as usize].told = true;
+            return Err(reason);
+        }
         let refusal = match self.guests.get(rank as usize) {
             None => Some(format!("rank {rank} does not exist; ranks go from 0 to {}", world - 1)),
+            // Whom the others do not expect takes nobody with it.
+            Some(guest) if guest.excused => {
+                Some(other_party((self.rank, self.without), (rank, without)))
+            }
+            // It has all it came for, and comes to the next meeting of this name.
+            Some(guest) if guest.joined => return Ok(()),
             Some(guest) if guest.pid != 0 => {
                 Some(format!("rank {rank} is used twice, first by pid {}", guest.pid))
             }

@@ -44,11 +44,13 @@ pub struct Processes {
 /// What a guest says to the host.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Request {
-    /// `process` is its number and the namespace in which that is its number.
+    /// `without` are the ranks that it does not wait for, a bit each; `process` is its number and the namespace in
+    /// which that is its number.
     Hello {
         protocol: u32,
         version: String,
         world: u32,
+        without: u32,
         rank: u32,
         process: (u32, u32),
     },
@@ -86,16 +88,21 @@ pub(crate) struct Seat {
 impl Processes {
     /// Enters the meeting as `rank`, which nobody else may do.
     pub(crate) fn enter(&self, rank: u32) -> Result<Seat> {
+        self.enter_without(rank, 0)
+    }
+
+    /// As `enter`; the ranks in `without` do not come, a bit each.
+    pub(crate) fn enter_without(&self, rank: u32, without: u32) -> Result<Seat> {
         self.check(rank)?;
         let deadline = Instant::now() + self.patience;
         let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
         let mut pause = Duration::from_micros(200);
         loop {
-            let connection = self.reach(rank).map_err(|error| {
+            let connection = self.reach(rank, without).map_err(|error| {
                 fail(format!("rank {rank} cannot use sockets of the abstract namespace: {error}"))
             })?;
             if let Some(connection) = connection
-                && let Some(seat) = self.take_seat(rank, connection, deadline)?
+                && let Some(seat) = self.take_seat((rank, without), connection, deadline)?
             {
                 return Ok(seat);
             }
@@ -125,10 +132,10 @@ impl Processes {
     }
 
     /// A connection to the host, which is this process if nobody else is.
-    fn reach(&self, rank: u32) -> rustix::io::Result<Option<Connection>> {
+    fn reach(&self, rank: u32, without: u32) -> rustix::io::Result<Option<Connection>> {
         if let Claim::Host(listener) = Listener::claim(&self.name)? {
             let segment = Arc::new(Segment::create(self.world)?);
-            let host = Host::new(listener, segment, (rank, self.world), self.patience);
+            let host = Host::new(listener, segment, (rank, self.world, without), self.patience);
             let thread = thread::Builder::new().name("peerlane-host".into());
             if thread.spawn(move || host.run()).is_err() {
                 return Err(rustix::io::Errno::AGAIN);
@@ -137,10 +144,10 @@ impl Processes {
         Connection::open(&self.name)
     }
 
-    /// Says who it is. `None` if the host has gone meanwhile.
+    /// Says who it is. `None` if the host has gone meanwhile, or is done with this rank.
     fn take_seat(
         &self,
-        rank: u32,
+        (rank, without): (u32, u32),
         connection: Connection,
         deadline: Instant,
     ) -> Result<Option<Seat>> {
@@ -148,11 +155,12 @@ impl Processes {
         let process = (std::process::id(), pid_namespace());
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let world = self.world;
-        let hello = Request::Hello { protocol: PROTOCOL, version, world, rank, process };
+        let hello = Request::Hello { protocol: PROTOCOL, version, world, without, rank, process };
         if connection.send(&hello, &[]).is_err() {
             return Ok(None);
         }
-        let (host, file) = match answer(&connection, deadline + GRACE) {
+        let answered = answer(&connection, deadline + GRACE);
+        let (host, file) = match answered {
             Ok(Some((Reply::Welcome { host }, mut files))) if files.len() == 1 => {
                 (host, files.remove(0))
             }
@@ -186,12 +194,27 @@ fn answer(
     }
 }
 
+/// Whether the host says something within a moment.
+fn is_due(connection: &Connection) -> rustix::io::Result<bool> {
+    Ok(wait(&[connection.as_fd()], Some(Instant::now() + WATCH))?[0])
+}
+
 impl Seat {
     /// Brings `value`, and a file with it, and waits for everybody else's, in rank order.
     pub(crate) fn exchange<T: Serialize + DeserializeOwned>(
         &self,
         value: &T,
         file: Option<OwnedFd>,
+    ) -> Result<Vec<(T, Option<OwnedFd>)>> {
+        self.exchange_while(value, file, || Ok(()))
+    }
+
+    /// As `exchange`, until `well` says why not.
+    pub(crate) fn exchange_while<T: Serialize + DeserializeOwned>(
+        &self,
+        value: &T,
+        file: Option<OwnedFd>,
+        well: impl Fn() -> Result<()>,
     ) -> Result<Vec<(T, Option<OwnedFd>)>> {
         let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
         let text = serde_json::to_string(value).map_err(|error| fail(error.to_string()))?;
@@ -201,6 +224,12 @@ impl Seat {
             fail(format!("the process of rank {} (pid {pid}), which hosts it, ended", self.host))
         };
         self.connection.send(&Request::Bring(text), &files).map_err(|_| gone())?;
+        while !is_due(&self.connection).map_err(|error| fail(error.to_string()))? {
+            well()?;
+            if Instant::now() >= self.deadline + GRACE {
+                break;
+            }
+        }
         // The host speaks by its own deadline, which may be later than this rank's by as much as
         // this rank came earlier: it never did, having found the host there.
         let reply = answer(&self.connection, self.deadline + GRACE)
@@ -330,7 +359,7 @@ impl Watch {
         }
         // The host may have left in order. Then nobody tells of the others any more.
         while left.recv_timeout(WATCH) == Err(RecvTimeoutError::Timeout) {
-            self.look_for_lost();
+            look_for_lost(&self.segment);
         }
         let until = Instant::now() + LINGER;
         while !self.segment.is_last(self.rank) {
@@ -339,18 +368,25 @@ impl Watch {
                 std::mem::forget(mailbox);
                 return;
             }
-            self.look_for_lost();
+            look_for_lost(&self.segment);
             thread::sleep(LOOK);
         }
     }
+}
 
-    /// Finds processes that ended after the host had left.
-    fn look_for_lost(&self) {
-        let (count, namespace) = (self.segment.world(), pid_namespace());
-        for rank in (0..count).filter(|rank| self.segment.presence(*rank) == Presence::Joined) {
-            if self.segment.is_gone(rank, namespace) {
-                self.segment.lose(rank);
-            }
+/// Finds processes that have ended and that no host has missed: it may have left.
+fn look_for_lost(segment: &Segment) {
+    let (count, namespace) = (segment.world(), pid_namespace());
+    for rank in (0..count).filter(|rank| segment.presence(*rank) == Presence::Joined) {
+        if segment.is_gone(rank, namespace) {
+            segment.lose(rank);
         }
     }
+}
+
+/// The first rank beside those in `without`, a bit each, whose process has ended before it left.
+pub(crate) fn lost_among(segment: &Segment, without: u32) -> Option<u32> {
+    look_for_lost(segment);
+    let present = (0..segment.world()).filter(|rank| without >> rank & 1 == 0);
+    present.into_iter().find(|rank| segment.presence(*rank) == Presence::Lost)
 }
