@@ -41,8 +41,11 @@ pub fn run(rank: &mut Rank, script: &Script) -> Result<(), Error> {
     let number = rank.communicator.rank() as usize;
     let image = &script.images[number].before;
     let memory = Memory::with_image(&rank.gpu, rank.stream, image)?;
-    rank.issue_all(script, memory.base)?;
-    rank.finish()?;
+    let issued = rank.issue_all(script, memory.base);
+    // The memory must not go while something on it is queued.
+    rank.gpu.stream_synchronize(rank.stream)?;
+    issued?;
+    rank.communicator.health()?;
     script.verify_rank(number, &memory.read(image.len())?).expect("it is right");
     Ok(())
 }
