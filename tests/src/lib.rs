@@ -9,6 +9,7 @@ pub mod job;
 pub mod machine;
 pub mod processes;
 pub mod registered;
+pub mod replay;
 pub mod runner;
 pub mod script;
 pub mod suite;
