@@ -206,7 +206,8 @@ impl Communicator {
             Assembly::Processes(segment) => {
                 let meeting = meeting_of(segment, topic, patience);
                 let ready = self.drain(deadline);
-                let (group, known) = join::join(&meeting, rank, ready.clone(), self.gpu(), config)
+                let seat = meeting.enter(rank)?;
+                let (group, known) = join::join(seat, rank, ready.clone(), self.gpu(), config)
                     .map_err(|error| ready.err().unwrap_or(error))?;
                 Ok((group, known, None))
             }

@@ -201,7 +201,7 @@ impl Communicator {
         gpu: &GpuRef,
         config: &Config,
     ) -> Result<Communicator> {
-        let (group, known) = join::join(meeting, rank, Ok(()), gpu, config)?;
+        let (group, known) = join::join(meeting.enter(rank)?, rank, Ok(()), gpu, config)?;
         Communicator::new(rank, gpu, config, (group, &known))
     }
 

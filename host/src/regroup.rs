@@ -95,18 +95,15 @@ impl Circle {
     where
         T: Serialize + DeserializeOwned + Clone + Send + 'static,
     {
-        let Circle { op, rank, world, without, segment, table } = self;
-        let (op, rank, world, without) = (*op, *rank, *world, *without);
-        let segment = segment.as_ref();
+        let Circle { op, rank, world, without, .. } = *self;
         let value = outcome.map_err(|error| -> String {
             format!("rank {rank}: {error}").chars().take(LONGEST_REASON).collect()
         });
-        let well = || nobody_lost(op, segment, rank, without);
-        let all = table.exchange_while(value, None, well).and_then(|all| {
+        let all = self.table.exchange(value, None).and_then(|all| {
             let failed = |reason| Error::Rendezvous { world, reason };
             all.into_iter().map(|(value, _)| value.map_err(failed)).collect()
         });
-        all.map_err(|error| explained(op, segment, (rank, without), error))
+        all.map_err(|error| explained(op, self.segment.as_ref(), (rank, without), error))
     }
 }
 

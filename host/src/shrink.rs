@@ -12,7 +12,7 @@ use crate::gpu::GpuRef;
 use crate::group::Group;
 use crate::join;
 use crate::regroup::Agreed;
-use crate::rendezvous::{Assembly, Meeting, Topic, meeting_of};
+use crate::rendezvous::{Assembly, Meeting, Terms, Topic, meeting_of};
 use std::sync::Arc;
 
 /// The name of these calls in errors.
@@ -141,8 +141,11 @@ impl Communicator {
                 Ok((group, known, Some(meeting)))
             }
             Assembly::Processes(segment) => {
-                let meeting = meeting_of(segment, topic, patience);
-                let joined = join::join(&meeting, rank, self.drain_gpu(), self.gpu(), config);
+                let watched = Some((segment.clone(), survivors.without));
+                let terms = Terms { without: 0, watched };
+                let seat = meeting_of(segment, topic, patience).enter_on(rank, &terms);
+                let joined = seat
+                    .and_then(|seat| join::join(seat, rank, self.drain_gpu(), self.gpu(), config));
                 let failed = |error| self.explain(OP, survivors.without, as_shrink(error));
                 let (group, known) = joined.map_err(failed)?;
                 Ok((group, known, None))

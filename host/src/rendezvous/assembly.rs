@@ -6,7 +6,7 @@
 
 use super::segment::Segment;
 use super::threads::Meeting;
-use super::{Processes, Seat};
+use super::{Processes, Seat, Terms};
 use crate::error::{Error, Result};
 use rustix::fd::OwnedFd;
 use serde::{Serialize, de::DeserializeOwned};
@@ -64,10 +64,19 @@ impl Assembly {
 
     /// Takes `rank`'s place. The first to come says how long the ranks wait for each other, in each round.
     pub(crate) fn sit(&self, rank: u32, topic: Topic, patience: Duration) -> Result<Table> {
-        self.sit_without(rank, topic, 0, patience)
+        match self {
+            Assembly::Threads(meetings) => {
+                let meeting = meetings.enter(rank, topic, patience)?;
+                Ok(Table::Threads { meeting, rank, round: 0 })
+            }
+            Assembly::Processes(segment) => {
+                let seat = meeting_of(segment, topic, patience).enter(rank)?;
+                Ok(Table::Processes { seat, failed: false })
+            }
+        }
     }
 
-    /// As `sit`; the ranks in `without` do not come, a bit each.
+    /// As `sit`, of ranks that may try again; those in `without` do not come, a bit each.
     pub(crate) fn sit_without(
         &self,
         rank: u32,
@@ -82,8 +91,9 @@ impl Assembly {
                 Ok(Table::Threads { meeting, rank, round: 0 })
             }
             Assembly::Processes(segment) => {
-                let meeting = meeting_of(segment, topic, patience);
-                Ok(Table::Processes(Some(meeting.enter_without(rank, without)?)))
+                let terms = Terms { without, watched: Some((segment.clone(), without)) };
+                let seat = meeting_of(segment, topic, patience).enter_on(rank, &terms)?;
+                Ok(Table::Processes { seat, failed: false })
             }
         }
     }
@@ -183,8 +193,13 @@ pub(crate) enum Table {
         /// The next round.
         round: usize,
     },
-    /// Among processes. `None` once a round has failed: whoever leaves then ends the meeting for all.
-    Processes(Option<Seat>),
+    /// Among processes.
+    Processes {
+        /// The place.
+        seat: Seat,
+        /// A round has failed: whoever leaves then ends the meeting for all.
+        failed: bool,
+    },
 }
 
 impl Table {
@@ -197,31 +212,14 @@ impl Table {
     where
         T: Serialize + DeserializeOwned + Clone + Send + 'static,
     {
-        self.exchange_while(value, file, || Ok(()))
-    }
-
-    /// As `exchange`; ranks that are processes stop waiting as soon as `well` says that there is no more to wait for.
-    pub(crate) fn exchange_while<T>(
-        &mut self,
-        value: T,
-        file: Option<OwnedFd>,
-        well: impl Fn() -> Result<()>,
-    ) -> Result<Vec<(T, Option<OwnedFd>)>>
-    where
-        T: Serialize + DeserializeOwned + Clone + Send + 'static,
-    {
         match self {
             Table::Threads { meeting, rank, round } => {
                 let all = meeting.exchange(*rank, *round, value)?;
                 *round += 1;
                 Ok(all.into_iter().map(|value| (value, None)).collect())
             }
-            Table::Processes(place) => {
-                let over = || Error::Rendezvous { world: 0, reason: "the meeting is over".into() };
-                let seat = place.take().ok_or_else(over)?;
-                let all = seat.exchange_while(&value, file, well)?;
-                *place = Some(seat);
-                Ok(all)
+            Table::Processes { seat, failed } => {
+                seat.exchange(&value, file).inspect_err(|_| *failed = true)
             }
         }
     }
@@ -229,7 +227,7 @@ impl Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
-        if let Table::Processes(Some(seat)) = self {
+        if let Table::Processes { seat, failed: false } = self {
             seat.finish();
         }
     }

@@ -5,7 +5,7 @@
 //! they have met it notices, by the end of its connection, a process that ends without leaving.
 
 use super::assembly::other_party;
-use super::processes::{Reply, Request};
+use super::processes::{Reply, Request, Terms};
 use super::segment::{Presence, Segment};
 use super::socket::{Connection, Listener, wait};
 use super::{PROTOCOL, ranks};
@@ -45,6 +45,8 @@ pub(super) struct Host {
     rank: u32,
     /// The ranks that do not come, a bit each.
     without: u32,
+    /// Whether who comes after a failure is told of it, instead of coming to the next meeting.
+    lingers: bool,
     deadline: Instant,
     patience: Duration,
     guests: Vec<Guest>,
@@ -53,13 +55,15 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// The host of a meeting of `world` ranks but those in `without`.
+    /// The host of a meeting of `world` ranks.
     pub(super) fn new(
         listener: Listener,
         segment: Arc<Segment>,
-        (rank, world, without): (u32, u32, u32),
+        (rank, world): (u32, u32),
         patience: Duration,
+        terms: &Terms,
     ) -> Host {
+        let (without, lingers) = (terms.without, terms.watched.is_none());
         let guest = |rank| {
             let excused = without >> rank & 1 != 0;
             Guest { excused, joined: excused, ..Guest::default() }
@@ -69,6 +73,7 @@ impl Host {
             segment,
             rank,
             without,
+            lingers,
             deadline: Instant::now() + patience,
             patience,
             guests: (0..world).map(guest).collect(),
@@ -158,7 +163,6 @@ impl Host {
         if without != self.without && expected {
             let reason = other_party((self.rank, self.without), (rank, without));
             let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
-            self.guests[rank as usize].told = true;
             return Err(reason);
         }
         let refusal = match self.guests.get(rank as usize) {
@@ -237,7 +241,7 @@ impl Host {
         Ok(())
     }
 
-    /// Tells everybody why the meeting failed: those who are here, and for as long as ranks may
+    /// Tells everybody why the meeting failed: those who are here, and if it lingers, for as long as ranks may
     /// still come, those who come. A rank that comes again starts a new meeting.
     fn fail(&mut self, reason: &str) {
         let reply = Reply::Failed(reason.to_owned());
@@ -248,7 +252,7 @@ impl Host {
                 guest.told = true;
             }
         }
-        while !self.guests.iter().all(|guest| guest.told || guest.joined) {
+        while self.lingers && !self.guests.iter().all(|guest| guest.told || guest.joined) {
             if Instant::now() >= self.deadline {
                 return;
             }

@@ -11,7 +11,7 @@ mod threads;
 
 pub(crate) use assembly::{Assembly, Table, Topic, meeting_of};
 pub use processes::Processes;
-pub(crate) use processes::{Membership, Seat, lost_among};
+pub(crate) use processes::{Membership, Seat, Terms, lost_among};
 pub(crate) use segment::{ABORTED, PAGE, Presence, Segment, lost_rank};
 pub use threads::Meeting;
 

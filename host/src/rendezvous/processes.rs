@@ -41,6 +41,16 @@ pub struct Processes {
     pub patience: Duration,
 }
 
+/// On what terms the ranks of a group meet again.
+#[derive(Clone, Default)]
+pub(crate) struct Terms {
+    /// The ranks that do not come, a bit each. All that come say the same.
+    pub(crate) without: u32,
+    /// The group, and those of its ranks that do not matter any more, a bit each. Nobody waits once another's
+    /// process has ended, and who comes after a failure comes to the next meeting.
+    pub(crate) watched: Option<(Arc<Segment>, u32)>,
+}
+
 /// What a guest says to the host.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Request {
@@ -83,26 +93,27 @@ pub(crate) struct Seat {
     /// The rank whose process hosts the meeting.
     host: u32,
     deadline: Instant,
+    watched: Option<(Arc<Segment>, u32)>,
 }
 
 impl Processes {
     /// Enters the meeting as `rank`, which nobody else may do.
     pub(crate) fn enter(&self, rank: u32) -> Result<Seat> {
-        self.enter_without(rank, 0)
+        self.enter_on(rank, &Terms::default())
     }
 
-    /// As `enter`; the ranks in `without` do not come, a bit each.
-    pub(crate) fn enter_without(&self, rank: u32, without: u32) -> Result<Seat> {
+    /// As `enter`, for ranks of a group.
+    pub(crate) fn enter_on(&self, rank: u32, terms: &Terms) -> Result<Seat> {
         self.check(rank)?;
         let deadline = Instant::now() + self.patience;
         let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
         let mut pause = Duration::from_micros(200);
         loop {
-            let connection = self.reach(rank, without).map_err(|error| {
+            let connection = self.reach(rank, terms).map_err(|error| {
                 fail(format!("rank {rank} cannot use sockets of the abstract namespace: {error}"))
             })?;
             if let Some(connection) = connection
-                && let Some(seat) = self.take_seat((rank, without), connection, deadline)?
+                && let Some(seat) = self.take_seat((rank, terms), connection, deadline)?
             {
                 return Ok(seat);
             }
@@ -132,10 +143,10 @@ impl Processes {
     }
 
     /// A connection to the host, which is this process if nobody else is.
-    fn reach(&self, rank: u32, without: u32) -> rustix::io::Result<Option<Connection>> {
+    fn reach(&self, rank: u32, terms: &Terms) -> rustix::io::Result<Option<Connection>> {
         if let Claim::Host(listener) = Listener::claim(&self.name)? {
             let segment = Arc::new(Segment::create(self.world)?);
-            let host = Host::new(listener, segment, (rank, self.world, without), self.patience);
+            let host = Host::new(listener, segment, (rank, self.world), self.patience, terms);
             let thread = thread::Builder::new().name("peerlane-host".into());
             if thread.spawn(move || host.run()).is_err() {
                 return Err(rustix::io::Errno::AGAIN);
@@ -147,20 +158,19 @@ impl Processes {
     /// Says who it is. `None` if the host has gone meanwhile, or is done with this rank.
     fn take_seat(
         &self,
-        (rank, without): (u32, u32),
+        (rank, terms): (u32, &Terms),
         connection: Connection,
         deadline: Instant,
     ) -> Result<Option<Seat>> {
         let fail = |reason: String| Err(Error::Rendezvous { world: self.world, reason });
         let process = (std::process::id(), pid_namespace());
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let world = self.world;
+        let (world, without) = (self.world, terms.without);
         let hello = Request::Hello { protocol: PROTOCOL, version, world, without, rank, process };
         if connection.send(&hello, &[]).is_err() {
             return Ok(None);
         }
-        let answered = answer(&connection, deadline + GRACE);
-        let (host, file) = match answered {
+        let (host, file) = match answer(&connection, deadline + GRACE) {
             Ok(Some((Reply::Welcome { host }, mut files))) if files.len() == 1 => {
                 (host, files.remove(0))
             }
@@ -173,7 +183,8 @@ impl Processes {
             Ok(segment) => Arc::new(segment),
             Err(reason) => return fail(format!("rank {rank}: {reason}")),
         };
-        Ok(Some(Seat { connection, segment, rank, world: self.world, host, deadline }))
+        let watched = terms.watched.clone();
+        Ok(Some(Seat { connection, segment, rank, world: self.world, host, deadline, watched }))
     }
 }
 
@@ -206,16 +217,6 @@ impl Seat {
         value: &T,
         file: Option<OwnedFd>,
     ) -> Result<Vec<(T, Option<OwnedFd>)>> {
-        self.exchange_while(value, file, || Ok(()))
-    }
-
-    /// As `exchange`, until `well` says why not.
-    pub(crate) fn exchange_while<T: Serialize + DeserializeOwned>(
-        &self,
-        value: &T,
-        file: Option<OwnedFd>,
-        well: impl Fn() -> Result<()>,
-    ) -> Result<Vec<(T, Option<OwnedFd>)>> {
         let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
         let text = serde_json::to_string(value).map_err(|error| fail(error.to_string()))?;
         let files: Vec<_> = file.iter().map(AsFd::as_fd).collect();
@@ -224,11 +225,11 @@ impl Seat {
             fail(format!("the process of rank {} (pid {pid}), which hosts it, ended", self.host))
         };
         self.connection.send(&Request::Bring(text), &files).map_err(|_| gone())?;
-        while !is_due(&self.connection).map_err(|error| fail(error.to_string()))? {
-            well()?;
-            if Instant::now() >= self.deadline + GRACE {
-                break;
-            }
+        while self.watched.is_some()
+            && Instant::now() < self.deadline + GRACE
+            && !is_due(&self.connection).map_err(|error| fail(error.to_string()))?
+        {
+            self.nobody_lost().map_err(fail)?;
         }
         // The host speaks by its own deadline, which may be later than this rank's by as much as
         // this rank came earlier: it never did, having found the host there.
@@ -248,6 +249,17 @@ impl Seat {
             Ok((value, if has_file { files.next() } else { None }))
         });
         parsed.collect()
+    }
+
+    /// That no rank of the group that meets, beside those that do not matter, has ended.
+    fn nobody_lost(&self) -> std::result::Result<(), String> {
+        let Some((group, without)) = &self.watched else { return Ok(()) };
+        match lost_among(group, *without) {
+            None => Ok(()),
+            Some(lost) => {
+                Err(format!("the process of rank {lost} (pid {}) ended", group.pid(lost)))
+            }
+        }
     }
 
     /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
