@@ -1,7 +1,7 @@
 //! Groups that were aborted begin anew: ranks of one thread and ranks with a thread each, whatever cut their calls
 //! short, and with what they had before: graphs, registrations, works, aborters.
 //!
-//! `PEERLANE_SEEDS` and `PEERLANE_SEED` as in `seeds.rs`.
+//! `PEERLANE_SEEDS` says how many seeds the late stores get, and how often somebody aborts meanwhile.
 
 use peerlane::cases::Rng;
 use peerlane::gpu::Stream;

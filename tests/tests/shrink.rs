@@ -1,10 +1,12 @@
 //! Groups that go on without some of their ranks: who is left, what follows them, and what becomes of the others.
 
 use peerlane::cases::Rng;
+use peerlane::gpu::DevicePtr;
 use peerlane::{Algorithm, Communicator, Config, DType, Error, Meeting, Pattern, ReduceOp, Wire};
 use peerlane_tests::{
     Call, Group, Job, Links, Machine, Memory, Rank, Script, random_jobs, run, small,
 };
+use std::sync::Barrier;
 use std::time::Duration;
 
 /// Real time that no healthy run of threads takes.
@@ -207,6 +209,30 @@ fn threads_shrink_and_the_rank_left_out_is_stopped() {
             assert_eq!(outcome, if gone.contains(&rank) { stopped } else { Ok(()) });
         }
     }
+}
+
+#[test]
+fn a_rank_whose_gpu_is_gone_cannot_recover_and_is_left_out() {
+    let script = Script::new(2, &[all_reduce(900, Algorithm::TwoShot)], 1);
+    let together = Barrier::new(3);
+    let outcomes = in_threads(3, &Config { deadline: LONG, ..config(3) }, |rank| {
+        let number = rank.communicator.rank();
+        if number == 1 {
+            let nowhere = peerlane::AllReduce::in_place(DevicePtr(4096), 900, DType::F32);
+            // SAFETY: it is not: the simulator finds out and gives the GPU up.
+            unsafe { rank.communicator.all_reduce(&nowhere, rank.stream) }?;
+            assert!(rank.finish().is_err());
+        }
+        together.wait();
+        let error = rank.communicator.recover().expect_err("GPU 1 is gone").to_string();
+        assert!(error.contains("rank 1: simulated GPU 1: "), "{error}");
+        if number == 1 {
+            return Ok(());
+        }
+        rank.communicator.shrink(&[1])?;
+        run(rank, &script)
+    });
+    assert_eq!(outcomes, vec![Ok(()); 3]);
 }
 
 #[test]
