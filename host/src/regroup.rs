@@ -107,7 +107,7 @@ impl Circle {
     }
 }
 
-/// That no process of the ranks that come has ended.
+/// That no process of the ranks that come has ended. If one has, this rank's later calls say so too.
 fn nobody_lost(
     op: &'static str,
     segment: Option<&Arc<Segment>>,

@@ -399,6 +399,6 @@ fn look_for_lost(segment: &Segment) {
 /// The first rank beside those in `without`, a bit each, whose process has ended before it left.
 pub(crate) fn lost_among(segment: &Segment, without: u32) -> Option<u32> {
     look_for_lost(segment);
-    let present = (0..segment.world()).filter(|rank| without >> rank & 1 == 0);
-    present.into_iter().find(|rank| segment.presence(*rank) == Presence::Lost)
+    let mut present = (0..segment.world()).filter(|rank| without >> rank & 1 == 0);
+    present.find(|rank| segment.presence(*rank) == Presence::Lost)
 }
