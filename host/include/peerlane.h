@@ -402,8 +402,9 @@ peerlane_status peerlane_comm_transport(const peerlane_comm *comm,
                                         uint32_t to,
                                         peerlane_transport *transport);
 
-// The first error that a call of this rank met on the GPU. It stays: every later call returns it
-// too, and what is left to do is to close all ranks and to make a new group. Does not wait.
+// The first error that a call of this rank met on the GPU. It stays, and every later call returns it too: all ranks
+// may recover (`peerlane_recover`), go on without the rank that is gone (`peerlane_shrink`), or close. Does not
+// wait.
 peerlane_status peerlane_comm_health(const peerlane_comm *comm);
 
 // How long this rank's waits may last from its next call on. Ranks may differ.
@@ -412,7 +413,8 @@ peerlane_status peerlane_comm_set_deadline(peerlane_comm *comm, uint64_t deadlin
 // Waits until everything queued on `stream` is done, and says whether this rank's calls went well.
 peerlane_status peerlane_comm_synchronize(const peerlane_comm *comm, void *stream);
 
-// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on.
+// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on,
+// until they recover.
 // Any thread may call it at any time before `peerlane_comm_destroy` begins.
 peerlane_status peerlane_comm_abort(const peerlane_comm *comm);
 
@@ -422,6 +424,31 @@ peerlane_status peerlane_comm_close(peerlane_comm *comm);
 
 // Closes the communicator if it is open, and frees the handle. Fine with NULL.
 void peerlane_comm_destroy(peerlane_comm *comm);
+
+// Brings the communicator back after an abort, a time-out or any other error of its calls; of a healthy one it is a
+// reset. All ranks call it, each from its thread or process, and no other call is made meanwhile, nor a graph
+// launched with one. Waits for the others for as long as the deadline, and for everything on this rank's GPU.
+// Tensors, registrations and CUDA graphs stay valid. On failure the communicator stays aborted on all ranks, and may
+// try again; PEERLANE_PEER_LOST says that a rank's process has ended, without which only `peerlane_shrink` goes on.
+peerlane_status peerlane_recover(peerlane_comm *comm);
+
+// `peerlane_recover` for one thread that has all ranks of a group, in rank order.
+peerlane_status peerlane_recover_all(peerlane_comm *const *comms, uint32_t world_size);
+
+// Goes on without `count` ranks, which are gone or hang. All others call it with the same ranks and become a smaller
+// group, numbered anew in the order they had. Waits as `peerlane_recover` does. The memory is new: CUDA graphs
+// with earlier calls must not be launched any more, and tensors are registered again. On failure the
+// communicator stays aborted on all ranks, and may try again.
+peerlane_status peerlane_shrink(peerlane_comm *comm, const uint32_t *without, size_t count);
+
+// `peerlane_shrink` for one thread that has all ranks that are left, `world_size` of them, in rank order.
+peerlane_status peerlane_shrink_all(peerlane_comm *const *comms,
+                                    uint32_t world_size,
+                                    const uint32_t *without,
+                                    size_t count);
+
+// How often the ranks have recovered or shrunk.
+peerlane_status peerlane_generation(const peerlane_comm *comm, uint64_t *generation);
 
 // Says what this rank's calls have brought. `size` is sizeof(peerlane_usage).
 peerlane_status peerlane_comm_usage(const peerlane_comm *comm, peerlane_usage *usage, size_t size);

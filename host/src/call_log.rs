@@ -162,6 +162,15 @@ impl CallLog {
         Ok(())
     }
 
+    /// Takes all entries of `rank` back, as if it had made no calls.
+    pub(crate) fn forget(&self, rank: u32) {
+        for (peer, call) in
+            (0..self.world).flat_map(|peer| (0..DEPTH).map(move |call| (peer, call)))
+        {
+            self.entry(rank, peer, call).number.store(0, Ordering::Release);
+        }
+    }
+
     /// The words of `from`'s `call`-th entry for `to`, if it is there and stays there while they
     /// are read.
     fn read(&self, from: u32, to: u32, call: u64) -> Option<[u64; 2]> {
@@ -203,6 +212,17 @@ mod tests {
         for size in 0..1000 {
             log.enter(1, 0b01, &mut b, sum(size)).unwrap();
         }
+    }
+
+    #[test]
+    fn forgotten_calls_are_compared_with_none() {
+        let log = CallLog::new(2);
+        log.enter(0, 0b10, &mut [0; 2], sum(64)).unwrap();
+        log.enter(1, 0b01, &mut [0; 2], sum(32)).unwrap_err();
+        log.forget(0);
+        log.enter(1, 0b01, &mut [0; 2], sum(32)).unwrap();
+        log.enter(0, 0b10, &mut [0; 2], sum(64)).unwrap_err();
+        log.enter(0, 0b10, &mut [0; 2], sum(32)).unwrap();
     }
 
     #[test]

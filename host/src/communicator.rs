@@ -19,6 +19,7 @@ use crate::plan::Shape;
 use crate::plan::roles::Places;
 use crate::plan::staging::FLAG_BYTES;
 use crate::registration::Registrations;
+use crate::regroup::Outcome;
 use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
 use crate::sizing::{Sizes, Sizing, State};
@@ -158,13 +159,16 @@ pub struct Communicator {
     /// Made by the first asynchronous call.
     pub(crate) side: Option<Side>,
     /// What all clones of this rank's aborter stop.
-    aborter: Aborter,
+    pub(crate) aborter: Aborter,
     /// What the calls have brought.
     pub(crate) tally: Tally,
     /// The sizes, and how long they have been too large.
     pub(crate) state: State,
     /// How often the ranks have met about sizes since the group was made.
     pub(crate) meetings: u64,
+    /// How often the ranks have recovered or shrunk, and what becomes of this generation's calls.
+    pub(crate) generation: u64,
+    pub(crate) outcome: Outcome,
 }
 
 impl Communicator {
@@ -216,7 +220,7 @@ impl Communicator {
         gpu: &GpuRef,
         config: &Config,
     ) -> Result<Communicator> {
-        let (group, known) = join::join(meeting, rank, Ok(()), gpu, config)?;
+        let (group, known) = join::join(meeting.enter(rank)?, rank, Ok(()), gpu, config)?;
         Communicator::new(rank, gpu, config, (group, &known))
     }
 
@@ -270,6 +274,8 @@ impl Communicator {
             tally: Tally::default(),
             state: State::new(Sizes::of(config)),
             meetings: 0,
+            generation: 0,
+            outcome: Outcome::default(),
         })
     }
 
@@ -284,6 +290,8 @@ impl Communicator {
         // It knows the addresses of the memory that goes.
         self.scheduled = None;
         self.aborter.follow(&group);
+        // What is not said by now is that all went well.
+        std::mem::take(&mut self.outcome).settle(Ok(()));
         let aborted = self.health().is_err();
         self.group = Some(group);
         aborted
@@ -352,8 +360,8 @@ impl Communicator {
         }
     }
 
-    /// The first error that a kernel of this communicator recorded. It stays: the ranks' counters
-    /// no longer agree, so every later call returns it too.
+    /// The first error that a kernel of this communicator recorded. It stays, and every later call returns it too,
+    /// until the ranks [recover](Communicator::recover): their counters no longer agree.
     pub fn health(&self) -> Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
         health_of(&group.mailboxes.members, group.segment(), self.rank)
@@ -369,6 +377,7 @@ impl Communicator {
             ),
             segment: group.and_then(Group::segment).map(Arc::downgrade),
             rank: self.rank,
+            outcome: self.outcome.clone(),
         }
     }
 
@@ -393,7 +402,8 @@ impl Communicator {
         self.health()
     }
 
-    /// Ends every wait of every rank of the group. Their calls return errors from then on.
+    /// Ends every wait of every rank of the group. Their calls return errors from then on, until they
+    /// [recover](Communicator::recover).
     pub fn abort(&self) {
         self.aborter().abort();
     }
@@ -410,7 +420,9 @@ impl Communicator {
             return Ok(());
         }
         // The whole GPU rather than the last stream, which its owner may have destroyed by now.
-        let drained = if self.last_stream.is_some() { self.gpu.synchronize() } else { Ok(()) };
+        // After recovering there may be graphs that were launched on any.
+        let used = self.last_stream.is_some() || self.generation != 0;
+        let drained = if used { self.gpu.synchronize() } else { Ok(()) };
         // Nothing of this rank was cut short by an abort that met no wait.
         let health = self.health().or_else(|error| match error {
             Error::Stopped { .. } => Ok(()),
@@ -532,6 +544,37 @@ impl Communicator {
         Ok(())
     }
 
+    /// Whether this rank has made scheduled calls.
+    pub(crate) fn has_scheduled(&self) -> bool {
+        self.scheduled.is_some()
+    }
+
+    /// Stops what gives scheduled calls their deadline, once all are done. Returns what was captured, if anything was.
+    pub(crate) fn stop_scheduled(&mut self) -> Option<Operation> {
+        self.scheduled.take().and_then(|scheduled| scheduled.captured())
+    }
+
+    /// Makes the next call the first, now that all are done; `captured` is what a graph may still run.
+    pub(crate) fn forget_calls(&mut self, captured: Option<Operation>) -> Result<()> {
+        self.calls = [0; MAX_RANKS];
+        self.last_stream = None;
+        if let Some(side) = &self.side {
+            side.settle_all();
+        }
+        if let Some(operation) = captured {
+            self.scheduled(operation.name())?.watch_graphs(operation)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on as `rank` of another group, without registrations and streams of the last one.
+    pub(crate) fn renumber(&mut self, rank: u32, config: Config, group: Group, choice: Choice) {
+        self.registrations.clear();
+        self.rank = rank;
+        self.state = State::new(Sizes::of(&config));
+        self.replace_group(config, group, choice);
+    }
+
     /// What scheduled calls need.
     pub(crate) fn scheduled(&mut self, op: &'static str) -> Result<&mut Scheduled> {
         if self.scheduled.is_none() {
@@ -591,14 +634,20 @@ pub(crate) struct Health {
     members: Weak<[Arc<Member>]>,
     segment: Option<Weak<Segment>>,
     rank: u32,
+    outcome: Outcome,
 }
 
 impl Health {
-    /// As [`Communicator::health`]; well, once the group is gone.
+    /// As [`Communicator::health`] was in the generation in which this was made; well, once the group is gone.
     pub(crate) fn check(&self) -> Result<()> {
-        let Some(members) = self.members.upgrade() else { return Ok(()) };
         let segment = self.segment.as_ref().and_then(Weak::upgrade);
-        health_of(&members, segment.as_ref(), self.rank)
+        let now = self
+            .members
+            .upgrade()
+            .map_or(Ok(()), |members| health_of(&members, segment.as_ref(), self.rank));
+        // The outcome is said before the page is cleared: who finds the page clear finds the outcome.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        self.outcome.said().unwrap_or(now)
     }
 }
 

@@ -122,9 +122,12 @@ pub enum Error {
     },
 
     /// The process of a rank has ended without closing its communicator.
-    #[error("{operation}: rank {rank} lost rank {peer}: its process (pid {pid}) has ended")]
+    #[error(
+        "{operation}: rank {rank} lost rank {peer}: its process (pid {pid}) has ended{}",
+        way_on(operation)
+    )]
     PeerLost {
-        /// The collective that was waiting, or `health` if none was.
+        /// The collective that was waiting, `recover` or `shrink`, or `health` if none was.
         operation: &'static str,
         /// The rank that noticed.
         rank: u32,
@@ -193,6 +196,14 @@ pub(crate) fn phase_name(code: u32) -> &'static str {
         phase::SIGNATURE => "its signature",
         phase::CHECKSUM => "its checksum",
         _ => "an unknown phase",
+    }
+}
+
+/// What is left to do where `operation` cannot go on without a rank that is gone.
+fn way_on(operation: &str) -> &'static str {
+    match operation {
+        "recover" | "shrink" => "; shrink, naming every rank that is gone, goes on without it",
+        _ => "",
     }
 }
 

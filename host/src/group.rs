@@ -499,7 +499,8 @@ fn shape_with(shape: Shape, mailboxes: &Mailboxes) -> Shape {
 
 /// Stops a group's waits, from any thread and while its communicators are in use or being closed.
 /// It does not keep the group alive. Clones share what they stop: the group that the communicator has
-/// now, which [`Communicator::adapt`](crate::Communicator::adapt) may replace.
+/// now, which [`Communicator::adapt`](crate::Communicator::adapt) and
+/// [`Communicator::shrink`](crate::Communicator::shrink) may replace.
 #[derive(Clone)]
 pub struct Aborter {
     members: Arc<Mutex<Weak<[Arc<Member>]>>>,
@@ -513,8 +514,8 @@ impl Default for Aborter {
 }
 
 impl Aborter {
-    /// Ends every wait of every rank; their calls return errors from then on. Does nothing once
-    /// the communicator is closed.
+    /// Ends every wait of every rank; their calls return errors from then on, until the ranks recover. Does
+    /// nothing once the communicator is closed.
     pub fn abort(&self) {
         self.store(ABORTED);
     }
@@ -537,6 +538,11 @@ impl Aborter {
             // A rank that was lost before is the reason to report.
             let _ = abort.compare_exchange(0, reason, Ordering::AcqRel, Ordering::Relaxed);
         }
+    }
+
+    /// Waits until whoever is aborting through a clone has stored all words.
+    pub(crate) fn settle(&self) {
+        drop(self.lock());
     }
 
     /// From now on stops the waits of `group`, for all clones.

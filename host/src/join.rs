@@ -12,7 +12,7 @@ use crate::host_mailbox::HostMailbox;
 use crate::mailbox::{Member, Offer};
 use crate::plan::Shape;
 use crate::probe::Probe;
-use crate::rendezvous::{Processes, Seat};
+use crate::rendezvous::Seat;
 use crate::transport::{Pairs, Transport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::os::fd::OwnedFd;
@@ -21,16 +21,15 @@ use std::sync::Arc;
 /// Most characters of a reason that travels. A compiler's log can be longer than a message.
 const LONGEST_REASON: usize = 1000;
 
-/// Joins as `rank`, which is `ready` to or says why it cannot; returns this process's view of the group,
-/// and what rank 0 found out for it.
+/// Joins as `rank`, whose seat it is, and which is `ready` to or says why it cannot; returns this process's view of
+/// the group, and what rank 0 found out for it.
 pub(crate) fn join(
-    meeting: &Processes,
+    seat: Seat,
     rank: u32,
     ready: Result<()>,
     gpu: &GpuRef,
     config: &Config,
 ) -> Result<(Group, Known)> {
-    let seat = meeting.enter(rank)?;
     let segment = seat.segment.clone();
     let card = ready.and_then(|()| Card::prepare(gpu, config));
     let cards: Vec<Card> = values(share(&seat, rank, card, None)?);

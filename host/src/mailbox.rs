@@ -7,11 +7,12 @@
 use crate::error::Result;
 use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
 use crate::plan::staging::{AREA_FLAG_BYTES, AREA_FLAGS, FLAG_BYTES, UP_BYTE};
-use crate::rendezvous::{PAGE, Segment};
+use crate::rendezvous::{ABORTED, PAGE, Segment};
 use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout, Status, state};
 use serde::{Deserialize, Serialize};
 use std::hash::BuildHasher;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 /// One rank's memory that others write to, and its status page.
@@ -136,8 +137,13 @@ impl Member {
         }
     }
 
-    /// Empties the mailbox and takes all flags down.
     fn cleared(self, extent: Extent) -> Result<Member> {
+        self.clear(extent)?;
+        Ok(self)
+    }
+
+    /// Empties the mailbox and takes all flags down. Only while nobody uses this rank's own memory.
+    pub(crate) fn clear(&self, extent: Extent) -> Result<()> {
         let words = extent.layout.first_slot as usize;
         let own = OwnStream::new(&self.gpu)?;
         // SAFETY: the ranges lie in the mailbox and in the staging area.
@@ -151,9 +157,35 @@ impl Member {
                 self.gpu.fill(areas, UP_BYTE, AREA_FLAG_BYTES, own.stream)?;
             }
         }
-        self.gpu.stream_synchronize(own.stream)?;
-        drop(own);
-        Ok(self)
+        self.gpu.stream_synchronize(own.stream)
+    }
+
+    /// Whether no call of this rank has recorded that it was cut short.
+    pub(crate) fn is_well(&self) -> bool {
+        let page = self.status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the member.
+        unsafe { (&raw const (*page).state).read_volatile() == state::OK }
+    }
+
+    /// Makes the status page say that no call was ever made; the abort word stays. Only while no work of this rank
+    /// runs.
+    pub(crate) fn clear_status(&self) {
+        let page = self.status.host;
+        let from = std::mem::offset_of!(Status, state);
+        // SAFETY: the page is alive as long as the member, and it ends behind both.
+        unsafe {
+            page.add(from).write_bytes(0, size_of::<Status>() - from);
+            page.add(Board::OFFSET).write_bytes(0, size_of::<Board>());
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    /// Takes the word back with which hosts have stopped this rank's waits, unless a rank is gone.
+    pub(crate) fn clear_abort(&self) {
+        let status = self.status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the member, and hosts write this word as an atomic.
+        let abort = unsafe { AtomicU32::from_ptr(&raw mut (*status).abort) };
+        let _ = abort.compare_exchange(ABORTED, 0, Ordering::SeqCst, Ordering::Relaxed);
     }
 
     /// What a rank on `gpu` knows of `peer` on the GPU `ordinal`, whose mailbox there it does not
@@ -204,7 +236,7 @@ impl Member {
         let words = (layout.words(layout.lanes) - layout.words(0)) as usize;
         let counters: Vec<u8> = first.to_le_bytes().iter().copied().cycle().take(words).collect();
         let own = OwnStream::new(&self.gpu)?;
-        // SAFETY: the counters lie in the mailbox, and nobody uses it yet.
+        // SAFETY: the counters lie in the mailbox, and nobody uses it meanwhile.
         unsafe {
             self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
         };

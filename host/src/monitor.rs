@@ -79,6 +79,34 @@ impl Monitor {
     /// # Errors
     /// There is no thread to be had: the call would have no deadline.
     pub(crate) fn began(&mut self, call: u32, captured: bool, operation: Operation) -> Result<()> {
+        self.start(operation)?;
+        let mut state = self.shared.lock();
+        state.operation = operation;
+        if captured {
+            state.captured = true;
+        } else {
+            state.issued = call;
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// The operation of the calls that were captured, if any were.
+    pub(crate) fn captured(&self) -> Option<Operation> {
+        let state = self.shared.lock();
+        state.captured.then_some(state.operation)
+    }
+
+    /// Watches over calls that were captured before.
+    ///
+    /// # Errors
+    /// As for [`Monitor::began`].
+    pub(crate) fn watch_graphs(&mut self, operation: Operation) -> Result<()> {
+        self.began(0, true, operation)
+    }
+
+    fn start(&mut self, operation: Operation) -> Result<()> {
         if let Some(watch) = self.watch.take() {
             let thread = std::thread::Builder::new().name("peerlane-monitor".into());
             let started =
@@ -94,15 +122,6 @@ impl Monitor {
                 reason: "no thread watches over the call".into(),
             });
         }
-        let mut state = self.shared.lock();
-        state.operation = operation;
-        if captured {
-            state.captured = true;
-        } else {
-            state.issued = call;
-        }
-        drop(state);
-        self.shared.changed.notify_all();
         Ok(())
     }
 

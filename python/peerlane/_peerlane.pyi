@@ -119,6 +119,10 @@ class Communicator:
         """Number of ranks."""
 
     @property
+    def generation(self) -> int:
+        """How often the ranks have recovered or shrunk."""
+
+    @property
     def device(self) -> str:
         """This rank's GPU."""
 
@@ -297,6 +301,22 @@ class Communicator:
     @property
     def calls(self) -> int:
         """How many calls of this rank have been queued, captured ones included."""
+
+    def recover(self) -> None:
+        """Brings the communicator back after an abort, a time-out or any other error of its calls. All ranks
+        call it, each in its thread or process. Tensors, registrations and CUDA graphs stay valid."""
+
+    @staticmethod
+    def recover_all(ranks: Sequence[Communicator]) -> None:
+        """recover for all ranks of a group of connect, in rank order, by one thread."""
+
+    def shrink(self, without: Iterable[int]) -> None:
+        """Goes on without these ranks, which are gone or hang. All others call it, each in its thread or process, and
+        are numbered anew. CUDA graphs with earlier calls must not run any more; tensors are registered again."""
+
+    @staticmethod
+    def shrink_all(ranks: Sequence[Communicator], without: Iterable[int]) -> None:
+        """shrink for all ranks that are left of a group of connect, in rank order, by one thread."""
 
     def usage(self) -> dict[str, Any]:
         """What this rank's calls have brought: calls, bytes, largest, largest_since (the last adapt) and

@@ -8,6 +8,7 @@ use crate::group::{Memory, Rank};
 use crate::job::{Call, random_jobs};
 use crate::machine::{Links, small};
 use crate::registered;
+use crate::replay::Recorded;
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, cuda, sim};
@@ -217,7 +218,8 @@ pub fn serve(arguments: &[String]) -> ExitCode {
             ..Config::from_environment()?
         };
         let patience = Duration::from_millis(number(5));
-        let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };
+        let (ranks, recorded) = (HashMap::new(), None);
+        let servant = Servant { gpu, config, patience, world, number: rank, ranks, recorded };
         if arguments[0].is_empty() {
             // As far as it can come alone.
             servant.gpu.load_kernels()?;
@@ -254,6 +256,8 @@ struct Servant {
     number: u32,
     /// The communicators, by the word that begins a command.
     ranks: HashMap<String, Rank>,
+    /// What was captured last to be replayed.
+    recorded: Option<Recorded>,
 }
 
 impl Servant {
@@ -313,6 +317,24 @@ impl Servant {
                 Ok("set".into())
             }
             "capture" => capture(rank, number(1)? as usize).map_err(text),
+            "record" => {
+                self.recorded = Some(Recorded::new(rank, number(1)? as usize).map_err(text)?);
+                Ok("recorded".into())
+            }
+            "replay" => {
+                self.recorded.as_ref().ok_or("nothing is recorded")?.replay(rank).map_err(text)
+            }
+            "recover" => {
+                rank.communicator.recover().map_err(text)?;
+                Ok(format!("generation {}", rank.communicator.generation()))
+            }
+            "shrink" => {
+                let without = parts[1..].iter().map(|part| part.parse::<u32>());
+                let without = without.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+                rank.communicator.shrink(&without).map_err(text)?;
+                let (number, world) = (rank.communicator.rank(), rank.communicator.world_size());
+                Ok(format!("rank {number} of {world}"))
+            }
             "transports" => transports(rank).map_err(text),
             "abort" => {
                 rank.communicator.abort();

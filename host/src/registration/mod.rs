@@ -95,7 +95,7 @@ impl Communicator {
         // What ails one rank ails all, so nobody is left waiting.
         self.health()?;
         let (number, mut table) = self.sit(OP)?;
-        let among_processes = matches!(table, Table::Processes(_));
+        let among_processes = matches!(table, Table::Processes { .. });
         let (outcome, file) = match self.offer(tensor, bytes, among_processes) {
             Ok((offer, file)) => (Ok(offer), file),
             Err(error) => (Err(error), None),

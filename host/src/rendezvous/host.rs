@@ -4,7 +4,8 @@
 //! passes their values on and tells all of them the same reason if one fails, is late or ends; once
 //! they have met it notices, by the end of its connection, a process that ends without leaving.
 
-use super::processes::{Reply, Request};
+use super::assembly::other_party;
+use super::processes::{Reply, Request, Terms};
 use super::segment::{Presence, Segment};
 use super::socket::{Connection, Listener, wait};
 use super::{PROTOCOL, ranks};
@@ -25,6 +26,15 @@ struct Guest {
     joined: bool,
     /// It has been told why the meeting failed.
     told: bool,
+    /// It is not waited for.
+    excused: bool,
+}
+
+impl Guest {
+    /// Whether the round waits for it.
+    fn is_awaited(&self) -> bool {
+        self.value.is_none() && !self.excused
+    }
 }
 
 /// The host.
@@ -33,6 +43,10 @@ pub(super) struct Host {
     segment: Arc<Segment>,
     /// The rank whose process this is.
     rank: u32,
+    /// The ranks that do not come, a bit each.
+    without: u32,
+    /// Whether who comes after a failure is told of it, instead of coming to the next meeting.
+    lingers: bool,
     deadline: Instant,
     patience: Duration,
     guests: Vec<Guest>,
@@ -47,14 +61,22 @@ impl Host {
         segment: Arc<Segment>,
         (rank, world): (u32, u32),
         patience: Duration,
+        terms: &Terms,
     ) -> Host {
+        let (without, lingers) = (terms.without, terms.watched.is_none());
+        let guest = |rank| {
+            let excused = without >> rank & 1 != 0;
+            Guest { excused, joined: excused, ..Guest::default() }
+        };
         Host {
             listener,
             segment,
             rank,
+            without,
+            lingers,
             deadline: Instant::now() + patience,
             patience,
-            guests: (0..world).map(|_| Guest::default()).collect(),
+            guests: (0..world).map(guest).collect(),
             strangers: Vec::new(),
         }
     }
@@ -77,7 +99,7 @@ impl Host {
             if Instant::now() >= self.deadline {
                 return Err(self.late());
             }
-            if self.guests.iter().all(|guest| guest.value.is_some()) {
+            if !self.guests.iter().any(Guest::is_awaited) {
                 self.hand_out()?;
             }
         }
@@ -86,7 +108,7 @@ impl Host {
 
     /// Who did not come in time.
     fn late(&self) -> String {
-        let late = |guest: &Guest| guest.value.is_none() && !guest.joined;
+        let late = |guest: &Guest| guest.is_awaited() && !guest.joined;
         let missing =
             (0..).zip(&self.guests).filter(|(_, guest)| late(guest)).map(|(rank, _)| rank);
         format!("waited {:?} in vain for {}", self.patience, ranks(missing))
@@ -122,7 +144,7 @@ impl Host {
         if !connection.is_same_user() {
             return Ok(());
         }
-        let Ok(Some((Request::Hello { protocol, version, world, rank, process }, _))) =
+        let Ok(Some((Request::Hello { protocol, version, world, without, rank, process }, _))) =
             connection.receive::<Request>()
         else {
             return Ok(());
@@ -137,8 +159,20 @@ impl Host {
             let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
             return Err(reason);
         }
+        let expected = self.guests.get(rank as usize).is_some_and(|guest| !guest.excused);
+        if without != self.without && expected {
+            let reason = other_party((self.rank, self.without), (rank, without));
+            let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
+            return Err(reason);
+        }
         let refusal = match self.guests.get(rank as usize) {
             None => Some(format!("rank {rank} does not exist; ranks go from 0 to {}", world - 1)),
+            // Whom the others do not expect takes nobody with it.
+            Some(guest) if guest.excused => {
+                Some(other_party((self.rank, self.without), (rank, without)))
+            }
+            // It has all it came for, and comes to the next meeting of this name.
+            Some(guest) if guest.joined => return Ok(()),
             Some(guest) if guest.pid != 0 => {
                 Some(format!("rank {rank} is used twice, first by pid {}", guest.pid))
             }
@@ -207,7 +241,7 @@ impl Host {
         Ok(())
     }
 
-    /// Tells everybody why the meeting failed: those who are here, and for as long as ranks may
+    /// Tells everybody why the meeting failed: those who are here, and if it lingers, for as long as ranks may
     /// still come, those who come. A rank that comes again starts a new meeting.
     fn fail(&mut self, reason: &str) {
         let reply = Reply::Failed(reason.to_owned());
@@ -218,7 +252,7 @@ impl Host {
                 guest.told = true;
             }
         }
-        while !self.guests.iter().all(|guest| guest.told || guest.joined) {
+        while self.lingers && !self.guests.iter().all(|guest| guest.told || guest.joined) {
             if Instant::now() >= self.deadline {
                 return;
             }

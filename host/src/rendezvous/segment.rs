@@ -22,7 +22,7 @@ use rustix::process::Pid;
 use std::ffi::c_void;
 use std::hash::BuildHasher;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// Says that the memory is a segment of this layout.
 const MAGIC: u32 = 0x5045_4552;
@@ -185,11 +185,22 @@ impl Segment {
         let (from, to) = (Presence::Joined as u32, Presence::Lost as u32);
         let changed = presence.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
         if changed.is_ok() {
+            // A rank that takes its abort word back looks at this after that, or its word is seen here.
+            fence(Ordering::SeqCst);
             for rank in 0..self.world {
                 // The first reason is the one to report.
                 let abort = self.word(Self::offset(rank) + std::mem::offset_of!(Status, abort));
                 let _ = abort.compare_exchange(0, LOST + lost, Ordering::AcqRel, Ordering::Relaxed);
             }
+        }
+    }
+
+    /// Tells `rank` that `lost` is gone, whoever has stopped its waits meanwhile.
+    pub(crate) fn tell_lost(&self, rank: u32, lost: u32) {
+        let abort = self.word(Self::offset(rank) + std::mem::offset_of!(Status, abort));
+        for before in [0, ABORTED] {
+            let _ =
+                abort.compare_exchange(before, LOST + lost, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 

@@ -1,7 +1,8 @@
 //! How the ranks of one process meet when each has a thread of its own.
 //!
 //! A [`Meeting`] carries rounds of an exchange: every rank brings a value and leaves with all of
-//! them. A rank that gives up takes the others with it, by name; so does one that never comes.
+//! them. A rank that gives up takes the others with it, by name; so does one that never comes, unless the
+//! ranks have agreed to meet without it.
 //! What was brought is dropped once all have it: a meeting keeps no group alive.
 
 use crate::error::{Error, Result};
@@ -16,6 +17,8 @@ pub struct Meeting {
 
 struct Shared {
     world: u32,
+    /// Ranks that are not waited for, a bit each.
+    without: u32,
     patience: Duration,
     state: Mutex<State>,
     changed: Condvar,
@@ -42,10 +45,17 @@ struct State {
 impl Meeting {
     /// A meeting of `world` ranks that wait `patience` for each other.
     pub fn new(world: u32, patience: Duration) -> Meeting {
-        let state = State { joined: vec![false; world as usize], ..State::default() };
+        Meeting::without(world, 0, patience)
+    }
+
+    /// One that the ranks in `without` do not come to, a bit each.
+    pub(super) fn without(world: u32, without: u32, patience: Duration) -> Meeting {
+        let joined = (0..world).map(|rank| without >> rank & 1 != 0).collect();
+        let state = State { joined, ..State::default() };
         Meeting {
             shared: Arc::new(Shared {
                 world,
+                without,
                 patience,
                 state: Mutex::new(state),
                 changed: Condvar::new(),
@@ -100,16 +110,17 @@ impl Meeting {
                 .iter()
                 .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
                 .collect();
-            if values.len() == self.shared.world as usize {
+            let expected = self.shared.world - self.shared.without.count_ones();
+            if values.len() == expected as usize {
                 at.taken += 1;
-                if at.taken == self.shared.world {
+                if at.taken == expected {
                     at.values.clear();
                 }
                 return Ok(values);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let missing = missing(&state.rounds[round].values);
+                let missing = missing(&state.rounds[round].values, self.shared.without);
                 let reason =
                     format!("rank {rank} waited {:?} in vain for {missing}", self.shared.patience);
                 state.failed = Some(reason.clone());
@@ -127,11 +138,24 @@ impl Meeting {
 
     /// Ends the meeting for everybody because `rank` failed with `error`.
     pub(crate) fn give_up(&self, rank: u32, error: &Error) {
+        self.fail(format!("rank {rank} failed: {error}"));
+    }
+
+    /// Ends the meeting for everybody; returns the error that all get.
+    pub(super) fn fail(&self, reason: String) -> Error {
         let mut state = self.lock();
-        if state.failed.is_none() {
-            state.failed = Some(format!("rank {rank} failed: {error}"));
-        }
+        let reason = state.failed.get_or_insert(reason).clone();
         self.shared.changed.notify_all();
+        self.error(reason)
+    }
+
+    /// The ranks that are not waited for, and the first of the others that has come.
+    pub(super) fn party(&self) -> (u32, Option<u32>) {
+        let without = self.shared.without;
+        let state = self.lock();
+        let came =
+            (0..).zip(&state.joined).filter(|(rank, joined)| **joined && without >> rank & 1 == 0);
+        (without, came.map(|(rank, _)| rank).next())
     }
 
     /// Whether `rank` has not entered.
@@ -160,8 +184,9 @@ impl Meeting {
 }
 
 /// The ranks that have not brought a value, as text.
-fn missing(values: &Values) -> String {
-    super::ranks((0..).zip(values).filter(|(_, value)| value.is_none()).map(|(rank, _)| rank))
+fn missing(values: &Values, without: u32) -> String {
+    let missing = (0..).zip(values).filter(|(_, value)| value.is_none()).map(|(rank, _)| rank);
+    super::ranks(missing.filter(|rank| without >> rank & 1 == 0))
 }
 
 #[cfg(test)]
