@@ -26,6 +26,7 @@ mod registration;
 pub mod rendezvous;
 pub mod request;
 mod scheduled;
+pub mod selftest;
 mod sizing;
 pub mod topology;
 pub mod transport;
@@ -46,6 +47,7 @@ pub use rendezvous::{Meeting, Processes};
 pub use request::{
     AllGather, AllReduce, AllReduceRegistered, Broadcast, Chunk, Gather, ReduceScatter,
 };
+pub use selftest::SelfTest;
 pub use sizing::{Sizes, Sizing};
 pub use transport::Transport;
 pub use usage::{Counts, Family, Usage};

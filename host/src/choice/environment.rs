@@ -48,8 +48,8 @@ impl fmt::Display for Tuning {
 
 impl Config {
     /// The default configuration, as the environment changes it: `PEERLANE_ALGORITHM`,
-    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`. A variable that is
-    /// not set changes nothing.
+    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`,
+    /// `PEERLANE_SELF_TEST`. A variable that is not set changes nothing.
     ///
     /// # Errors
     /// A variable holds what it cannot mean: which one, and what it may hold.
@@ -81,6 +81,12 @@ fn read(environment: impl Fn(&str) -> Option<OsString>) -> Result<Config> {
         config.transport = transport.parse().map_err(|unknown: UnknownName| {
             let (expected, got) = unknown.into_parts();
             wrong("PEERLANE_TRANSPORT", expected, got)
+        })?;
+    }
+    if let Some(mode) = value("PEERLANE_SELF_TEST")? {
+        config.self_test = mode.parse().map_err(|unknown: UnknownName| {
+            let (expected, got) = unknown.into_parts();
+            wrong("PEERLANE_SELF_TEST", expected, got)
         })?;
     }
     if let Some(tuning) = value("PEERLANE_TUNING")? {
@@ -119,7 +125,7 @@ fn wrong(argument: &'static str, expected: String, got: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Transport;
+    use crate::{SelfTest, Transport};
     use crate::algorithm::{Algorithm, Route};
     use std::os::unix::ffi::OsStringExt;
 
@@ -153,6 +159,10 @@ mod tests {
             let config = from(&[("PEERLANE_TRANSPORT", transport.name())]).unwrap();
             assert_eq!(config.transport, transport);
         }
+        for mode in SelfTest::ALL {
+            let config = from(&[("PEERLANE_SELF_TEST", mode.name())]).unwrap();
+            assert_eq!(config.self_test, mode);
+        }
         for (text, truth) in [("1", true), ("on", true), ("0", false), ("no", false)] {
             let config = from(&[("PEERLANE_FIXED", text), ("PEERLANE_EXACT", text)]).unwrap();
             assert_eq!((config.fixed, config.exact), (truth, truth));
@@ -176,6 +186,8 @@ mod tests {
         assert!(text.contains("PEERLANE_ROUTE: expected one of auto, direct, hub"), "{text}");
         let text = error("PEERLANE_TRANSPORT", "nvlink");
         assert_eq!(text, "environment: PEERLANE_TRANSPORT: expected auto, p2p, host, got nvlink");
+        let text = error("PEERLANE_SELF_TEST", "never");
+        assert!(text.ends_with("PEERLANE_SELF_TEST: expected auto, off, always, got never"));
         let text = error("PEERLANE_FIXED", "maybe");
         assert!(text.contains("PEERLANE_FIXED: expected 1, true, on"), "{text}");
         let raw = read(|name| (name == "PEERLANE_EXACT").then(|| OsString::from_vec(vec![0xff])));

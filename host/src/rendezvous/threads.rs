@@ -58,6 +58,11 @@ impl Meeting {
         self.shared.world
     }
 
+    /// How long the ranks wait for each other.
+    pub(crate) fn patience(&self) -> Duration {
+        self.shared.patience
+    }
+
     /// Enters the meeting as `rank`, which nobody else may do.
     pub(crate) fn enter(&self, rank: u32) -> Result<()> {
         let world = self.shared.world;
