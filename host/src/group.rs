@@ -155,9 +155,8 @@ impl Agreement {
         let simulated = cards[0].backend == Backend::Sim;
         let class = (simulated, self.shape.class);
         let known = Known::find(config, cards[0].tuning.as_ref(), &gpus, class)?;
-        let identity = |card: &Card| {
-            Identity { pci_bus_id: card.pci_bus_id.clone(), uuid: card.uuid.clone() }
-        };
+        let identity =
+            |card: &Card| Identity { pci_bus_id: card.pci_bus_id.clone(), uuid: card.uuid.clone() };
         let gpus = cards.iter().map(identity).collect();
         Ok(Known { verdicts: Consult { config, gpu, gpus, patience }.ask(), ..known })
     }

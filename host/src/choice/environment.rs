@@ -125,8 +125,8 @@ fn wrong(argument: &'static str, expected: String, got: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{SelfTest, Transport};
     use crate::algorithm::{Algorithm, Route};
+    use crate::{SelfTest, Transport};
     use std::os::unix::ffi::OsStringExt;
 
     fn from(set: &[(&str, &str)]) -> Result<Config> {

@@ -383,6 +383,7 @@ impl peerlane_config {
             exact: config.inexact == 0,
             tuning,
             transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
+            self_test: Config::from_environment()?.self_test,
             sizing: Some(sizing).filter(|_| config.adaptive != 0),
             staging_bytes: Some(config.staging_bytes).filter(|bytes| *bytes != 0),
             ..Config::default()

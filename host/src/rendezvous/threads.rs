@@ -96,9 +96,6 @@ impl Meeting {
         state.rounds[round].values[rank as usize] = Some(Box::new(value));
         self.shared.changed.notify_all();
         loop {
-            if let Some(reason) = &state.failed {
-                return Err(self.error(reason.clone()));
-            }
             let at = &mut state.rounds[round];
             let values: Vec<T> = at
                 .values
@@ -111,6 +108,10 @@ impl Meeting {
                     at.values.clear();
                 }
                 return Ok(values);
+            }
+            // After a round to which all came: a rank that fails by what it brought lets the others see it.
+            if let Some(reason) = &state.failed {
+                return Err(self.error(reason.clone()));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

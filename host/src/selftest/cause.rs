@@ -69,7 +69,11 @@ pub fn likely(facts: &Facts, symptom: Symptom) -> Vec<Cause> {
 pub(super) fn sentence(facts: &Facts, symptom: Symptom) -> String {
     let causes = likely(facts, symptom);
     let texts: Vec<String> = causes.iter().take(2).map(Cause::to_string).collect();
-    if texts.is_empty() { texts.concat() } else { format!(". Likely cause: {}", texts.join("; or ")) }
+    if texts.is_empty() {
+        texts.concat()
+    } else {
+        format!(". Likely cause: {}", texts.join("; or "))
+    }
 }
 
 fn is_geforce(facts: &Facts) -> bool {
@@ -114,8 +118,7 @@ fn far_apart(facts: &Facts) -> Option<Cause> {
 fn translating(facts: &Facts) -> Option<Cause> {
     let what = "the IOMMU translates what the GPUs send";
     let why = "it drops or misdirects what one GPU sends to another";
-    let remedy =
-        "boot with iommu=pt or with amd_iommu=off or intel_iommu=off, or turn it off in the firmware";
+    let remedy = "boot with iommu=pt or with amd_iommu=off or intel_iommu=off, or turn it off in the firmware";
     (facts.iommu == Some(Iommu::Translating)).then(|| Cause::new(what, why, remedy))
 }
 
@@ -127,8 +130,10 @@ fn redirecting(facts: &Facts) -> Option<Cause> {
 }
 
 fn patched(facts: &Facts) -> Option<Cause> {
-    let why = "drivers that were changed to offer peer access offer it where the hardware loses data";
-    let remedy = "use NVIDIA's own driver, or host memory, which Peerlane does by itself (transport auto)";
+    let why =
+        "drivers that were changed to offer peer access offer it where the hardware loses data";
+    let remedy =
+        "use NVIDIA's own driver, or host memory, which Peerlane does by itself (transport auto)";
     if facts.patched_driver == Some(true) {
         let what = "the kernel module was not built by NVIDIA";
         return Some(Cause::new(what, why, remedy));
@@ -158,7 +163,13 @@ mod tests {
 
     fn facts() -> Facts {
         let names = ["NVIDIA RTX A6000".to_owned(), "NVIDIA RTX A6000".to_owned()];
-        Facts { names, access: Some(true), nvlinks: Some(0), nvlinks_up: Some(0), ..Facts::default() }
+        Facts {
+            names,
+            access: Some(true),
+            nvlinks: Some(0),
+            nvlinks_up: Some(0),
+            ..Facts::default()
+        }
     }
 
     fn geforce() -> Facts {
@@ -229,7 +240,10 @@ mod tests {
             ..facts()
         };
         let text = sentence(&all, Symptom::Wrong);
-        assert!(text.starts_with(". Likely cause: the IOMMU translates what the GPUs send: "), "{text}");
+        assert!(
+            text.starts_with(". Likely cause: the IOMMU translates what the GPUs send: "),
+            "{text}"
+        );
         assert!(text.contains("; or the kernel module was not built by NVIDIA: "), "{text}");
         assert!(!text.contains("virtual machine"), "{text}");
     }

@@ -3,6 +3,7 @@
 //! Invariant: every check is announced before it begins, so the parent knows what a child was doing when it
 //! ended. A child ends when its parent does: its standard input ends then.
 
+use super::find::Subject;
 use super::lab::{Event, run_with};
 use super::{Check, Deed, Identity, Outcome, Report, Sabotage, Settings, Step};
 use crate::error::{Error, Result};
@@ -36,7 +37,9 @@ pub struct Request {
 }
 
 impl Request {
-    pub(super) fn new(machine: Machine, settings: Settings) -> Request {
+    /// To test `subject`.
+    pub fn new(subject: &Subject, settings: &Settings) -> Request {
+        let (machine, settings) = (subject.machine().clone(), settings.clone());
         Request { version: env!("CARGO_PKG_VERSION").into(), abi: ABI_VERSION, machine, settings }
     }
 

@@ -10,7 +10,7 @@ use crate::algorithm::Algorithm;
 use crate::choice::Tuning;
 use crate::communicator::{Communicator, Config};
 use crate::error::{Error, Result};
-use crate::gpu::{DevicePtr, Graph, GpuRef};
+use crate::gpu::{DevicePtr, GpuRef, Graph};
 use crate::links::rig::Memory;
 use crate::mailbox::OwnStream;
 use crate::request::{AllGather, AllReduce};
@@ -147,10 +147,7 @@ impl<'a> Crew<'a> {
                 Ok(()) => {}
                 Err(Error::Timeout { rank, peer, operation, phase, waited, .. }) => {
                     let way = self.direction(peer as usize, rank as usize);
-                    let reason = format!(
-                        "GPU{} waited {waited:?} for GPU{} in {operation} ({phase})",
-                        way.1, way.0
-                    );
+                    let reason = format!("{operation} waited {waited:?} for {phase}");
                     faults.push(Fault::new(way, reason));
                 }
                 // Another rank gave up first and says why.
@@ -182,11 +179,11 @@ impl<'a> Crew<'a> {
                 let Some(reason) = difference(expected, mine) else { continue };
                 let whole = parts.len() == 1 || part == to;
                 let senders = (0..world).filter(|from| *from != to && (whole || *from == part));
-                faults.extend(senders.map(|from| {
-                    let way = self.direction(from, to);
-                    let reason = format!("{what} on GPU{} {reason}", way.1);
-                    Fault::new(way, reason)
-                }));
+                faults.extend(
+                    senders.map(|from| {
+                        Fault::new(self.direction(from, to), format!("{what} {reason}"))
+                    }),
+                );
             }
         }
         Ok(faults)

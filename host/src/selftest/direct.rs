@@ -36,12 +36,11 @@ impl Lab<'_> {
         for _ in 0..PATTERNS {
             let (expected, found) = self.store_pattern((from, to))?;
             if let Some(reason) = difference(&expected, &found) {
-                let reason = format!("what GPU{from} stores into GPU{to} {reason}");
-                return Ok(vec![Fault::new((from, to), reason)]);
+                return Ok(vec![Fault::new((from, to), format!("what is stored {reason}"))]);
             }
         }
         let (src, dst) = (self.rig.halves(from).0, self.rig.halves(to).1);
-        self.stream_kernel((from, to), (src, from), (dst, to), "stores into")
+        self.stream_kernel((from, to), (src, from), (dst, to), "stored")
     }
 
     /// The pattern as a kernel of `to` stores it into its own memory, and as it is found where the same
@@ -84,11 +83,10 @@ impl Lab<'_> {
         unsafe { self.gpus[from].launch(Kernel::Probe, 1, 32, &args, stream)? };
         self.gpus[from].stream_synchronize(stream)?;
         if let Some(reason) = difference(&expected, &self.read(from, dst, PATTERN)?) {
-            let reason = format!("what GPU{from} loads from GPU{to} {reason}");
-            return Ok(vec![Fault::new((from, to), reason)]);
+            return Ok(vec![Fault::new((from, to), format!("what is loaded {reason}"))]);
         }
         let src = self.rig.halves(to).0;
-        self.stream_kernel((from, to), (src, to), (dst, from), "loads from")
+        self.stream_kernel((from, to), (src, to), (dst, from), "loaded")
     }
 
     /// Random data through the streaming kernel of `from`, from memory of one GPU to memory of another.
@@ -107,9 +105,7 @@ impl Lab<'_> {
         self.queue_stream_kernel((from, to), (src, dst), bytes, stream)?;
         self.gpus[from].stream_synchronize(stream)?;
         let wrong = difference(&expected, &self.read(writer, dst, bytes)?);
-        let fault = |reason| {
-            Fault::new((from, to), format!("what GPU{from} {what} GPU{to} in bulk {reason}"))
-        };
+        let fault = |reason| Fault::new((from, to), format!("what is {what} in bulk {reason}"));
         Ok(wrong.map(fault).into_iter().collect())
     }
 
@@ -145,7 +141,7 @@ impl Lab<'_> {
             let mut expected = vec![STALE; bytes + MARGIN];
             expected[shift..shift + bytes].copy_from_slice(&data[skip..skip + bytes]);
             if let Some(reason) = difference(&expected, &self.read(to, dst, bytes + MARGIN)?) {
-                let reason = format!("a copy of {bytes} bytes from GPU{from} to GPU{to} {reason}");
+                let reason = format!("a copy of {bytes} bytes {reason}");
                 return Ok(vec![Fault::new((from, to), reason)]);
             }
         }
@@ -230,8 +226,7 @@ impl Lab<'_> {
                 // The other side gave up and says why.
                 _ => continue,
             };
-            let reason = format!("what GPU{other} stores into GPU{mine} {reason}");
-            faults.push(Fault::new((other, mine), reason));
+            faults.push(Fault::new((other, mine), format!("what is stored {reason}")));
         }
         if !faults.is_empty() {
             self.rig.forget_failures((a, b))?;

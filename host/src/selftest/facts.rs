@@ -92,8 +92,10 @@ impl Facts {
             ["docker", "kubepods", "containerd", "libpod", "lxc"].iter().any(|n| groups.contains(n))
         });
         self.container = if marked { Some(true) } else { grouped };
-        self.patched_driver = text("proc/driver/nvidia/version").and_then(|version| patched(&version));
-        self.nvswitch = root.join("dev").is_dir().then(|| root.join("dev/nvidia-nvswitchctl").exists());
+        self.patched_driver =
+            text("proc/driver/nvidia/version").and_then(|version| patched(&version));
+        self.nvswitch =
+            root.join("dev").is_dir().then(|| root.join("dev/nvidia-nvswitchctl").exists());
     }
 
     fn of_nvml(&mut self, uuids: [&str; 2]) {
@@ -105,7 +107,8 @@ impl Facts {
                 self.mig = Some(self.mig.unwrap_or(false) || mode.current != 0);
             }
             if let Ok(mode) = device.compute_mode() {
-                let alone = mode == ComputeMode::ExclusiveProcess || mode == ComputeMode::Prohibited;
+                let alone =
+                    mode == ComputeMode::ExclusiveProcess || mode == ComputeMode::Prohibited;
                 self.exclusive = Some(self.exclusive.unwrap_or(false) || alone);
             }
         }
@@ -267,7 +270,8 @@ mod tests {
     #[test]
     fn nvidias_own_module_is_not_patched() {
         let line = |rest: &str| format!("NVRM version: NVIDIA UNIX {rest}\n");
-        let own = "Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22-I3-AE18)";
+        let own =
+            "Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22-I3-AE18)";
         assert_eq!(patched(&line(own)), Some(false));
         assert_eq!(patched(&line("x86_64 Kernel Module  535.1  Tue")), Some(false));
         assert_eq!(patched("something else"), None);

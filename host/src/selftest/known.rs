@@ -174,7 +174,8 @@ pub(crate) fn explained(error: Error, backend: Backend, symptom: Symptom) -> Err
     match error {
         Error::Unreachable { from, to, reason } if backend == Backend::Cuda => {
             let gpus = cuda::device(from).ok().zip(cuda::device(to).ok());
-            let causes = gpus.map(|(from, to)| cause::sentence(&Facts::gather(&from, &to), symptom));
+            let causes =
+                gpus.map(|(from, to)| cause::sentence(&Facts::gather(&from, &to), symptom));
             Error::Unreachable { from, to, reason: reason + &causes.unwrap_or_default() }
         }
         other => other,
@@ -223,7 +224,13 @@ mod tests {
         let gpus = sim::devices(&sim::Config { devices: 2, ..Default::default() });
         let ask = |gpus: Vec<Identity>, self_test, transport| {
             let config = Config { self_test, transport, ..Config::default() };
-            Consult { config: &config, gpu: &sim::devices(&sim::Config::default())[0], gpus, patience: None }.ask()
+            Consult {
+                config: &config,
+                gpu: &sim::devices(&sim::Config::default())[0],
+                gpus,
+                patience: None,
+            }
+            .ask()
         };
         let both: Vec<Identity> = gpus.iter().map(Identity::of).collect();
         let one = vec![both[0].clone(), both[0].clone()];

@@ -179,12 +179,10 @@ impl<'a> Lab<'a> {
         directions: &[Direction],
         run: impl FnOnce(&mut Self) -> Result<Vec<Fault>>,
     ) {
-        match directions.iter().find(|way| self.has_failed(**way)).copied() {
-            None => self.attempt(check, directions, run),
-            Some((from, to)) => {
-                let reason = format!("GPU{from} to GPU{to} has failed before");
-                self.skip(check, directions, &reason);
-            }
+        if directions.iter().any(|way| self.has_failed(*way)) {
+            self.skip(check, directions, "a link that it needs has failed before");
+        } else {
+            self.attempt(check, directions, run);
         }
     }
 
@@ -217,6 +215,9 @@ impl<'a> Lab<'a> {
                 (Err(Error::Unsupported { reason, .. }), _) => {
                     Verdict::NotRun { reason: reason.clone() }
                 }
+                (Err(error), _) if is_short_of_memory(error) => {
+                    Verdict::NotRun { reason: error.to_string() }
+                }
                 (Err(error), _) => Verdict::Failed { reason: error.to_string() },
                 (Ok(faults), _) => match faults.iter().find(|fault| fault.direction == way) {
                     Some(fault) => Verdict::Failed { reason: fault.reason.clone() },
@@ -225,8 +226,10 @@ impl<'a> Lab<'a> {
             };
             self.record(way, Outcome { check, verdict, ms });
         }
-        if result.is_err() {
-            self.look_for_dead(directions);
+        match result {
+            Err(error) if is_short_of_memory(&error) => self.cut_short = Some(error.to_string()),
+            Err(_) => self.look_for_dead(directions),
+            Ok(_) => {}
         }
     }
 
@@ -234,7 +237,7 @@ impl<'a> Lab<'a> {
     fn look_for_dead(&mut self, directions: &[Direction]) {
         let dead = directions.iter().find_map(|way| {
             let error = self.gpus[way.0].synchronize().err()?;
-            Some(format!("GPU{} has failed: {error}", way.0))
+            Some(format!("a GPU has failed: {error}"))
         });
         self.cut_short = dead.or(self.cut_short.take());
     }
@@ -271,6 +274,12 @@ impl<'a> Lab<'a> {
             seconds: took.as_secs_f64(),
         }
     }
+}
+
+/// Whether a GPU had no room for a check, which says nothing of its links.
+fn is_short_of_memory(error: &Error) -> bool {
+    const OUT_OF_MEMORY: u32 = 2;
+    matches!(error, Error::Driver { code: OUT_OF_MEMORY, .. })
 }
 
 /// What one check that waits finds between the first two GPUs, whatever the others would.

@@ -1,5 +1,5 @@
 //! The start-up self-test: does every way in which the kernels use the link between two GPUs work, bit by
-//! bit, for every ordered pair? ([docs/self-test.md](https://docs.rs/peerlane))
+//! bit, for every ordered pair? (docs/self-test.md)
 //!
 //! Invariant: a check that has not been made is never called passed: it says why not. [`run`] makes the checks in
 //! this process; everything else makes them in a child process, so that a driver that crashes or hangs takes nobody
@@ -26,7 +26,7 @@ pub use child::{Request, serve};
 pub use facts::{Facts, Iommu};
 pub use find::{Found, Subject, cached, find};
 pub(crate) use known::{Consult, Verdicts, explained};
-pub use lab::{run, run_with};
+pub use lab::{Event, run, run_with};
 pub use mode::SelfTest;
 pub use parent::in_child;
 pub use program::{PROGRAM_VARIABLE, Program, set_program};

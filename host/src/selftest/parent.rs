@@ -9,6 +9,7 @@ use super::find::Subject;
 use super::program::Program;
 use super::{Check, Outcome, Pair, Report, Settings, Step, Verdict};
 use crate::error::{Error, Result};
+use crate::gpu::cuda::{CONNECTIONS, MOST_CONNECTIONS};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -41,7 +42,7 @@ pub fn in_child(program: &Program, subject: &Subject, settings: &Settings) -> Re
     let name = program.path.display();
     let failed = |reason: String| Error::Unsupported { op: "self_test", reason };
     let begin = Instant::now();
-    let request = Request::new(subject.machine().clone(), settings.clone());
+    let request = Request::new(subject, settings);
     let text = serde_json::to_string(&request).map_err(|error| failed(error.to_string()))?;
     let mut running = Running::start(program, &request, &text)
         .map_err(|error| failed(format!("{name} does not start: {error}")))?;
@@ -99,10 +100,14 @@ impl Running {
         if let Machine { gpus, simulation: None } = &request.machine {
             let uuids: Vec<&str> = gpus.iter().map(|gpu| gpu.uuid.as_str()).collect();
             command.env("CUDA_VISIBLE_DEVICES", uuids.join(","));
+            if std::env::var_os(CONNECTIONS).is_none() {
+                command.env(CONNECTIONS, MOST_CONNECTIONS.to_string());
+            }
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
-        let (input, output, errors) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (input, output, errors) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (sender, lines) = channel();
         let complaint = Arc::new(Mutex::new(Vec::new()));
         let mut running = Running { child: Some(child), lines, complaint: complaint.clone() };
@@ -139,7 +144,9 @@ impl Running {
                 Err(RecvTimeoutError::Timeout) if limit == until => return End::Late,
                 Err(RecvTimeoutError::Timeout) => {
                     let limit = heard.settings.check_limit;
-                    return End::Verdict(format!("did not get on within {limit:?}, and was stopped"));
+                    return End::Verdict(format!(
+                        "did not get on within {limit:?}, and was stopped"
+                    ));
                 }
                 Err(RecvTimeoutError::Disconnected) => return self.ended(),
             };
@@ -241,12 +248,13 @@ impl Heard<'_> {
             if let Some((_, outcome)) = known {
                 return outcome.clone();
             }
-            let is_cause = failed
-                .is_some_and(|step| step.check == check && step.directions.contains(&way));
+            let is_cause =
+                failed.is_some_and(|step| step.check == check && step.directions.contains(&way));
             let verdict = if is_cause {
-                let (from, to) = way;
-                let during = format!("during \"{check}\" of GPU{from} to GPU{to}");
-                Verdict::Failed { reason: format!("{cut_short}, {during}") }
+                let address = |at: u32| gpus[at as usize].pci_bus_id.as_str();
+                let (from, to) = (address(way.0), address(way.1));
+                let during = format!("during \"{check}\" of {from} to {to}");
+                Verdict::Failed { reason: format!("{cut_short} {during}") }
             } else {
                 Verdict::NotRun { reason: cut_short.clone() }
             };

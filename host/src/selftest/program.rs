@@ -106,8 +106,8 @@ mod tests {
         let python = Program { path: "/usr/bin/python3".into(), ..Program::at("x") };
         let running = Path::new("/opt/bin/peerlane");
         let named = own.clone();
-        let found =
-            Program::of(move |_| Some(named.clone().into_os_string()), Some(running), None).unwrap();
+        let found = Program::of(move |_| Some(named.clone().into_os_string()), Some(running), None)
+            .unwrap();
         assert_eq!(found, Program::at(&own));
         let error = Program::of(set("/no/such"), Some(running), Some(&python)).unwrap_err();
         assert_eq!(error, "PEERLANE_SELF_TEST_PROGRAM: expected a program, got /no/such");

@@ -81,12 +81,13 @@ fn lost_stores_are_found_and_named() {
     let lost = pair(&report, 1, 0);
     let (check, reason) = lost.failure().unwrap();
     assert_eq!(check, Check::Stores);
-    assert!(reason.starts_with("what GPU1 stores into GPU0 does not arrive: 1920 of"), "{reason}");
+    assert!(reason.starts_with("what is stored does not arrive: 19"), "{reason}");
     // What does not go through the kernels' stores works, and what waits is not even tried.
     assert_eq!(lost.verdict(Check::Loads), Some(&Verdict::Passed));
     assert_eq!(lost.verdict(Check::CopyEngine), Some(&Verdict::Passed));
-    let skipped = Verdict::NotRun { reason: "GPU1 to GPU0 has failed before".into() };
-    for check in [Check::Ordering, Check::Packets, Check::FullWidth, Check::Replay, Check::Together] {
+    let skipped = Verdict::NotRun { reason: "a link that it needs has failed before".into() };
+    for check in [Check::Ordering, Check::Packets, Check::FullWidth, Check::Replay, Check::Together]
+    {
         assert_eq!(lost.verdict(check), Some(&skipped), "{check}");
         assert_eq!(pair(&report, 0, 1).verdict(check), Some(&skipped), "{check}");
     }
@@ -98,7 +99,8 @@ fn lost_stores_are_found_and_named() {
 #[test]
 fn checks_that_wait_find_lost_stores_by_themselves() {
     let gpus = sim::devices(&sim::Config { lossy: vec![(1, 0)], ..machine(2, 1) });
-    for check in [Check::Ordering, Check::Packets, Check::FullWidth, Check::Replay, Check::Together] {
+    for check in [Check::Ordering, Check::Packets, Check::FullWidth, Check::Replay, Check::Together]
+    {
         let faults = lab::only(&gpus, &Settings::of(Backend::Sim), check).unwrap();
         let ways: Vec<_> = faults.iter().map(|fault| fault.direction).collect();
         assert_eq!(ways.first(), Some(&(1, 0)), "{check}: {faults:?}");
