@@ -224,9 +224,9 @@ fn ranks_that_must_use_a_failed_link_all_refuse_alike() {
 
 #[test]
 fn a_child_that_cannot_test_is_a_note_and_stops_nobody() {
-    // More memory than a test takes.
-    let config = config(SelfTest::Always, Transport::P2p);
-    let gpus = gpus(sim::Config { memory_bytes: 3 << 19, ..machine(2) });
+    // Less memory than a test takes.
+    let config = Config { mailbox_bytes: 256 << 10, ..config(SelfTest::Always, Transport::P2p) };
+    let gpus = gpus(sim::Config { memory_bytes: 400 << 10, ..machine(2) });
     let ranks = Communicator::connect(&gpus, &config);
     let notes = ranks.unwrap()[0].choice().notes().concat();
     assert!(notes.starts_with("self-test: "), "{notes}");

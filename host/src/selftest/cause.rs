@@ -45,6 +45,7 @@ pub fn likely(facts: &Facts, symptom: Symptom) -> Vec<Cause> {
     let mut causes = Vec::new();
     causes.extend(divided(facts));
     causes.extend(fabric(facts, by_nvlink));
+    causes.extend(exclusive(facts, symptom));
     match symptom {
         Symptom::NoAccess => {
             causes.extend(consumer(facts, by_nvlink));
@@ -94,6 +95,13 @@ fn fabric(facts: &Facts, by_nvlink: bool) -> Option<Cause> {
     down.then(|| Cause::new(what, why, remedy))
 }
 
+fn exclusive(facts: &Facts, symptom: Symptom) -> Option<Cause> {
+    let what = "a GPU takes one process only (its compute mode)";
+    let why = "a rank that is a process needs its peers' GPUs too";
+    let told = facts.exclusive == Some(true) && symptom == Symptom::NoAccess;
+    told.then(|| Cause::new(what, why, "nvidia-smi -c DEFAULT"))
+}
+
 fn consumer(facts: &Facts, by_nvlink: bool) -> Option<Cause> {
     let what = "a GPU is a GeForce";
     let why = "NVIDIA's driver offers these no peer access over PCIe";
@@ -129,17 +137,20 @@ fn redirecting(facts: &Facts) -> Option<Cause> {
     Some(Cause::new(what, why, "turn ACS off in the firmware or with setpci"))
 }
 
+/// Many build NVIDIA's open module themselves, unchanged; only a GeForce with access gives a changed one away.
 fn patched(facts: &Facts) -> Option<Cause> {
+    let what = match facts.local_build {
+        Some(true) => {
+            "the driver offers a GeForce peer access over PCIe, and its module was not built by NVIDIA"
+        }
+        _ => "the driver offers a GeForce peer access over PCIe",
+    };
     let why =
         "drivers that were changed to offer peer access offer it where the hardware loses data";
     let remedy =
         "use NVIDIA's own driver, or host memory, which Peerlane does by itself (transport auto)";
-    if facts.patched_driver == Some(true) {
-        let what = "the kernel module was not built by NVIDIA";
-        return Some(Cause::new(what, why, remedy));
-    }
     let offered = is_geforce(facts) && facts.access == Some(true);
-    offered.then(|| Cause::new("the driver offers a GeForce peer access over PCIe", why, remedy))
+    offered.then(|| Cause::new(what, why, remedy))
 }
 
 fn virtual_machine(facts: &Facts) -> Option<Cause> {
@@ -201,14 +212,20 @@ mod tests {
         let acs = Facts { acs: Some(vec!["0000:17:01.0".into()]), ..facts() };
         assert!(wrong(acs)[0].contains("ACS on 0000:17:01.0"));
         assert!(wrong(Facts { acs: Some(Vec::new()), ..facts() }).is_empty());
-        let patched = Facts { patched_driver: Some(true), ..facts() };
-        assert_eq!(wrong(patched), ["the kernel module was not built by NVIDIA"]);
+        let built = Facts { local_build: Some(true), ..facts() };
+        assert!(wrong(built).is_empty(), "others build it too");
+        let patched = Facts { local_build: Some(true), ..geforce() };
+        assert!(wrong(patched)[0].ends_with("and its module was not built by NVIDIA"));
         assert_eq!(wrong(geforce()), ["the driver offers a GeForce peer access over PCIe"]);
         let refused = Facts { access: Some(false), ..geforce() };
         assert_eq!(none(refused.clone()), ["a GPU is a GeForce"]);
         let bridged = Facts { nvlinks_up: Some(4), ..refused };
         assert!(none(bridged)[1].contains("no NVLink between them"));
         assert_eq!(none(Facts { mig: Some(true), ..facts() }).len(), 1);
+        let exclusive = Facts { exclusive: Some(true), ..facts() };
+        assert!(
+            none(exclusive.clone())[0].contains("one process only") && wrong(exclusive).is_empty()
+        );
         let switched = Facts { nvswitch: Some(true), ..facts() };
         assert!(none(switched)[0].contains("NVSwitches"));
         let guest = Facts { virtual_machine: Some(true), ..facts() };
@@ -233,18 +250,17 @@ mod tests {
 
     #[test]
     fn a_message_names_two_causes_at_most() {
-        let all = Facts {
-            iommu: Some(Iommu::Translating),
-            patched_driver: Some(true),
-            virtual_machine: Some(true),
-            ..facts()
-        };
+        let all =
+            Facts { iommu: Some(Iommu::Translating), virtual_machine: Some(true), ..geforce() };
         let text = sentence(&all, Symptom::Wrong);
         assert!(
             text.starts_with(". Likely cause: the IOMMU translates what the GPUs send: "),
             "{text}"
         );
-        assert!(text.contains("; or the kernel module was not built by NVIDIA: "), "{text}");
+        assert!(
+            text.contains("; or the driver offers a GeForce peer access over PCIe: "),
+            "{text}"
+        );
         assert!(!text.contains("virtual machine"), "{text}");
     }
 }

@@ -39,8 +39,8 @@ pub struct Facts {
     pub iommu: Option<Iommu>,
     /// Bridges on the way that send peers' requests up to the root (ACS). Only root may look.
     pub acs: Option<Vec<String>>,
-    /// Whether the kernel module was built by somebody other than NVIDIA.
-    pub patched_driver: Option<bool>,
+    /// Whether somebody other than NVIDIA built the kernel module, changed or not.
+    pub local_build: Option<bool>,
     /// Whether this is a virtual machine.
     pub virtual_machine: Option<bool>,
     /// Whether this is a container.
@@ -92,8 +92,8 @@ impl Facts {
             ["docker", "kubepods", "containerd", "libpod", "lxc"].iter().any(|n| groups.contains(n))
         });
         self.container = if marked { Some(true) } else { grouped };
-        self.patched_driver =
-            text("proc/driver/nvidia/version").and_then(|version| patched(&version));
+        self.local_build =
+            text("proc/driver/nvidia/version").and_then(|version| is_local_build(&version));
         self.nvswitch =
             root.join("dev").is_dir().then(|| root.join("dev/nvidia-nvswitchctl").exists());
     }
@@ -116,7 +116,7 @@ impl Facts {
 }
 
 /// NVIDIA's own builds name its build machines.
-fn patched(version: &str) -> Option<bool> {
+fn is_local_build(version: &str) -> Option<bool> {
     let line = version.lines().find(|line| line.starts_with("NVRM version:"))?;
     // Closed modules cannot be built by others.
     Some(line.contains("Open Kernel Module") && !line.contains("dvs-builder@"))
@@ -258,7 +258,7 @@ mod tests {
         let facts = root.facts();
         assert_eq!(facts.virtual_machine, Some(true));
         assert_eq!(facts.container, Some(true));
-        assert_eq!(facts.patched_driver, Some(true));
+        assert_eq!(facts.local_build, Some(true));
         assert_eq!(facts.iommu, Some(Iommu::PassThrough));
         assert_eq!(facts.nvswitch, Some(true));
         let group = "sys/bus/pci/devices/0000:18:00.0/iommu_group/type";
@@ -268,13 +268,13 @@ mod tests {
     }
 
     #[test]
-    fn nvidias_own_module_is_not_patched() {
+    fn nvidias_own_module_is_told_apart() {
         let line = |rest: &str| format!("NVRM version: NVIDIA UNIX {rest}\n");
         let own =
             "Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22-I3-AE18)";
-        assert_eq!(patched(&line(own)), Some(false));
-        assert_eq!(patched(&line("x86_64 Kernel Module  535.1  Tue")), Some(false));
-        assert_eq!(patched("something else"), None);
+        assert_eq!(is_local_build(&line(own)), Some(false));
+        assert_eq!(is_local_build(&line("x86_64 Kernel Module  535.1  Tue")), Some(false));
+        assert_eq!(is_local_build("something else"), None);
     }
 
     #[test]

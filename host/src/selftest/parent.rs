@@ -15,7 +15,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// A line is never longer, nor is what a child says on its standard error worth more.
@@ -88,6 +88,8 @@ struct Running {
     lines: Receiver<std::io::Result<String>>,
     /// The end of what it said on its standard error.
     complaint: Arc<Mutex<Vec<u8>>>,
+    /// What listens to that.
+    errors: Option<JoinHandle<()>>,
 }
 
 impl Running {
@@ -110,7 +112,8 @@ impl Running {
             (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (sender, lines) = channel();
         let complaint = Arc::new(Mutex::new(Vec::new()));
-        let mut running = Running { child: Some(child), lines, complaint: complaint.clone() };
+        let mut running =
+            Running { child: Some(child), lines, complaint: complaint.clone(), errors: None };
         if let Some(output) = output {
             thread::spawn(move || {
                 let mut lines = BufReader::new(output.take(LONGEST_LINE * 16)).lines();
@@ -118,7 +121,8 @@ impl Running {
             });
         }
         if let Some(errors) = errors {
-            thread::spawn(move || listen_to_errors(errors, &complaint));
+            let listener = thread::spawn(move || listen_to_errors(errors, &complaint));
+            running.errors = Some(listener);
         }
         if let (Some(mut input), Some(child)) = (input, running.child.as_mut()) {
             // One that has ended already is noticed soon.
@@ -167,6 +171,11 @@ impl Running {
     /// What the child's end says.
     fn ended(&mut self) -> End {
         let status = self.child.as_mut().and_then(|child| patient(child, FAREWELL));
+        // What it said last may still be on its way.
+        let until = Instant::now() + FAREWELL / 10;
+        while self.errors.as_ref().is_some_and(|one| !one.is_finished()) && Instant::now() < until {
+            thread::sleep(Duration::from_millis(2));
+        }
         let complaint = self.complaint.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let complaint = String::from_utf8_lossy(&complaint);
         let said = match complaint.trim() {
