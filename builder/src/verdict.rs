@@ -95,6 +95,7 @@ mod tests {
             toolchain: "rustc",
             ptxas: None,
             expected: &[],
+            flavor: Flavor::Plain,
         };
         let registers = BTreeMap::from([("k".to_owned(), 14)]);
         let ptx = ".version 7.0\n// --\n".to_owned();

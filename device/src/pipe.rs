@@ -669,9 +669,8 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         }
         let waited = now.wrapping_sub(patience.since);
         // SAFETY: passed on to the caller.
-        if waited > args.deadline
-            && (waited > args.first_deadline || unsafe { epoch(lane, args) } != 0)
-        {
+        let is_first = || unsafe { epoch(lane, args) } == 0;
+        if waited > args.deadline && (waited > args.first_deadline || !is_first()) {
             return state::TIMED_OUT;
         }
         let host = patience.turns.is_multiple_of(TURNS_PER_HOST_LOOK);

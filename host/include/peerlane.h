@@ -314,7 +314,8 @@ const char *peerlane_last_error(void);
 // Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
 // blocks as fit, and algorithms by size and the transport that suits each pair unless the
 // environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
-// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_TUNING, which is read again where `tuning` stays
+// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_SELF_TEST: auto, off or always, which is
+// read again in any case; PEERLANE_TUNING, which is read again where `tuning` stays
 // NULL). `size` is sizeof(peerlane_config).
 peerlane_status peerlane_config_init(peerlane_config *config,
                                      size_t size);

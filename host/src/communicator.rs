@@ -22,6 +22,7 @@ use crate::registration::Registrations;
 use crate::regroup::Outcome;
 use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
+use crate::selftest::SelfTest;
 use crate::sizing::{Sizes, Sizing, State};
 use crate::transport::{Pairs, Transport};
 use crate::usage::{Tally, Usage};
@@ -73,6 +74,8 @@ pub struct Config {
     pub hub: Option<u32>,
     /// What carries data from rank to rank.
     pub transport: Transport,
+    /// Whether the ranks want a self-test of their GPUs first.
+    pub self_test: SelfTest,
     /// Bytes of device memory for one rank's staging area, which scheduled calls copy through. `None`: some
     /// 64 MiB if `algorithm` or `route` is a scheduled one, none otherwise.
     pub staging_bytes: Option<usize>,
@@ -107,6 +110,7 @@ impl Default for Config {
             islands: None,
             hub: None,
             transport: Transport::Auto,
+            self_test: SelfTest::Auto,
             staging_bytes: None,
             chunk_bytes: None,
             sizing: None,
@@ -187,10 +191,11 @@ impl Communicator {
         let cards: Vec<Card> =
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
         let agreement = Agreement::of(&cards, config)?;
-        let known = agreement.known(0, &cards, config)?;
+        let known = agreement.known(&gpus[0], (0, None), &cards, config)?;
+        agreement.accept_verdicts(&known, config)?;
         let ranks = || (0..).zip(gpus);
         let unreached = ranks().map(|(rank, gpu)| agreement.map_peers(gpu, rank, config.transport));
-        let pairs = Pairs::of(&unreached.collect::<Result<Vec<_>>>()?);
+        let pairs = known.verdicts.demote(Pairs::of(&unreached.collect::<Result<Vec<_>>>()?));
         let members =
             gpus.iter().map(|gpu| agreement.member(gpu, config)).collect::<Result<_>>()?;
         let mut mailboxes = Mailboxes::new(members, pairs);
@@ -233,13 +238,15 @@ impl Communicator {
     ) -> Result<(Group, Known)> {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
         let agreement = Agreement::of(&cards, config)?;
-        let known = agreement.known(rank, &cards, config)?;
+        let patience = Some(meeting.patience());
+        let known = agreement.known(gpu, (rank, patience), &cards, config)?;
         let known = meeting.exchange(rank, 1, known)?.swap_remove(0);
+        agreement.accept_verdicts(&known, config)?;
         let unreached = agreement.map_peers(gpu, rank, config.transport)?;
         let own = (agreement.member(gpu, config)?, unreached);
         let (members, unreached): (Vec<_>, Vec<_>) =
             meeting.exchange(rank, 2, own)?.into_iter().unzip();
-        let pairs = Pairs::of(&unreached);
+        let pairs = known.verdicts.demote(Pairs::of(&unreached));
         let mut mailboxes = Mailboxes::new(members, pairs);
         let host = agreement.host_mailbox(gpu, config, (rank, pairs))?;
         mailboxes.hosts = meeting.exchange(rank, 3, host)?;

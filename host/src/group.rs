@@ -13,6 +13,7 @@ use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
 use crate::rendezvous::{ABORTED, Assembly, LOST, Membership, Segment};
+use crate::selftest::{Consult, Identity, Symptom, explained};
 use crate::sizing;
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
@@ -142,15 +143,31 @@ impl Agreement {
         })
     }
 
-    /// What rank 0 finds out for all; nothing on other ranks.
-    pub(crate) fn known(&self, rank: u32, cards: &[Card], config: &Config) -> Result<Known> {
+    /// What rank 0, on `gpu`, finds out for all; nothing on other ranks. `patience` is the others'.
+    pub(crate) fn known(
+        &self,
+        gpu: &GpuRef,
+        (rank, patience): (u32, Option<Duration>),
+        cards: &[Card],
+        config: &Config,
+    ) -> Result<Known> {
         if rank != 0 {
             return Ok(Known::default());
         }
         let identity = |card: &Card| (card.uuid.clone(), card.pci_bus_id.clone());
         let gpus: Vec<_> = cards.iter().map(identity).collect();
         let simulated = cards[0].backend == Backend::Sim;
-        Known::find(config, cards[0].tuning.as_ref(), &gpus, (simulated, self.shape.class))
+        let class = (simulated, self.shape.class);
+        let known = Known::find(config, cards[0].tuning.as_ref(), &gpus, class)?;
+        let identity =
+            |card: &Card| Identity { pci_bus_id: card.pci_bus_id.clone(), uuid: card.uuid.clone() };
+        let gpus = cards.iter().map(identity).collect();
+        Ok(Known { verdicts: Consult { config, gpu, gpus, patience }.ask(), ..known })
+    }
+
+    /// That no pair of GPUs has failed its self-test which must not use host memory. The same on every rank.
+    pub(crate) fn accept_verdicts(&self, known: &Known, config: &Config) -> Result<()> {
+        known.verdicts.accept(config.transport, &self.ordinals)
     }
 
     /// Allocates the memory of a rank on `gpu`.
@@ -214,7 +231,9 @@ impl Agreement {
             };
             let member = match (offer.map(remote), transport) {
                 (Some(Ok(member)), _) => member,
-                (Some(Err(error)), Transport::P2p) => return Err(error),
+                (Some(Err(error)), Transport::P2p) => {
+                    return Err(explained(error, gpu.backend(), Symptom::NoAccess));
+                }
                 (Some(Err(error @ Error::InvalidArgument { .. })), _) => return Err(error),
                 (Some(Err(_)) | None, _) => {
                     unreached |= 1 << peer;
@@ -243,7 +262,8 @@ impl Agreement {
             };
             match (mapped, transport) {
                 (Err(Error::Unreachable { .. }), Transport::Auto) => unreached |= 1 << peer,
-                (mapped, _) => mapped?,
+                (Err(error), _) => return Err(explained(error, gpu.backend(), Symptom::NoAccess)),
+                (Ok(()), _) => {}
             }
         }
         Ok(unreached)

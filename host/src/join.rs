@@ -13,6 +13,7 @@ use crate::mailbox::{Member, Offer};
 use crate::plan::Shape;
 use crate::probe::Probe;
 use crate::rendezvous::Seat;
+use crate::selftest::Verdicts;
 use crate::transport::{Pairs, Transport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::os::fd::OwnedFd;
@@ -34,12 +35,22 @@ pub(crate) fn join(
     let card = ready.and_then(|()| Card::prepare(gpu, config));
     let cards: Vec<Card> = values(share(&seat, rank, card, None)?);
     let agreement = Agreement::of(&cards, config)?;
-    let known = share(&seat, rank, agreement.known(rank, &cards, config), None)?.swap_remove(0).0;
+    let known = agreement.known(gpu, (rank, Some(seat.patience())), &cards, config);
+    let known = share(&seat, rank, known, None)?.swap_remove(0).0;
+    agreement.accept_verdicts(&known, config)?;
     let (own, offer, file) = match agreement.offer(gpu, config, &segment, rank) {
         Ok((own, offer, file)) => (Some(own), Ok(offer), file),
         Err(error) => (None, Err(error), None),
     };
-    let entered = Entered { seat: &seat, agreement: &agreement, cards: &cards, rank, gpu, config };
+    let entered = Entered {
+        seat: &seat,
+        agreement: &agreement,
+        cards: &cards,
+        verdicts: &known.verdicts,
+        rank,
+        gpu,
+        config,
+    };
     match (entered.map_and_probe(own.as_ref(), offer, file), own) {
         (Ok(mailboxes), Some(own)) => {
             Ok((Group::of_processes(agreement.shape, mailboxes, seat.join(own)?), known))
@@ -58,6 +69,7 @@ struct Entered<'a> {
     seat: &'a Seat,
     agreement: &'a Agreement,
     cards: &'a [Card],
+    verdicts: &'a Verdicts,
     rank: u32,
     gpu: &'a GpuRef,
     config: &'a Config,
@@ -72,7 +84,7 @@ impl Entered<'_> {
         offer: Result<Option<Offer>>,
         file: Option<OwnedFd>,
     ) -> Result<Mailboxes> {
-        let Entered { seat, agreement, cards, rank, gpu, config } = *self;
+        let Entered { seat, agreement, cards, verdicts, rank, gpu, config } = *self;
         let offers = share(seat, rank, offer, file)?;
         // It is there, or sharing the failure would have returned.
         let Some(own) = own else { return Err(Error::Closed { op: "join", rank }) };
@@ -83,7 +95,7 @@ impl Entered<'_> {
             Err(error) => (Vec::new(), Err(error)),
         };
         let unreached: Vec<u16> = values(share(seat, rank, unreached, None)?);
-        let mut mailboxes = Mailboxes::new(members, Pairs::of(&unreached));
+        let mut mailboxes = Mailboxes::new(members, verdicts.demote(Pairs::of(&unreached)));
         // Every pass but the last demotes at least one pair, so they end.
         for pass in 0.. {
             self.share_hosts(&mut mailboxes)?;

@@ -29,6 +29,7 @@ pub mod rendezvous;
 pub mod request;
 mod scheduled;
 mod sealed;
+pub mod selftest;
 mod shrink;
 mod sizing;
 pub mod topology;
@@ -50,6 +51,7 @@ pub use rendezvous::{Meeting, Processes};
 pub use request::{
     AllGather, AllReduce, AllReduceRegistered, Broadcast, Chunk, Gather, ReduceScatter,
 };
+pub use selftest::SelfTest;
 pub use sizing::{Sizes, Sizing};
 pub use transport::Transport;
 pub use usage::{Counts, Family, Usage};

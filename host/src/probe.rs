@@ -11,6 +11,7 @@ use crate::gpu::GpuRef;
 use crate::group::Mailboxes;
 use crate::mailbox::OwnStream;
 use crate::plan::Shape;
+use crate::selftest::{Symptom, explained};
 use peerlane_device::abi::{Args, Kernel, Operation, Status, probe, state, ticks};
 use std::time::Duration;
 
@@ -90,7 +91,8 @@ impl Probe<'_> {
         };
         let by_host = self.mailboxes.pairs.by_host(peer, self.rank);
         let way = if by_host { "through host memory" } else { "the driver offers access, but" };
-        Some(Error::Unreachable { from, to, reason: format!("{way} {reason}") })
+        let error = Error::Unreachable { from, to, reason: format!("{way} {reason}") };
+        Some(if by_host { error } else { explained(error, self.gpu.backend(), Symptom::Wrong) })
     }
 }
 

@@ -1,11 +1,15 @@
 """Peer-to-peer collectives for the GPUs of one machine."""
 
+import os
+import sys
+
 from ._peerlane import (
     Communicator,
     Event,
     PreparedAllReduce,
     Registration,
     Work,
+    _set_self_test_program,
     topology,
     version,
 )
@@ -25,6 +29,8 @@ from .errors import (
 )
 
 __version__ = version()
+
+_set_self_test_program(sys.executable, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 __all__ = [
     "AbortedError",

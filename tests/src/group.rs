@@ -143,6 +143,13 @@ pub struct Group {
     pub ranks: Vec<Rank>,
 }
 
+/// `config` with mailboxes in which calls have the same slots if they are checked.
+pub fn with_room_for_checks(config: Config, world: u32) -> Config {
+    let lanes = layout::choose(world, config.mailbox_bytes).map_or(0, |layout| layout.lanes);
+    let checks = if config.checked { lanes as usize * CHECK_LANE_BYTES } else { 0 };
+    Config { mailbox_bytes: config.mailbox_bytes + checks, ..config }
+}
+
 impl Group {
     /// Connects `world` ranks on the machine's GPUs.
     ///
@@ -164,12 +171,8 @@ impl Group {
             chosen => chosen,
         };
         let checked = config.checked || environment.checked;
-        let world = gpus.len() as u32;
-        let lanes = layout::choose(world, config.mailbox_bytes).map_or(0, |layout| layout.lanes);
-        // So that checked calls have the same slots.
-        let checks = if checked { lanes as usize * CHECK_LANE_BYTES } else { 0 };
-        let mailbox_bytes = config.mailbox_bytes + checks;
-        let config = &Config { transport, checked, mailbox_bytes, ..config.clone() };
+        let config = Config { transport, checked, ..config.clone() };
+        let config = &with_room_for_checks(config, gpus.len() as u32);
         let communicators = Communicator::connect(gpus, config).expect("the ranks connect");
         let ranks = communicators.into_iter().map(Rank::new).collect::<Result<_, _>>();
         Group { ranks: ranks.expect("the GPUs have streams") }

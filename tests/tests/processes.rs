@@ -69,14 +69,22 @@ const SIMULATED: &[Test] = &[
     ("many_killed_ranks_are_left_out", many_killed_ranks_are_left_out),
     ("a_rank_killed_while_others_shrink_is_left_out_too", killed_while_others_shrink),
     ("ranks_that_leave_others_out_are_named", ranks_that_leave_others_out_are_named),
+    ("a_failed_self_test_is_every_ranks", a_failed_self_test_is_every_ranks),
+    ("a_self_test_that_cannot_be_made_stops_nobody", a_self_test_that_cannot_be_made),
 ];
 
 fn main() -> ExitCode {
     // SAFETY: no other thread runs yet.
     unsafe { peerlane::gpu::cuda::prepare_environment() };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == RANK) {
-        return serve(&arguments[1..]);
+    match arguments.first().map(String::as_str) {
+        Some(RANK) => return serve(&arguments[1..]),
+        // As a rank's self-test starts it.
+        Some("self-test") => {
+            peerlane::selftest::serve();
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
     }
     let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with("--")).collect();
     let mut failed = run("sim", EVERYWHERE, &Gpus::sim(), &filters);
@@ -862,6 +870,41 @@ fn pairs_that_lose_stores_use_host_memory(_: &Gpus) {
         let gpus = Gpus::Sim { devices: 4, missing: vec![], lossy: lossy.clone() };
         assert_mixed(&start(&gpus, 4), &lossy);
     }
+}
+
+fn a_failed_self_test_is_every_ranks(_: &Gpus) {
+    let program = std::env::current_exe().expect("a program knows its path");
+    let environment = vec![
+        ("PEERLANE_SELF_TEST", "always".to_owned()),
+        ("PEERLANE_SELF_TEST_PROGRAM", program.display().to_string()),
+    ];
+    let gpus = Gpus::Sim { devices: 3, missing: Vec::new(), lossy: vec![(1, 0)] };
+    let auto = Start { environment, ..start(&gpus, 3) };
+    let mut ranks = joined(&auto);
+    for answer in ask_all(&mut ranks, "transports") {
+        assert_eq!(answer, "ok by host: 1-0");
+    }
+    all_agree(&mut ranks, "script 3 12 900");
+    ranks.into_iter().for_each(|rank| assert!(rank.end()));
+    let environment = auto.environment.clone();
+    let p2p = Start { transport: Transport::P2p, environment, ..start(&gpus, 3) };
+    let refused = launch(&p2p);
+    let expected =
+        "error: GPU 1 cannot reach GPU 0: the self-test found that \"SM stores\" fails: ";
+    for rank in refused {
+        let answer = rank.answer();
+        assert!(answer.starts_with(expected), "rank {}: {answer}", rank.start.rank);
+    }
+}
+
+fn a_self_test_that_cannot_be_made(gpus: &Gpus) {
+    let environment = vec![
+        ("PEERLANE_SELF_TEST", "always".to_owned()),
+        ("PEERLANE_SELF_TEST_PROGRAM", "/no/such/program".to_owned()),
+    ];
+    let mut ranks = joined(&Start { environment, ..start(gpus, 2) });
+    assert_eq!(ask_all(&mut ranks, "transports"), ["ok by host: ", "ok by host: "]);
+    ranks.into_iter().for_each(|rank| assert!(rank.end()));
 }
 
 /// Names in the file system and in the socket namespace that a group has made.

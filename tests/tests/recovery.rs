@@ -237,8 +237,9 @@ fn failures(broken: u32) -> Vec<String> {
         let script = Script::new(3, &jobs, seed);
         let memory = group.load(&script)?;
         // One rank is late with one call, so the others' kernels are in the middle of theirs.
-        for rank in 0..3 - (seed % 2) as usize {
-            group.ranks[rank].issue_all(&script, memory[rank].base)?;
+        let prompt = 3 - (seed % 2) as usize;
+        for (rank, memory) in group.ranks.iter_mut().zip(&memory).take(prompt) {
+            rank.issue_all(&script, memory.base)?;
         }
         recover(&mut group)?;
         let next = Script::new(3, &random_jobs(3, 6, 3000, &mut Rng::new(seed, "next")), seed);

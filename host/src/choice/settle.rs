@@ -10,6 +10,7 @@ use super::table::{KIND, TuningTable};
 use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::links::{Cache, Key, LINKS, fingerprint};
+use crate::selftest::Verdicts;
 use crate::topology;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,8 @@ pub(crate) struct Known {
     pub(crate) table: Option<TuningTable>,
     pub(crate) links: Option<Links>,
     pub(crate) notes: Vec<String>,
+    /// Which pairs of ranks must not use their links.
+    pub(crate) verdicts: Verdicts,
 }
 
 impl Known {

@@ -197,7 +197,8 @@ pub struct peerlane_broadcast_options {
 /// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
 /// blocks as fit, and algorithms by size and the transport that suits each pair unless the
 /// environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
-/// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_TUNING, which is read again where `tuning` stays
+/// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_SELF_TEST: auto, off or always, which is
+/// read again in any case; PEERLANE_TUNING, which is read again where `tuning` stays
 /// NULL). `size` is sizeof(peerlane_config).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_config_init(
@@ -389,6 +390,7 @@ impl peerlane_config {
             exact: config.inexact == 0,
             tuning,
             transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
+            self_test: Config::from_environment()?.self_test,
             sizing: Some(sizing).filter(|_| config.adaptive != 0),
             staging_bytes: Some(config.staging_bytes).filter(|bytes| *bytes != 0),
             first_deadline: Some(config.first_deadline_ms)

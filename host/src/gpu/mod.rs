@@ -139,6 +139,10 @@ pub trait Gpu: Send + Sync {
     fn backend(&self) -> Backend;
     /// What the GPU is.
     fn properties(&self) -> &Properties;
+    /// What its machine is made from, if it is simulated: another process can make the same.
+    fn simulation(&self) -> Option<sim::Config> {
+        None
+    }
 
     /// Allocates device memory, aligned to 256 bytes or better, with undefined content.
     fn alloc(&self, bytes: usize) -> Result<DevicePtr>;

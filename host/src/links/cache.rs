@@ -1,5 +1,5 @@
-//! Measurements that outlive the process: one JSON file per set of GPUs and kind of measurement in the
-//! user's cache.
+//! What is found out once per machine and outlives the process: one JSON file per set of GPUs and kind of
+//! finding (measured links, tuning tables, self-tests) in the user's cache.
 //!
 //! Invariant: a file is believed only if it is the user's own and says in full what was asked for: the
 //! same GPUs in the same order and slots, the same driver, the same Peerlane. Anything else in its
@@ -9,6 +9,7 @@
 use super::Measurement;
 use crate::gpu::{Backend, GpuRef};
 use peerlane_device::abi::ABI_VERSION;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -93,12 +94,12 @@ pub(crate) fn fingerprint(value: &impl Debug) -> String {
 
 /// What a file holds.
 #[derive(Serialize, Deserialize)]
-struct Entry {
+struct Entry<T> {
     key: Key,
-    measurement: Measurement,
+    value: T,
 }
 
-/// A directory of measurements.
+/// A directory of findings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cache {
     directory: PathBuf,
@@ -157,22 +158,9 @@ impl Cache {
     /// # Errors
     /// There is a file that cannot be believed: what is wrong with it.
     pub fn load(&self, key: &Key) -> Result<Option<Measurement>, String> {
-        let path = self.file(key);
-        let ignored = |reason: String| format!("cache: {} is ignored: {reason}", path.display());
-        let text = match read_file(&path, true) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(ignored(error.to_string())),
-        };
-        let entry: Entry = serde_json::from_str(&text)
-            .map_err(|error| ignored(format!("expected a measurement, got {error}")))?;
-        if entry.key != *key {
-            return Err(ignored(format!("expected {key:?}, got {:?}", entry.key)));
-        }
-        if !entry.measurement.is_sound(key.gpus.len() as u32) {
-            return Err(ignored("expected a figure or a reason for every pair of GPUs".into()));
-        }
-        Ok(Some(entry.measurement))
+        let sound = |measurement: &Measurement| measurement.is_sound(key.gpus.len() as u32);
+        let expected = ("a measurement", "a figure or a reason for every pair of GPUs");
+        self.load_kind(LINKS, key, expected, sound)
     }
 
     /// Keeps a measurement for `key`, in place of what was there.
@@ -180,9 +168,44 @@ impl Cache {
     /// # Errors
     /// It cannot be written: why.
     pub fn store(&self, key: &Key, measurement: &Measurement) -> Result<(), String> {
-        let path = self.file(key);
-        let entry = Entry { key: key.clone(), measurement: measurement.clone() };
-        let written = serde_json::to_string_pretty(&entry)
+        self.store_kind(LINKS, key, measurement)
+    }
+
+    /// What of `kind` is kept for `key`, if it is `sound`. `expected` says what it is, and what makes it sound.
+    pub(crate) fn load_kind<T: DeserializeOwned>(
+        &self,
+        kind: &str,
+        key: &Key,
+        expected: (&str, &str),
+        sound: impl Fn(&T) -> bool,
+    ) -> Result<Option<T>, String> {
+        let path = self.file_of(kind, key);
+        let ignored = |reason: String| format!("cache: {} is ignored: {reason}", path.display());
+        let text = match read_file(&path, true) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(ignored(error.to_string())),
+        };
+        let entry: Entry<T> = serde_json::from_str(&text)
+            .map_err(|error| ignored(format!("expected {}, got {error}", expected.0)))?;
+        if entry.key != *key {
+            return Err(ignored(format!("expected {key:?}, got {:?}", entry.key)));
+        }
+        if !sound(&entry.value) {
+            return Err(ignored(format!("expected {}", expected.1)));
+        }
+        Ok(Some(entry.value))
+    }
+
+    /// Keeps what is of `kind` for `key`, in place of what was there.
+    pub(crate) fn store_kind<T: Serialize>(
+        &self,
+        kind: &str,
+        key: &Key,
+        value: &T,
+    ) -> Result<(), String> {
+        let path = self.file_of(kind, key);
+        let written = serde_json::to_string_pretty(&Entry { key: key.clone(), value })
             .map_err(io::Error::from)
             .and_then(|text| replace_file(&path, &text));
         written.map_err(|error| format!("cache: cannot write {}: {error}", path.display()))

@@ -211,6 +211,11 @@ fn is_due(connection: &Connection) -> rustix::io::Result<bool> {
 }
 
 impl Seat {
+    /// How long the others wait, at least.
+    pub(crate) fn patience(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
     /// Brings `value`, and a file with it, and waits for everybody else's, in rank order.
     pub(crate) fn exchange<T: Serialize + DeserializeOwned>(
         &self,

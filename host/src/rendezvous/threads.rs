@@ -30,6 +30,8 @@ type Values = Vec<Option<Box<dyn std::any::Any + Send>>>;
 #[derive(Default)]
 struct Round {
     values: Values,
+    /// All came before the meeting failed. What is wrong with what they brought, each sees for itself.
+    complete: bool,
     /// Ranks that have left with them.
     taken: u32,
 }
@@ -68,6 +70,11 @@ impl Meeting {
         self.shared.world
     }
 
+    /// How long the ranks wait for each other.
+    pub(crate) fn patience(&self) -> Duration {
+        self.shared.patience
+    }
+
     /// Enters the meeting as `rank`, which nobody else may do.
     pub(crate) fn enter(&self, rank: u32) -> Result<()> {
         let world = self.shared.world;
@@ -96,27 +103,29 @@ impl Meeting {
         let mut state = self.lock();
         while state.rounds.len() <= round {
             let values = (0..self.shared.world).map(|_| None).collect();
-            state.rounds.push(Round { values, taken: 0 });
+            state.rounds.push(Round { values, complete: false, taken: 0 });
         }
-        state.rounds[round].values[rank as usize] = Some(Box::new(value));
+        let failed = state.failed.is_some();
+        let at = &mut state.rounds[round];
+        at.values[rank as usize] = Some(Box::new(value));
+        let expected = self.shared.world - self.shared.without.count_ones();
+        at.complete |= !failed && at.values.iter().flatten().count() == expected as usize;
         self.shared.changed.notify_all();
         loop {
-            if let Some(reason) = &state.failed {
-                return Err(self.error(reason.clone()));
-            }
             let at = &mut state.rounds[round];
-            let values: Vec<T> = at
-                .values
-                .iter()
-                .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
-                .collect();
-            let expected = self.shared.world - self.shared.without.count_ones();
-            if values.len() == expected as usize {
+            if at.complete {
+                let values = at.values.iter();
+                let values = values
+                    .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
+                    .collect();
                 at.taken += 1;
                 if at.taken == expected {
                     at.values.clear();
                 }
                 return Ok(values);
+            }
+            if let Some(reason) = &state.failed {
+                return Err(self.error(reason.clone()));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -218,6 +227,19 @@ mod tests {
         let error = meeting.exchange(2, 0, ()).unwrap_err().to_string();
         assert!(error.contains("rank 1"), "{error}");
         assert!(first.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn a_round_that_was_complete_is_handed_out_after_a_failure() {
+        let meeting = Meeting::new(2, Duration::from_secs(10));
+        let other = meeting.clone();
+        let late = std::thread::spawn(move || other.exchange(1, 0, "b"));
+        assert_eq!(meeting.exchange(0, 0, "a").unwrap(), ["a", "b"]);
+        // The other may still be on its way out of that round.
+        meeting.give_up(0, &Error::Stopped { rank: 0 });
+        assert_eq!(late.join().unwrap().unwrap(), ["a", "b"]);
+        let reason = meeting.exchange(1, 1, "c").unwrap_err().to_string();
+        assert!(reason.contains("rank 0 failed"), "{reason}");
     }
 
     #[test]
