@@ -191,9 +191,12 @@ impl Patience {
 /// Turns of a wait loop between two looks at the clock and the abort word: more than a wait takes
 /// that succeeds in the usual time, so such a wait pays nothing for them.
 const TURNS_PER_LOOK: u32 = 128;
-/// Turns between two looks at the host's abort word, 1 to 3 ms. The word lies behind PCIe: when every waiting
-/// warp read it at each look, the reads alone held up calls for milliseconds.
-const TURNS_PER_HOST_LOOK: u32 = 16 * TURNS_PER_LOOK;
+/// Whoever looks up within the first [`HOST_LOOK_WINDOW`] ticks of every so many, about 1 ms, looks at the host's abort
+/// word too; who has waited for longer than [`HOST_LOOK_PATIENCE`], always. The word lies behind PCIe: when every waiting warp
+/// read it at each look, the reads alone held up calls for milliseconds. That the clock says so takes no register.
+const HOST_LOOK_PERIOD: u32 = 64;
+const HOST_LOOK_WINDOW: u32 = 8;
+const HOST_LOOK_PATIENCE: u32 = 1024;
 /// Turns between two looks at the sender's seal, which arrives after the hidden data.
 const TURNS_PER_SEAL: u32 = 4;
 /// In every stretch of so many slots there is one of [`SEAL_RENEWAL`], and calls that begin there renew their
@@ -673,7 +676,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         if waited > args.deadline && (waited > args.first_deadline || !is_first()) {
             return state::TIMED_OUT;
         }
-        let host = patience.turns.is_multiple_of(TURNS_PER_HOST_LOOK);
+        let host = now % HOST_LOOK_PERIOD < HOST_LOOK_WINDOW || waited > HOST_LOOK_PATIENCE;
         // SAFETY: passed on to the caller.
         if unsafe { aborted(lane, args, host) } { state::ABORTED } else { state::OK }
     }
