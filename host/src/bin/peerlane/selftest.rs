@@ -82,6 +82,9 @@ impl<'a> Tested<'a> {
                 let (found, notes) = selftest::cached(&subject);
                 found.ok_or_else(|| match notes.first() {
                     Some(note) => note.clone(),
+                    None if devices.simulated_only() => {
+                        "simulated GPUs have none until asked".into()
+                    }
                     None => "none in the cache".into(),
                 })
             }

@@ -52,7 +52,9 @@ pub(crate) fn run(options: &Options) -> Outcome {
         println!("{}", text::measured(found));
     }
     println!("{}", text::transports(&topology, found.as_ref().map(|found| &found.measurement)));
-    let wish = Wish::of(options.refresh, options.no_measure);
+    // Simulated GPUs have no cache, and their test takes a while: only who asks for it gets it.
+    let only_cached = options.no_measure || devices.simulated_only();
+    let wish = Wish::of(options.refresh, only_cached);
     let tested = Tested::find(&devices, &topology, wish);
     println!("{}", tested.text());
     for note in topology.notes.iter().chain(found.iter().flat_map(|found| &found.notes)) {
