@@ -2,7 +2,11 @@
 
 mod assembly;
 mod host;
+#[cfg(test)]
+mod hostile;
 mod processes;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod raw;
 mod segment;
 mod socket;
 #[cfg(test)]
@@ -16,7 +20,7 @@ pub(crate) use segment::{ABORTED, PAGE, Segment, lost_rank};
 pub use threads::Meeting;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
-const PROTOCOL: u32 = 4;
+pub(crate) const PROTOCOL: u32 = 4;
 
 /// Names ranks: "rank 1" or "ranks 1, 2".
 fn ranks(which: impl Iterator<Item = u32>) -> String {
