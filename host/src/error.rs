@@ -185,6 +185,16 @@ pub enum Error {
     },
 }
 
+/// Most characters of a reason that travels between ranks, or of a text that came from elsewhere, in an error.
+pub(crate) const LONGEST_REASON: usize = 1000;
+
+/// A text that this process did not write, fit for an error: not too long, and nothing that moves a
+/// terminal's cursor.
+pub(crate) fn clipped(text: &str) -> String {
+    let plain = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+    text.chars().take(LONGEST_REASON).map(plain).collect()
+}
+
 /// The name of an [`abi::phase`](peerlane_device::abi::phase) code.
 pub(crate) fn phase_name(code: u32) -> &'static str {
     match code {

@@ -5,7 +5,7 @@
 use crate::call_log::CallLog;
 use crate::choice::{Known, LinkClass, Shown, Tuning};
 use crate::communicator::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clipped};
 use crate::gpu::{Backend, GpuRef, cuda};
 use crate::host_mailbox::HostMailbox;
 use crate::layout;
@@ -79,7 +79,7 @@ impl Card {
             op: "join",
             reason: format!(
                 "GPU {} of another rank is hidden from this process; CUDA_VISIBLE_DEVICES must show every rank all GPUs of the group",
-                self.uuid
+                clipped(&self.uuid)
             ),
         })
     }
@@ -111,7 +111,8 @@ impl Agreement {
             if card.config != first.config {
                 return fail(format!(
                     "rank 0 and rank {rank} bring different configurations: {} and {}",
-                    first.config, card.config
+                    clipped(&first.config),
+                    clipped(&card.config)
                 ));
             }
         }
@@ -325,7 +326,10 @@ fn different_tables(cards: &[Card]) -> Option<String> {
     let (rank, other) = others.find(|(_, other)| other.hash != first.hash)?;
     Some(format!(
         "rank 0 and rank {rank} bring different configurations: tuning tables {} ({}) and {} ({})",
-        first.file, first.hash, other.file, other.hash
+        clipped(&first.file),
+        clipped(&first.hash),
+        clipped(&other.file),
+        clipped(&other.hash)
     ))
 }
 

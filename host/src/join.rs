@@ -5,7 +5,7 @@
 
 use crate::choice::Known;
 use crate::communicator::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, LONGEST_REASON, Result, clipped};
 use crate::gpu::GpuRef;
 use crate::group::{Agreement, Card, Group, Mailboxes};
 use crate::host_mailbox::HostMailbox;
@@ -18,9 +18,6 @@ use crate::transport::{Pairs, Transport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-
-/// Most characters of a reason that travels. A compiler's log can be longer than a message.
-const LONGEST_REASON: usize = 1000;
 
 /// Joins as `rank`, whose seat it is, and which is `ready` to or says why it cannot; returns this process's view of
 /// the group, and what rank 0 found out for it.
@@ -37,6 +34,8 @@ pub(crate) fn join(
     let agreement = Agreement::of(&cards, config)?;
     let known = agreement.known(gpu, (rank, Some(seat.patience())), &cards, config);
     let known = share(&seat, rank, known, None)?.swap_remove(0).0;
+    let world = agreement.shape.world;
+    known.check(world).map_err(|reason| Error::Rendezvous { world, reason })?;
     agreement.accept_verdicts(&known, config)?;
     let (own, offer, file) = match agreement.offer(gpu, config, &segment, rank) {
         Ok((own, offer, file)) => (Some(own), Ok(offer), file),
@@ -155,8 +154,16 @@ impl Entered<'_> {
                 Some((_, error)) => Err(error),
             });
             let verdicts: Vec<Option<u32>> = values(share(seat, rank, verdict, None)?);
-            let failures = (0..).zip(&verdicts).filter_map(|(to, from)| Some(((*from)?, to)));
-            failures.for_each(|(from, to)| pairs.demote(from, to));
+            let failures: Vec<(u32, u32)> =
+                (0..).zip(&verdicts).filter_map(|(to, from)| Some(((*from)?, to))).collect();
+            let world = agreement.shape.world;
+            if let Some((from, to)) =
+                failures.iter().find(|(from, to)| *from >= world || from == to)
+            {
+                let reason = format!("rank {to} says that nothing came from rank {from}");
+                return Err(Error::Rendezvous { world, reason });
+            }
+            failures.into_iter().for_each(|(from, to)| pairs.demote(from, to));
             if verdicts.iter().any(Option::is_some) {
                 share(seat, rank, self.forget_failures(mailboxes), None)?;
             }
@@ -213,8 +220,12 @@ impl Failure {
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Error {
         match failure {
-            Failure::Unreachable { from, to, reason } => Error::Unreachable { from, to, reason },
-            Failure::Unsupported { reason } => Error::Unsupported { op: "join", reason },
+            Failure::Unreachable { from, to, reason } => {
+                Error::Unreachable { from, to, reason: clipped(&reason) }
+            }
+            Failure::Unsupported { reason } => {
+                Error::Unsupported { op: "join", reason: clipped(&reason) }
+            }
         }
     }
 }

@@ -7,8 +7,13 @@ pub mod cases;
 pub mod choice;
 mod collectives;
 pub mod communicator;
+#[cfg(test)]
+mod corrupted;
 pub mod error;
 pub mod ffi;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gpu;
 mod group;
 mod host_mailbox;
@@ -18,6 +23,7 @@ pub mod links;
 mod mailbox;
 pub mod model;
 mod monitor;
+mod neighbours;
 pub mod plan;
 pub mod pool;
 mod probe;

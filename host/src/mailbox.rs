@@ -4,8 +4,9 @@
 //! Invariant: a mailbox belongs to Peerlane and lives until no rank can write to it any more. What
 //! another process offers is mapped here, never owned.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
+use crate::neighbours::{self, Note, Purpose};
 use crate::plan::staging::{AREA_FLAG_BYTES, AREA_FLAGS, FLAG_BYTES, UP_BYTE};
 use crate::rendezvous::{ABORTED, PAGE, Segment};
 use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout, Status, state};
@@ -25,6 +26,8 @@ pub(crate) struct Member {
     pub(crate) staging: DevicePtr,
     pub(crate) status: HostMemory,
     holds: Holds,
+    /// That ranks of this process may use the mailbox where it is.
+    _note: Option<Note>,
     /// Keeps the status page mapped, if it lies in memory that processes share.
     _segment: Option<Arc<Segment>>,
 }
@@ -109,7 +112,10 @@ impl Member {
         let mailbox = if exported { gpu.alloc_shared(bytes)? } else { gpu.alloc(bytes)? };
         // SAFETY: the page is whole, and the member keeps it mapped.
         let status = unsafe { gpu.register_host(segment.page(rank), PAGE) };
-        Member::with(gpu, (mailbox, extent), status, Some(segment.clone()))?.cleared(extent)
+        let mut member = Member::with(gpu, (mailbox, extent), status, Some(segment.clone()))?;
+        let owner = (segment.number(), rank, Purpose::Mailbox);
+        member._note = exported.then(|| neighbours::note(owner, mailbox.0, bytes));
+        member.cleared(extent)
     }
 
     /// Holds `mailbox` and `status`, or frees the first if there is no second.
@@ -127,6 +133,7 @@ impl Member {
                 staging: mailbox.offset(extent.mailbox_bytes),
                 status,
                 holds: if segment.is_some() { Holds::Shared } else { Holds::Private },
+                _note: None,
                 _segment: segment,
             }),
             Err(error) => {
@@ -195,7 +202,8 @@ impl Member {
         let (mailbox, holds) = (DevicePtr(0), Holds::Nothing);
         let _segment = Some(segment.clone());
         let staging = DevicePtr(0);
-        Member { gpu: gpu.clone(), ordinal, mailbox, staging, status, holds, _segment }
+        let (gpu, _note) = (gpu.clone(), None);
+        Member { gpu, ordinal, mailbox, staging, status, holds, _note, _segment }
     }
 
     /// The memory of `peer` on the GPU `ordinal`, as a rank on `gpu` reaches it.
@@ -206,10 +214,10 @@ impl Member {
         extent: Extent,
         (offer, file): (Offer, Option<OwnedFd>),
     ) -> Result<Member> {
+        offer.check((segment.number(), peer), extent)?;
         let mut member = Member::distant(gpu, segment, peer, ordinal);
         // The driver opens no IPC handle in the process that made it.
-        let is_neighbour = offer.process == this_process();
-        let (mailbox, holds) = if is_neighbour && offer.handle != MemoryHandle::File {
+        let (mailbox, holds) = if offer.is_neighbour() {
             if ordinal != gpu.properties().ordinal {
                 gpu.enable_peer(ordinal)?;
             }
@@ -291,6 +299,33 @@ pub(crate) struct Offer {
     process: (u32, u64),
 }
 
+impl Offer {
+    /// Whether it is used where it is: it comes from this process, so it says.
+    fn is_neighbour(&self) -> bool {
+        self.process == this_process() && self.handle != MemoryHandle::File
+    }
+
+    /// That it is the mailbox of rank `peer` of the group `number`: as large as this rank's own, and of this process
+    /// only if it is known here.
+    pub(crate) fn check(&self, (number, peer): (u64, u32), extent: Extent) -> Result<()> {
+        let wrong = |expected: String, got: String| {
+            let (op, argument) = ("join", "offer");
+            let got = format!("{got} from rank {peer}");
+            Err(Error::InvalidArgument { op, argument, expected, got })
+        };
+        if self.bytes != extent.bytes() {
+            let expected = format!("a mailbox of {} bytes", extent.bytes());
+            return wrong(expected, format!("{} bytes", self.bytes));
+        }
+        let owner = (number, peer, Purpose::Mailbox);
+        if self.is_neighbour() && !neighbours::offers(owner, self.address, self.bytes) {
+            let expected = "the mailbox of a rank of this process".into();
+            return wrong(expected, format!("the address {:#x}", self.address));
+        }
+        Ok(())
+    }
+}
+
 /// What no two living processes have in common, whatever their namespaces: a process's number and
 /// where its memory begins to differ.
 pub(crate) fn this_process() -> (u32, u64) {
@@ -320,9 +355,34 @@ impl Drop for OwnStream {
 
 #[cfg(test)]
 mod tests {
-    use crate::gpu::{GpuRef, sim};
+    use super::{Extent, Offer, this_process};
+    use crate::gpu::{GpuRef, MemoryHandle, sim};
+    use crate::neighbours::{self, Purpose};
     use crate::{Algorithm, AllReduce, Communicator, Config, DType, Format};
-    use peerlane_device::abi::lane_words;
+    use peerlane_device::abi::{Layout, lane_words};
+
+    #[test]
+    fn an_offer_of_another_size_or_at_a_strange_address_is_refused() {
+        let extent = Extent::new(Layout::new(2, 4, 16).unwrap(), 2, 4096);
+        let group = u64::MAX - 21;
+        let refused = |handle: MemoryHandle, bytes, address, process| {
+            let offer = Offer { handle, bytes, address, process };
+            offer.check((group, 1), extent).err().map(|error| error.to_string())
+        };
+        let ipc = || MemoryHandle::Ipc(vec![0; 64]);
+        let (right, other) = (extent.bytes(), (1, 2));
+        assert_eq!(refused(MemoryHandle::File, right, 0, this_process()), None);
+        assert_eq!(refused(ipc(), right, 0x1000, other), None, "to be mapped, not used as it is");
+        for bytes in [0, 1, right - 1, right + 1, usize::MAX] {
+            let reason = refused(ipc(), bytes, 0x1000, other).unwrap();
+            assert!(reason.contains(&format!("got {bytes} bytes from rank 1")), "{reason}");
+        }
+        let lie = refused(ipc(), right, 0x1000, this_process()).unwrap();
+        assert!(lie.contains("the address 0x1000 from rank 1"), "{lie}");
+        let _note = neighbours::note((group, 1, Purpose::Mailbox), 0x1000, right);
+        assert_eq!(refused(ipc(), right, 0x1000, this_process()), None);
+        assert!(refused(ipc(), right, 0x1100, this_process()).is_some());
+    }
 
     #[test]
     fn a_seal_that_nobody_needs_is_renewed_before_it_looks_new() {

@@ -7,6 +7,7 @@
 //! an old file or a new one, never half of one.
 
 use super::Measurement;
+use crate::error::clipped;
 use crate::gpu::{Backend, GpuRef};
 use peerlane_device::abi::ABI_VERSION;
 use serde::de::DeserializeOwned;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fmt::Debug;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -180,7 +181,8 @@ impl Cache {
         sound: impl Fn(&T) -> bool,
     ) -> Result<Option<T>, String> {
         let path = self.file_of(kind, key);
-        let ignored = |reason: String| format!("cache: {} is ignored: {reason}", path.display());
+        let ignored =
+            |reason: String| format!("cache: {} is ignored: {}", path.display(), clipped(&reason));
         let text = match read_file(&path, true) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -234,13 +236,18 @@ pub(crate) fn replace_file(path: &Path, text: &str) -> io::Result<()> {
 
 /// The text of a file; of one that the user owns, if it was not the user who named it.
 pub(crate) fn read_file(path: &Path, own: bool) -> io::Result<String> {
-    let file = File::open(path)?;
+    // A pipe in its place must not make anybody wait.
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let about = file.metadata()?;
     if !about.is_file() {
         return Err(io::Error::other("it is not a file"));
     }
     if own && about.uid() != rustix::process::geteuid().as_raw() {
         return Err(io::Error::other("it is not a file of this user"));
+    }
+    if own && about.mode() & 0o022 != 0 {
+        return Err(io::Error::other("other users may write to it"));
     }
     let mut text = String::new();
     file.take(MOST_BYTES).read_to_string(&mut text)?;
@@ -250,6 +257,7 @@ pub(crate) fn read_file(path: &Path, own: bool) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn environment(set: &[(&str, &str)]) -> Result<Cache, String> {
         let find = |name: &str| set.iter().find(|(key, _)| *key == name);
@@ -288,5 +296,29 @@ mod tests {
         let names: std::collections::BTreeSet<_> =
             others.iter().map(|key| key.file_name(LINKS)).collect();
         assert_eq!(names.len(), others.len());
+    }
+
+    #[test]
+    fn what_others_may_write_or_nobody_can_read_is_left_out_of_account() {
+        let directory = std::env::temp_dir().join(format!("peerlane-mode-{}", std::process::id()));
+        let cache = Cache::at(&directory);
+        let key = Key::new(vec![("GPU-0".into(), "0000:00:00.0".into())], "580.1");
+        fs::create_dir_all(&directory).unwrap();
+        let path = cache.file(&key);
+        fs::write(&path, "{}").unwrap();
+        for mode in [0o666, 0o620, 0o602] {
+            fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            let reason = cache.load(&key).unwrap_err();
+            assert!(reason.contains("other users may write to it"), "{mode:o}: {reason}");
+        }
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        assert!(cache.load(&key).unwrap_err().contains("expected a measurement"));
+        fs::remove_file(&path).unwrap();
+        // A pipe that nobody writes to: opening it must not wait.
+        let fifo = rustix::fs::FileType::Fifo;
+        let mode = rustix::fs::Mode::RUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
+        assert!(cache.load(&key).unwrap_err().contains("it is not a file"));
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -9,10 +9,16 @@ use super::processes::{Reply, Request, Terms};
 use super::segment::{Presence, Segment};
 use super::socket::{Connection, Listener, wait};
 use super::{PROTOCOL, ranks};
+use crate::error::clipped;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Most connections that have said nothing: every rank says who it is as soon as it is connected.
+pub(super) const MOST_STRANGERS: usize = 64;
+/// How long the host waits before it tries again to accept a connection.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// A rank, as the host sees it.
 #[derive(Default)]
@@ -106,6 +112,16 @@ impl Host {
         Ok(())
     }
 
+    /// Reacts to what has come, and waits for nothing.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn react(&mut self) -> Result<(), String> {
+        self.turn(Some(Instant::now()))?;
+        if self.guests.iter().all(|guest| guest.value.is_some()) {
+            self.hand_out()?;
+        }
+        Ok(())
+    }
+
     /// Who did not come in time.
     fn late(&self) -> String {
         let late = |guest: &Guest| guest.is_awaited() && !guest.joined;
@@ -124,8 +140,12 @@ impl Host {
         let ready = wait(&ends, deadline).map_err(|error| error.to_string())?;
         let strangers = std::mem::take(&mut self.strangers);
         if ready[0] {
-            // A connection that is gone again by now is nobody's loss.
-            self.strangers.extend(self.listener.accept());
+            match self.listener.accept() {
+                Ok(connection) if connection.is_same_user() => self.strangers.push(connection),
+                Ok(_) => {}
+                // One that is gone again is nobody's loss; for one more descriptor there may be room later.
+                Err(_) => std::thread::sleep(PAUSE),
+            }
         }
         for (stranger, ready) in strangers.into_iter().zip(&ready[1 + present.len()..]) {
             if *ready {
@@ -134,6 +154,8 @@ impl Host {
                 self.strangers.push(stranger);
             }
         }
+        let surplus = self.strangers.len().saturating_sub(MOST_STRANGERS);
+        self.strangers.drain(..surplus);
         let speaking = present.iter().zip(&ready[1..]).filter(|(_, ready)| **ready);
         speaking.into_iter().try_for_each(|(rank, _)| self.hear(*rank))
     }
@@ -141,9 +163,6 @@ impl Host {
     /// Lets a connection take its rank's place. A wrong rank is refused, a wrong world ends the
     /// meeting: it can never be complete.
     fn admit(&mut self, connection: Connection) -> Result<(), String> {
-        if !connection.is_same_user() {
-            return Ok(());
-        }
         let Ok(Some((Request::Hello { protocol, version, world, without, rank, process }, _))) =
             connection.receive::<Request>()
         else {
@@ -152,6 +171,7 @@ impl Host {
         let (pid, namespace) = process;
         let own = (PROTOCOL, env!("CARGO_PKG_VERSION"), self.guests.len() as u32);
         if (protocol, version.as_str(), world) != own {
+            let version = clipped(&version);
             let reason = format!(
                 "rank {} has version {} (protocol {}) and expects {} ranks, rank {rank} has version {version} (protocol {protocol}) and expects {world}",
                 self.rank, own.1, own.0, own.2
@@ -176,6 +196,9 @@ impl Host {
             Some(guest) if guest.pid != 0 => {
                 Some(format!("rank {rank} is used twice, first by pid {}", guest.pid))
             }
+            Some(_) if pid == 0 || i32::try_from(pid).is_err() => {
+                Some(format!("rank {rank} says that its process is number {pid}"))
+            }
             Some(_) => None,
         };
         if let Some(refusal) = refusal {
@@ -197,6 +220,12 @@ impl Host {
         let Some(connection) = &guest.connection else { return Ok(()) };
         match connection.receive::<Request>() {
             Ok(Some((Request::Bring(value), files))) => {
+                if files.len() > 1 || guest.joined || guest.value.is_some() {
+                    let count = files.len();
+                    return Err(format!(
+                        "rank {rank} brings {count} files, or more than one value"
+                    ));
+                }
                 guest.value = Some((value, files.into_iter().next()));
                 Ok(())
             }
@@ -205,6 +234,9 @@ impl Host {
                 Ok(())
             }
             Ok(Some((Request::Hello { .. }, _))) => Err(format!("rank {rank} came twice")),
+            Err(Errno::BADMSG) if !guest.joined => {
+                Err(format!("rank {rank} says what nobody understands"))
+            }
             Ok(None) | Err(_) => {
                 guest.connection = None;
                 self.segment.lose(rank as u32);
@@ -234,8 +266,14 @@ impl Host {
         for rank in self.own_last() {
             let connection = self.guests[rank].connection.as_ref();
             // One that has gone is noticed when its connection is read.
-            if connection.map(|c| c.send(&reply, &files)) == Some(Err(Errno::MSGSIZE)) {
-                return Err("the ranks bring more than a message holds".into());
+            match connection.map(|c| c.send(&reply, &files)) {
+                Some(Err(Errno::MSGSIZE)) => {
+                    return Err("the ranks bring more than a message holds".into());
+                }
+                Some(Err(Errno::AGAIN)) => {
+                    return Err(format!("rank {rank} does not read what it is told"));
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -257,7 +295,13 @@ impl Host {
                 return;
             }
             let Ok(ready) = wait(&[self.listener.as_fd()], Some(self.deadline)) else { return };
-            let Some(Ok(late)) = ready[0].then(|| self.listener.accept()) else { continue };
+            let Some(Ok(late)) = ready[0].then(|| self.listener.accept()) else {
+                std::thread::sleep(PAUSE);
+                continue;
+            };
+            if !late.is_same_user() {
+                continue;
+            }
             let soon = Some(self.deadline.min(Instant::now() + Duration::from_secs(1)));
             if !wait(&[late.as_fd()], soon).is_ok_and(|ready| ready[0]) {
                 continue;

@@ -4,8 +4,12 @@ mod assembly;
 #[cfg(test)]
 mod deaths;
 mod host;
+#[cfg(test)]
+mod hostile;
 mod life;
 mod processes;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod raw;
 mod segment;
 mod socket;
 #[cfg(test)]
@@ -19,7 +23,7 @@ pub(crate) use segment::{ABORTED, LOST, PAGE, Presence, Segment, lost_rank};
 pub use threads::Meeting;
 
 /// The version of what processes say to each other while they meet, and of the memory they share.
-const PROTOCOL: u32 = 5;
+pub(crate) const PROTOCOL: u32 = 5;
 
 /// Names the ranks that have a bit in `which`.
 fn ranks_in(which: u32) -> String {

@@ -9,7 +9,7 @@ use super::host::Host;
 use super::segment::{Presence, Segment};
 use super::socket::{Claim, Connection, Listener, wait};
 use super::{PROTOCOL, life};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clipped};
 use peerlane_device::abi::MAX_RANKS;
 use rustix::fd::{AsFd, OwnedFd};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// Longest name: a socket's address has 107 bytes.
 const LONGEST_NAME: usize = 90;
+/// Longest patience, about 30 years: what is added to it must still be a time.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(1_000_000_000);
 /// How long a guest waits beyond its patience for the host to say who is missing.
 const GRACE: Duration = Duration::from_secs(5);
 /// How often a rank whose host has left looks whether the others' processes are there.
@@ -33,7 +35,7 @@ const LINGER: Duration = Duration::from_secs(60);
 /// Where the processes of a group meet: all of them give the same name and world size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Processes {
-    /// Any text of 1 to 90 bytes that no other group of this user uses at the same time.
+    /// Any text of 1 to 90 bytes that no other group of this machine uses at the same time.
     pub name: String,
     /// Number of ranks.
     pub world: u32,
@@ -139,6 +141,10 @@ impl Processes {
         if rank >= self.world {
             return invalid("rank", format!("0 to {}", self.world - 1), rank.to_string());
         }
+        if self.patience > LONGEST_PATIENCE {
+            let (expected, got) = (LONGEST_PATIENCE, self.patience);
+            return invalid("patience", format!("at most {expected:?}"), format!("{got:?}"));
+        }
         Ok(())
     }
 
@@ -156,13 +162,17 @@ impl Processes {
     }
 
     /// Says who it is. `None` if the host has gone meanwhile, or is done with this rank.
-    fn take_seat(
+    pub(super) fn take_seat(
         &self,
         (rank, terms): (u32, &Terms),
         connection: Connection,
         deadline: Instant,
     ) -> Result<Option<Seat>> {
         let fail = |reason: String| Err(Error::Rendezvous { world: self.world, reason });
+        // Anybody may take a name of the abstract namespace.
+        if !connection.is_same_user() {
+            return fail(format!("the name {:?} is taken by another user", self.name));
+        }
         let process = (life::pid(), pid_namespace());
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let (world, without) = (self.world, terms.without);
@@ -171,10 +181,12 @@ impl Processes {
             return Ok(None);
         }
         let (host, file) = match answer(&connection, deadline + GRACE) {
-            Ok(Some((Reply::Welcome { host }, mut files))) if files.len() == 1 => {
+            Ok(Some((Reply::Welcome { host }, mut files)))
+                if files.len() == 1 && host < self.world =>
+            {
                 (host, files.remove(0))
             }
-            Ok(Some((Reply::Failed(reason), _))) => return fail(reason),
+            Ok(Some((Reply::Failed(reason), _))) => return fail(clipped(&reason)),
             Ok(Some(_)) => return fail(format!("rank {rank} does not understand the host")),
             Ok(None) => return Ok(None),
             Err(reason) => return fail(format!("rank {rank}: {reason}")),
@@ -242,15 +254,28 @@ impl Seat {
             .map_err(|reason| fail(format!("rank {}: {reason}", self.rank)))?;
         let (values, has_file, files) = match reply {
             Some((Reply::All { values, has_file }, files)) => (values, has_file, files),
-            Some((Reply::Failed(reason), _)) => return Err(fail(reason)),
+            Some((Reply::Failed(reason), _)) => return Err(fail(clipped(&reason))),
             Some((Reply::Welcome { .. }, _)) => {
                 return Err(fail(format!("rank {} does not understand the host", self.rank)));
             }
             None => return Err(gone()),
         };
+        let came = (values.len(), has_file.len(), has_file.iter().filter(|has| **has).count());
+        let world = self.world as usize;
+        if came != (world, world, files.len()) {
+            return Err(fail(format!(
+                "rank {}: expected the values of {world} ranks and their files, got {} values, word of {} files for {} ranks, and {} files",
+                self.rank,
+                came.0,
+                came.2,
+                came.1,
+                files.len()
+            )));
+        }
         let mut files = files.into_iter();
         let parsed = values.iter().zip(has_file).map(|(value, has_file)| {
-            let value = serde_json::from_str(value).map_err(|error| fail(error.to_string()))?;
+            let value = serde_json::from_str(value)
+                .map_err(|error| fail(clipped(&format!("rank {}: {error}", self.rank))))?;
             Ok((value, if has_file { files.next() } else { None }))
         });
         parsed.collect()

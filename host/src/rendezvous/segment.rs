@@ -15,7 +15,7 @@
 use crate::call_log::{self, Entry};
 use crate::mailbox::Board;
 use crate::sealed;
-use peerlane_device::abi::Status;
+use peerlane_device::abi::{MAX_RANKS, Status};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::Pid;
@@ -126,6 +126,12 @@ impl Segment {
         word(3) | word(4) << 32
     }
 
+    /// Its size.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn bytes(&self) -> usize {
+        bytes(self.world)
+    }
+
     /// Number of ranks.
     pub(super) fn world(&self) -> u32 {
         self.world
@@ -159,8 +165,11 @@ impl Segment {
         self.word(Self::offset(rank) + HOST).store(presence as u32, Ordering::Release);
     }
 
-    /// The process of `rank`.
+    /// The process of `rank`; 0 if there is no such rank.
     pub(crate) fn pid(&self, rank: u32) -> u32 {
+        if rank >= self.world {
+            return 0;
+        }
         self.word(Self::offset(rank) + HOST + 4).load(Ordering::Relaxed)
     }
 
@@ -168,7 +177,9 @@ impl Segment {
     /// is gone.
     pub(super) fn is_gone(&self, rank: u32, namespace: u32) -> bool {
         let theirs = self.word(Self::offset(rank) + HOST + 8).load(Ordering::Relaxed);
-        let pid = Pid::from_raw(self.pid(rank) as i32).filter(|_| theirs == namespace);
+        // Any process may have written it, and a negative number would mean a group of processes.
+        let number = i32::try_from(self.pid(rank)).unwrap_or_default();
+        let pid = Pid::from_raw(number).filter(|_| theirs == namespace);
         pid.map(rustix::process::test_kill_process) == Some(Err(rustix::io::Errno::SRCH))
     }
 
@@ -213,7 +224,7 @@ impl Segment {
 
 /// The rank that is gone, if that is why `abort` was stored in a status page.
 pub(crate) fn lost_rank(abort: u32) -> Option<u32> {
-    (abort >= LOST).then(|| abort - LOST)
+    abort.checked_sub(LOST).filter(|rank| *rank < MAX_RANKS as u32)
 }
 
 impl AsFd for Segment {
