@@ -22,8 +22,8 @@ pub struct Expected {
 impl Expected {
     /// Peerlane's own kernels, compiled to do this.
     pub fn peerlane(flavor: Flavor) -> Vec<Expected> {
-        // One before a checked call uses data, one before it compares checksums.
-        let more = if flavor == Flavor::Checked { 2 } else { 0 };
+        // One before a checked call uses data, one before it compares checksums, one after.
+        let more = if flavor == Flavor::Checked { 3 } else { 0 };
         let expected = |kernel: &Kernel| Expected {
             symbol: kernel.symbol().to_owned(),
             barriers: kernel.barriers() + more * kernel.calls(),

@@ -333,7 +333,7 @@ impl Kernel {
         )
     }
 
-    /// Places in the body where a call through pipes begins. Each has two barriers more where calls are
+    /// Places in the body where a call through pipes begins. Each has three barriers more where calls are
     /// checked.
     pub const fn calls(self) -> usize {
         use Kernel::*;
@@ -632,11 +632,11 @@ pub mod lane_words {
 }
 
 /// Bytes of a lane's part of the checks, where calls are checked.
-pub const CHECK_LANE_BYTES: usize = 1024;
+pub const CHECK_LANE_BYTES: usize = 1280;
 
 /// What a lane holds for checked calls, by offset from the first byte of its part; each an array over ranks.
 ///
-/// `HEAD[p]` and `FOOT[p]` are written by rank p only, as packets whose flag is the number of the call; the rest
+/// `HEAD[p]`, `FOOT[p]` and `VERDICT[p]` are written by rank p only, as packets whose flag is the number of the call; the rest
 /// by this rank only.
 pub mod check_words {
     use super::{CHECK_LANE_BYTES, MAX_RANKS, UNIT};
@@ -644,8 +644,10 @@ pub mod check_words {
     pub const HEAD: usize = 0;
     /// A unit: the checksum of all that the rank has ever sent to this one in this lane.
     pub const FOOT: usize = HEAD + 2 * UNIT * MAX_RANKS;
+    /// A unit: that all that came to the rank was right.
+    pub const VERDICT: usize = FOOT + UNIT * MAX_RANKS;
     /// A word: the checksum of all that this rank has ever sent to the rank.
-    pub const SENT: usize = FOOT + UNIT * MAX_RANKS;
+    pub const SENT: usize = VERDICT + UNIT * MAX_RANKS;
     /// A word: the checksum of all that this rank has ever taken from the rank.
     pub const TAKEN: usize = SENT + 4 * MAX_RANKS;
     /// A word: calls made together with the rank.
@@ -745,6 +747,8 @@ pub mod phase {
     pub const SIGNATURE: u32 = 6;
     /// Waiting for the checksum of what a peer has sent.
     pub const CHECKSUM: u32 = 7;
+    /// Waiting for a peer to say that what it took was right.
+    pub const VERDICT: u32 = 8;
 }
 
 /// States of [`Status::state`].

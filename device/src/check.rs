@@ -1,11 +1,13 @@
 //! Checked calls: ranks compare what they are about to do before any data are used, and checksums of all that
 //! travelled before the call ends.
 //!
-//! Invariant: each block exchanges with the same block of every rank that its call has pipes with, a *head* when it
-//! begins (the call's signature) and a *foot* when it ends (the checksum of all that it has ever sent to that rank).
-//! Both are packets whose flag is the number of the call, and each has one place: a head is written over only
-//! after the foot of its call has come, which its reader sends after it has read the head; a foot only after the head of
-//! the next call has come, which its reader sends after the foot. Both go both ways, whichever way the data go.
+//! Invariant: each block exchanges with the same block of every rank that takes part, a *head* when it
+//! begins (the call's signature), a *foot* when it ends (the checksum of all that it has ever sent to that rank), and a
+//! *verdict* once all feet that came to it were right. So a call ends well on all ranks or on none: what one rank took wrong
+//! and passed on is no other rank's result. All are packets whose flag is the number of the call, and each has one place: a head
+//! is written over only after the verdict of its call has come, which its reader sends after it has read the head; a foot only
+//! after the head of the next call has come, a verdict after the foot of the next one. All go both ways, whichever way the
+//! data go.
 //!
 //! A checksum is a sum over units, so the order does not matter, and neither does which thread adds. Every word
 //! is multiplied by an odd number that depends on its place: what changes one word changes the sum.
@@ -105,7 +107,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
         // SAFETY: units of the peer's mailbox that only this rank writes, and the other way round.
         unsafe {
             self.return_credits();
-            if self.books {
+            if self.checks {
                 let call = self.call_number();
                 let there = self.entry(lane.peer(thread), check_words::HEAD, 2 * UNIT, rank);
                 let here = self.entry(self.inbox(thread), check_words::HEAD, 2 * UNIT, thread);
@@ -125,7 +127,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
         }
     }
 
-    /// Exchanges checksums, if no wait of the block has failed.
+    /// Exchanges checksums, if no wait of the block has failed, and then that they were right.
     #[inline(always)]
     pub(crate) unsafe fn compare_sums(&mut self) {
         let (lane, thread, rank) = (self.lane, self.lane.thread(), self.args.rank);
@@ -134,20 +136,26 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
             self.return_credits();
             // What the block's threads have added is in the sums after this.
             let failed = lane.sync_threads_or(!self.ok());
-            if failed || !self.books {
-                return;
+            let call = if self.checks { self.call_number() } else { 0 };
+            if !failed && self.checks {
+                let there = self.entry(lane.peer(thread), check_words::FOOT, UNIT, rank);
+                let here = self.entry(self.inbox(thread), check_words::FOOT, UNIT, thread);
+                let sent = lane.poll_word(self.own_entry(check_words::SENT, thread));
+                lane.put_unit(there, Packet::encode([sent, 0, 0, 0], call));
+                let [theirs, ..] = self.receive(here, call, phase::CHECKSUM);
+                let taken = lane.poll_word(self.own_entry(check_words::TAKEN, thread));
+                if self.ok() && theirs != taken {
+                    self.refuse(Failure::new(state::CORRUPT, phase::CHECKSUM, thread), [0; 2]);
+                }
             }
-            let call = self.call_number();
-            let there = self.entry(lane.peer(thread), check_words::FOOT, UNIT, rank);
-            let here = self.entry(self.inbox(thread), check_words::FOOT, UNIT, thread);
-            let sent = lane.poll_word(self.own_entry(check_words::SENT, thread));
-            lane.put_unit(there, Packet::encode([sent, 0, 0, 0], call));
-            let [theirs, ..] = self.receive(here, call, phase::CHECKSUM);
-            let taken = lane.poll_word(self.own_entry(check_words::TAKEN, thread));
-            if self.ok() && theirs != taken {
-                self.refuse(Failure::new(state::CORRUPT, phase::CHECKSUM, thread), [0; 2]);
+            let failed = failed | lane.sync_threads_or(!self.ok());
+            if !failed && self.checks {
+                let there = self.entry(lane.peer(thread), check_words::VERDICT, UNIT, rank);
+                let here = self.entry(self.inbox(thread), check_words::VERDICT, UNIT, thread);
+                lane.put_unit(there, Packet::encode([0; 4], call));
+                self.receive(here, call, phase::VERDICT);
+                lane.add_word(self.own_entry(check_words::CALLS, thread), 1);
             }
-            lane.add_word(self.own_entry(check_words::CALLS, thread), 1);
         }
     }
 

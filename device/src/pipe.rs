@@ -14,8 +14,8 @@
 //! docs/protocol.md argues why each reuse is safe.
 
 use crate::abi::{
-    Args, Control, FREE, Format, Layout, MAX_RANKS, Status, TICK_SHIFT, UNIT, check_words, flags,
-    lane_words, phase, state,
+    Args, Control, FREE, Format, Layout, MAX_RANKS, Operation, Status, TICK_SHIFT, UNIT,
+    check_words, flags, lane_words, phase, state,
 };
 use crate::lane::{Lane, Unit};
 use crate::unrolled;
@@ -113,6 +113,8 @@ pub struct Call<'a, L, F> {
     words: u64,
     /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
     pub(crate) books: bool,
+    /// Whether it exchanges with that rank what checked calls do: also where no pipe leads there.
+    pub(crate) checks: bool,
     /// Whether it has returned the credits of earlier calls.
     returned: bool,
     /// How the first failed wait of this thread failed, if one has.
@@ -222,10 +224,21 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         let number = first + lane.block();
         let words = lane.peer(args.rank) + args.layout.words(number) as u64;
         let thread = lane.thread();
-        let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
+        let other = thread < args.world && thread != args.rank;
+        let books = other && peers >> thread & 1 != 0;
+        let checks = if args.operation == Operation::Gather as u32 { books } else { other };
         let failure = Failure::NONE;
-        let mut call =
-            Call { lane, args, number, words, books, returned: false, failure, form: PhantomData };
+        let mut call = Call {
+            lane,
+            args,
+            number,
+            words,
+            books,
+            checks,
+            returned: false,
+            failure,
+            form: PhantomData,
+        };
         if call.is_checked() {
             // SAFETY: passed on to the caller.
             unsafe { call.compare_signatures() };

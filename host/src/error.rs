@@ -205,6 +205,7 @@ pub(crate) fn phase_name(code: u32) -> &'static str {
         phase::PROBE => "the probe",
         phase::SIGNATURE => "its signature",
         phase::CHECKSUM => "its checksum",
+        phase::VERDICT => "its verdict",
         _ => "an unknown phase",
     }
 }

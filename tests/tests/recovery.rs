@@ -236,9 +236,9 @@ fn failures(broken: u32) -> Vec<String> {
         let jobs = random_jobs(3, 6, 9000, &mut Rng::new(seed, "late"));
         let script = Script::new(3, &jobs, seed);
         let memory = group.load(&script)?;
-        // One rank is late with one call, so the others' kernels are in the middle of theirs.
-        let prompt = 3 - (seed % 2) as usize;
-        for (rank, memory) in group.ranks.iter_mut().zip(&memory).take(prompt) {
+        // Under every other seed one rank does not call, so the others' kernels are in the middle of their first.
+        let callers = 3 - (seed % 2) as usize;
+        for (rank, memory) in group.ranks.iter_mut().zip(&memory).take(callers) {
             rank.issue_all(&script, memory.base)?;
         }
         recover(&mut group)?;

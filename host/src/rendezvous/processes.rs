@@ -92,6 +92,8 @@ pub(crate) struct Seat {
     pub(crate) segment: Arc<Segment>,
     rank: u32,
     world: u32,
+    /// Ranks that do not come, a bit each.
+    without: u32,
     /// The rank whose process hosts the meeting.
     host: u32,
     deadline: Instant,
@@ -195,8 +197,9 @@ impl Processes {
             Ok(segment) => Arc::new(segment),
             Err(reason) => return fail(format!("rank {rank}: {reason}")),
         };
-        let watched = terms.watched.clone();
-        Ok(Some(Seat { connection, segment, rank, world: self.world, host, deadline, watched }))
+        let (world, without, watched) = (self.world, terms.without, terms.watched.clone());
+        let seat = Seat { connection, segment, rank, world, without, host, deadline, watched };
+        Ok(Some(seat))
     }
 }
 
@@ -261,10 +264,10 @@ impl Seat {
             None => return Err(gone()),
         };
         let came = (values.len(), has_file.len(), has_file.iter().filter(|has| **has).count());
-        let world = self.world as usize;
-        if came != (world, world, files.len()) {
+        let expected = (self.world - self.without.count_ones()) as usize;
+        if came != (expected, expected, files.len()) {
             return Err(fail(format!(
-                "rank {}: expected the values of {world} ranks and their files, got {} values, word of {} files for {} ranks, and {} files",
+                "rank {}: expected the values of {expected} ranks and their files, got {} values, word of {} files for {} ranks, and {} files",
                 self.rank,
                 came.0,
                 came.2,

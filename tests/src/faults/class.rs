@@ -98,6 +98,8 @@ impl Class {
         match self {
             _ if scene.config.checked => true,
             Class::BitFlipped | Class::HostBitFlipped | Class::HostStoreLost => false,
+            // A copy that lands after what its stream does next is beyond what flags can order.
+            Class::StoreLate => scene.kind != Kind::Scheduled,
             Class::StoreLost => {
                 let renews = scene.config.first_slot.abs_diff(RENEWAL) < 1 << 16;
                 scene.kind == Kind::Fused && !renews && !rest.iter().any(seals)

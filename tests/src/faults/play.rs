@@ -17,7 +17,7 @@ use peerlane::{Communicator, Error};
 
 /// A lane looks at the clock in every 128th turn of a wait, and the second look is the first that can end it. For how long
 /// nothing has happened may nearly triple between two looks.
-const OVERSHOOT: u64 = 10;
+const OVERSHOOT: u64 = 20;
 /// Simulated time within which waits end because of an abort word, which is looked at once a millisecond.
 const TOLD_NS: u64 = 5_000_000;
 
