@@ -386,20 +386,30 @@ pub fn monotonic_ns() -> u64 {
 
 /// Makes calls of all kinds, some waited for, until one fails; says when that was noticed, and the error.
 fn loop_until_error(rank: &mut Rank, seed: u64) -> String {
-    let error = loop_calls(rank, seed).expect_err("it goes on until an error");
-    format!("failed {} {error}", monotonic_ns())
+    match loop_calls(rank, seed) {
+        Ok((at, error)) => format!("failed {at} {error}"),
+        Err(error) => format!("broken: {error}"),
+    }
 }
 
-fn loop_calls(rank: &mut Rank, seed: u64) -> Result<(), Error> {
+fn loop_calls(rank: &mut Rank, seed: u64) -> Result<(u64, Error), Error> {
     let world = rank.communicator.world_size();
     let jobs = random_jobs(world, 12, 40_000, &mut Rng::new(seed, "loop"));
     let script = Script::new(world, &jobs, seed);
     let image = &script.images[rank.communicator.rank() as usize].before;
     let memory = Memory::with_image(&rank.gpu, rank.stream, image)?;
-    loop {
-        rank.issue_all(&script, memory.base)?;
-        rank.finish()?;
-    }
+    // A call that is refused must not free what is still being written.
+    rank.gpu.stream_synchronize(rank.stream)?;
+    let error = loop {
+        let outcome = rank.issue_all(&script, memory.base).and_then(|()| rank.finish());
+        if let Err(error) = outcome {
+            break error;
+        }
+    };
+    // Noted first: what is left of the calls may still write.
+    let failed = (monotonic_ns(), error);
+    rank.gpu.stream_synchronize(rank.stream)?;
+    Ok(failed)
 }
 
 /// Captures an all-reduce of `count` numbers that never runs.
