@@ -440,7 +440,9 @@ peerlane_status peerlane_recover_all(peerlane_comm *const *comms, uint32_t world
 // group, numbered anew in the order they had. Waits as `peerlane_recover` does. The memory is new: CUDA graphs
 // with earlier calls must not be launched any more, and tensors are registered again. On failure the
 // communicator stays aborted on all ranks, and may try again.
-peerlane_status peerlane_shrink(peerlane_comm *comm, const uint32_t *without, size_t count);
+peerlane_status peerlane_shrink(peerlane_comm *comm,
+                                const uint32_t *without,
+                                size_t count);
 
 // `peerlane_shrink` for one thread that has all ranks that are left, `world_size` of them, in rank order.
 peerlane_status peerlane_shrink_all(peerlane_comm *const *comms,

@@ -140,14 +140,6 @@ impl Script {
         self.images[rank].verify(found).map_err(|(job, reason)| self.blame(rank, job, &reason))
     }
 
-    /// Which call went wrong according to one rank's memory after all of them, and how, if any did.
-    pub fn first_wrong(&self, rank: usize, found: &[u8]) -> Option<(usize, String)> {
-        self.images[rank]
-            .verify(found)
-            .err()
-            .map(|(job, reason)| (job, self.blame(rank, job, &reason)))
-    }
-
     /// Where the results of the reductions that `chosen` picks lie in a rank's memory.
     pub fn computed(
         &self,

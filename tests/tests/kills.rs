@@ -82,7 +82,9 @@ fn run(kind: &str, gpus: &Gpus, world: u32, rounds: u64) {
             assert!(closed.contains(&format!("lost rank {victim}")), "round {round}: {closed}");
         }
     }
-    report(kind, world, rounds, &mut times);
+    if !times.is_empty() {
+        report(kind, world, rounds, &mut times);
+    }
 }
 
 /// When a survivor had its error, and which.

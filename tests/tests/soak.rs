@@ -13,8 +13,6 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Calls in one script.
-const CALLS: usize = 64;
 /// Passes over a script before there is another, with its own communicator now and then.
 const PASSES: u64 = 50;
 /// Bytes that are allocated and freed beside the calls.
@@ -101,13 +99,19 @@ fn chapter(gpus: &[GpuRef], seed: u64, done: &mut Done) -> Result<(), String> {
     let world = gpus.len() as u32;
     let mut rng = Rng::new(seed, "soak");
     let simulated = gpus[0].backend() == peerlane::gpu::Backend::Sim;
-    let most = if simulated { 3000 } else { [2000, 20_000, 200_000][rng.below(3) as usize] };
+    // Comparing takes as long as the bytes are many, so that most scripts are of small calls.
+    let (calls, most) = match rng.below(8) {
+        _ if simulated => (64, 3000),
+        0 => (64, 200_000),
+        1 => (128, 20_000),
+        _ => (512, 1500),
+    };
     let config = match rng.below(4) {
         0 => Config { deadline: Duration::from_secs(20), first_deadline: None, ..small(world) },
         _ => Config { deadline: Duration::from_secs(20), ..Config::default() },
     };
     let mut group = Group::on(gpus, &config);
-    let jobs = random_jobs(world, CALLS, most, &mut rng);
+    let jobs = random_jobs(world, calls, most, &mut rng);
     let script = Script::new(world, &jobs, seed);
     let text = |error: Error| error.to_string();
     let memory = group.load(&script).map_err(text)?;
@@ -127,7 +131,7 @@ fn chapter(gpus: &[GpuRef], seed: u64, done: &mut Done) -> Result<(), String> {
         }
         let found = group.collect(&memory, &script).map_err(text)?;
         script.verify(&found)?;
-        done.calls += CALLS as u64;
+        done.calls += calls as u64;
         done.bytes_compared += found.iter().map(|image| image.len() as u64).sum::<u64>();
     }
     destroy(&group, &graphs, &memory)

@@ -3,11 +3,6 @@
 //! Invariant: a class that keeps its promise never ends in a wrong result without an error.
 
 use super::scene::{Kind, Scene};
-use crate::job::{Call, Job};
-use peerlane::cases::Values;
-
-/// Slots about whose numbers seals are renewed.
-const RENEWAL: u32 = 1 << 29;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,23 +82,14 @@ impl Class {
 
     /// Whether a wrong result without an error is ruled out. Without checks it is not where data change on the way. Nor
     /// is it where a store is lost and something later says that all is there: a seal of that chunk or of a later one.
-    /// Everything at full width through host memory is sealed; among GPUs, moves of what looks free are, and
-    /// calls where seals are renewed. And in registered tensors nothing says what has come. `rest` are the call that went
-    /// wrong and all after it.
-    pub fn is_promised(self, scene: &Scene, rest: &[Job]) -> bool {
-        let seals = |job: &Job| {
-            let reduces = matches!(job.call, Call::AllReduce { .. } | Call::ReduceScatter { .. });
-            !reduces && job.values != Values::Ordinary
-        };
+    /// And in registered tensors nothing says what has come.
+    pub fn is_promised(self, scene: &Scene) -> bool {
         match self {
             _ if scene.config.checked => true,
-            Class::BitFlipped | Class::HostBitFlipped | Class::HostStoreLost => false,
+            Class::BitFlipped | Class::HostBitFlipped => false,
+            Class::StoreLost | Class::HostStoreLost => false,
             // A copy that lands after what its stream does next is beyond what flags can order.
             Class::StoreLate => scene.kind != Kind::Scheduled,
-            Class::StoreLost => {
-                let renews = scene.config.first_slot.abs_diff(RENEWAL) < 1 << 16;
-                scene.kind == Kind::Fused && !renews && !rest.iter().any(seals)
-            }
             _ => true,
         }
     }

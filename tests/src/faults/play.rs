@@ -8,7 +8,6 @@ use super::recovery::{After, recovers};
 use super::scene::{DEADLINE, Kind, Place, Scene};
 use super::tensors::Registered;
 use crate::group::{Group, Memory, Rank};
-use crate::job::Job;
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::GpuRef;
@@ -50,13 +49,7 @@ pub struct Verdict {
 }
 
 /// A rank at the end: what is wrong with its result (`None`: nothing), or its error.
-type End = Result<Option<Wrong>, Error>;
-
-/// A wrong result, and the call, unless it is a registered tensor.
-struct Wrong {
-    job: Option<usize>,
-    reason: String,
-}
+type End = Result<Option<String>, Error>;
 
 /// A group that has made its calls. What is dropped first stands first.
 struct Played {
@@ -119,7 +112,7 @@ pub fn try_fault(scene: &Scene, place: &Place, took_ns: u64) -> Result<Verdict, 
         Fault::Stop { gpu, .. } if struck => Some(gpu),
         _ => None,
     });
-    let mut errors = check_ends(scene, &scene.jobs[0], &played.ends, stopped)?;
+    let mut errors = check_ends(scene, &played.ends, stopped)?;
     let mut ending = if errors.is_empty() { Ending::Right } else { Ending::Detected };
     if played.ends.iter().any(|end| matches!(end, Ok(Some(_)))) {
         ending = Ending::Wrong;
@@ -129,7 +122,7 @@ pub fn try_fault(scene: &Scene, place: &Place, took_ns: u64) -> Result<Verdict, 
     if ending == Ending::Right && matches!(place, Place::Machine(_)) {
         // What did not matter must not matter later either.
         let ends = again(&mut played.group, scene);
-        errors = check_ends(scene, &scene.jobs[1], &ends, stopped)?;
+        errors = check_ends(scene, &ends, stopped)?;
         if !errors.is_empty() {
             ending = Ending::Detected;
         }
@@ -248,13 +241,9 @@ fn collect(group: &Group, scene: &Scene, stage: Stage<'_>, ends: &mut [End]) {
     }
     for (rank, end) in ends.iter_mut().enumerate().filter(|(_, end)| end.is_ok()) {
         let compared = memory[rank].read(script.images[rank].before.len()).and_then(|found| {
-            let wrong = script.first_wrong(rank, &found);
-            let wrong = wrong.map(|(job, reason)| Wrong { job: Some(job), reason });
+            let wrong = script.verify_rank(rank, &found).err();
             Ok(match (wrong, &scene.tensors, registered) {
-                (None, Some(tensors), Some(registered)) => {
-                    let reason = tensors.verify(rank, registered)?;
-                    reason.map(|reason| Wrong { job: None, reason })
-                }
+                (None, Some(tensors), Some(registered)) => tensors.verify(rank, registered)?,
                 (wrong, ..) => wrong,
             })
         });
@@ -284,7 +273,6 @@ fn again(group: &mut Group, scene: &Scene) -> Vec<End> {
 /// That every rank's end is allowed; the names of their errors.
 fn check_ends(
     scene: &Scene,
-    jobs: &[Job],
     ends: &[End],
     stopped: Option<u32>,
 ) -> Result<Vec<&'static str>, String> {
@@ -292,9 +280,8 @@ fn check_ends(
     for (rank, end) in ends.iter().enumerate() {
         match end {
             Ok(None) => {}
-            Ok(Some(Wrong { job, reason })) => {
-                let rest = job.map_or(&[][..], |job| &jobs[job..]);
-                if !scene.class.is_promised(scene, rest) {
+            Ok(Some(reason)) => {
+                if !scene.class.is_promised(scene) {
                     continue;
                 }
                 return Err(format!("wrong without an error: {reason}; {}", describe(ends)));
@@ -353,7 +340,7 @@ fn check_bound(scene: &Scene, played: &Played, place: &Place, took_ns: u64) -> R
 fn describe(ends: &[End]) -> String {
     let text = |(rank, end): (usize, &End)| match end {
         Ok(None) => format!("rank {rank} is right"),
-        Ok(Some(wrong)) => format!("rank {rank} is wrong: {}", wrong.reason),
+        Ok(Some(wrong)) => format!("rank {rank} is wrong: {}", wrong),
         Err(error) => format!("rank {rank}: {error}"),
     };
     ends.iter().enumerate().map(text).collect::<Vec<_>>().join("; ")
