@@ -44,7 +44,9 @@ def test_the_interpreter_runs_it(tmp_path: Path) -> None:
     assert '"failed"' not in said[-1] and said[-1].count('"passed"') == 2 * 8
 
 
-@pytest.mark.parametrize(("name", "mode"), [("python", "auto"), ("python", "off"), ("app", "always")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("python", "auto"), ("python", "off"), ("app", "always")]
+)
 def test_nothing_runs_where_nobody_asks_or_can(tmp_path: Path, name: str, mode: str) -> None:
     # The program that embeds an interpreter would not know what to do.
     assert connect(wrapper(tmp_path, name), mode) == "p2p\n"
