@@ -1,10 +1,11 @@
-//! Embeds the kernels: writes kernels_sm_75.ptx, kernels_sm_80.ptx and kernels_sm_90.ptx to OUT_DIR.
+//! Embeds the kernels: writes kernels_sm_75.ptx, kernels_sm_80.ptx, kernels_sm_90.ptx and
+//! kernels_sm_75_checked.ptx to OUT_DIR.
 //! Gives libpeerlane.so its name, and its place in memory for good.
 //!
 //! Invariant: what lands in OUT_DIR has passed every check of the builder. docs/building.md says
 //! which toolchain compiles it.
 
-use peerlane_builder::{CudaBuilder, Report};
+use peerlane_builder::{BuildError, CudaBuilder, Flavor, Report};
 use std::env;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,8 +21,11 @@ fn main() -> ExitCode {
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libpeerlane.so");
     // Simulated machines and the driver have threads that would outlive a dlclose.
     println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
-    match builder.build_all(&folder("OUT_DIR"), "kernels_") {
+    let build = |flavor| builder.clone().flavor(flavor).build_all(&folder("OUT_DIR"), "kernels_");
+    let reports: Result<Vec<_>, BuildError> = Flavor::SHIPPED.into_iter().map(build).collect();
+    match reports {
         Ok(reports) => {
+            let reports: Vec<Report> = reports.into_iter().flatten().collect();
             for line in Report::warnings(&reports).into_iter().flat_map(str::lines) {
                 println!("cargo::warning={line}");
             }

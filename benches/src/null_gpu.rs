@@ -252,6 +252,10 @@ impl Gpu for NullGpu {
         Ok(())
     }
 
+    fn load_checked_kernels(&self, _: u32) -> Result<u32> {
+        Ok(MULTIPROCESSORS)
+    }
+
     #[inline]
     unsafe fn launch(&self, _: Kernel, _: u32, _: u32, args: &Args, _: Stream) -> Result<()> {
         // A driver reads the arguments, so they must have been built.

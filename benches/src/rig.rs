@@ -8,11 +8,12 @@ use peerlane::gpu::{DevicePtr, Event, GpuRef, Graph, HostMemory, Stream};
 use peerlane::plan::Shape;
 use peerlane::{Error, Result};
 use peerlane_device::abi::{
-    Args, FREE, Kernel, Layout, MAX_RANKS, MAX_THREADS, Operation, Status, state,
+    Args, FREE, Kernel, Layout, MAX_RANKS, MAX_THREADS, Operation, Status, state, ticks,
 };
+use std::time::Duration;
 
 /// A wait in a lone kernel that lasts longer than this is a mistake.
-const DEADLINE_NS: u64 = 2_000_000_000;
+const DEADLINE: Duration = Duration::from_secs(2);
 /// Slots of a lane and their units, as `layout::choose` makes them for two ranks.
 const SLOTS: u32 = 4;
 const SLOT_UNITS: u32 = 2048;
@@ -112,7 +113,7 @@ impl Rig {
             src: self.src.0,
             dst: self.dst.0,
             status: self.status.device.0,
-            deadline_ns: DEADLINE_NS,
+            deadline: ticks(DEADLINE),
             operation: operation as u32,
             ..Args::new(0, 1, self.layout)
         }

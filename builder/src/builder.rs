@@ -5,7 +5,7 @@
 use crate::ptxas::{Assembled, Ptxas};
 use crate::toolchain::{RUSTC_VARIABLE, Search, Toolchain};
 use crate::verdict::{Inputs, Passed, Verdict};
-use crate::{Arch, BuildError, Defect, Expected, Finding, PTXAS_VARIABLE};
+use crate::{Arch, BuildError, Defect, Expected, Finding, Flavor, PTXAS_VARIABLE};
 use crate::{compile, prebuilt, text, verify};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use std::{env, fs, thread};
 pub struct CudaBuilder {
     device: PathBuf,
     arch: Arch,
+    flavor: Flavor,
     copy_to: Option<PathBuf>,
     cache: Option<PathBuf>,
     search: Search,
@@ -51,6 +52,8 @@ pub struct KernelReport {
 pub struct Report {
     /// The variant.
     pub arch: Arch,
+    /// What it was compiled to do.
+    pub flavor: Flavor,
     /// Where the PTX comes from.
     pub origin: Origin,
     /// The hash of the sources.
@@ -92,12 +95,19 @@ impl CudaBuilder {
             prebuilt: Some(device.join("ptx")),
             device,
             arch: Arch::Sm80,
+            flavor: Flavor::Plain,
             copy_to: None,
             cache: None,
             search: Search::from_env(),
             require_ptxas: false,
-            expected: Expected::peerlane(),
+            expected: Expected::peerlane(Flavor::Plain),
         }
+    }
+
+    /// Compiles Peerlane's kernels with this feature.
+    pub fn flavor(mut self, flavor: Flavor) -> CudaBuilder {
+        self.flavor = flavor;
+        self.expect(Expected::peerlane(flavor))
     }
 
     /// The variant that [`CudaBuilder::build`] makes.
@@ -152,12 +162,13 @@ impl CudaBuilder {
         Ok(report)
     }
 
-    /// Builds all variants, at the same time, and writes each to `folder`/`prefix``arch`.ptx.
+    /// Builds all variants of the flavor, at the same time, and writes each to `folder`/`prefix``arch`.ptx.
     pub fn build_all(self, folder: &Path, prefix: &str) -> Result<Vec<Report>, BuildError> {
         let reports = self.check_all()?;
         fs::create_dir_all(folder).map_err(BuildError::io("create", folder))?;
         for report in &reports {
-            write_if_changed(&folder.join(format!("{prefix}{}.ptx", report.arch)), &report.ptx)?;
+            let name = self.flavor.file_name(prefix, report.arch);
+            write_if_changed(&folder.join(name), &report.ptx)?;
         }
         Ok(reports)
     }
@@ -173,7 +184,7 @@ impl CudaBuilder {
                 })
             };
             // Collected first, so that all threads run before the first is waited for.
-            let threads: Vec<_> = Arch::ALL.into_iter().map(build).collect();
+            let threads: Vec<_> = self.flavor.archs().iter().copied().map(build).collect();
             let join = |thread: thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             };
@@ -235,6 +246,7 @@ impl CudaBuilder {
         };
         Ok(Report {
             arch,
+            flavor: self.flavor,
             origin,
             sources: shared.sources.clone(),
             kernels: verify::tally(&passed.ptx).into_iter().map(kernel).collect(),
@@ -258,12 +270,14 @@ impl CudaBuilder {
             toolchain: &toolchain.identity,
             ptxas: shared.ptxas.as_ref(),
             expected: &self.expected,
+            flavor: self.flavor,
         };
         let verdict = Verdict::on(&inputs, &shared.cache);
         if let Some(passed) = verdict.recall() {
             return Ok(passed);
         }
-        let (ptx, said) = compile::device(toolchain, &shared.cache, arch, &self.root())?;
+        let (ptx, said) =
+            compile::device(toolchain, &shared.cache, (arch, self.flavor), &self.root())?;
         warnings.extend((!said.trim().is_empty()).then(|| said.trim().to_owned()));
         let ptx = text::finish(&ptx, &shared.sources, &toolchain.version);
         let passed = self.judge(shared, ptx, arch, warnings)?;
@@ -301,7 +315,8 @@ impl CudaBuilder {
         let Some(folder) = &self.prebuilt else {
             return Err(BuildError::NoToolchain { tried: tried.to_vec(), prebuilt: None });
         };
-        let ptx = prebuilt::load(folder, arch, &shared.sources, tried)?;
+        let name = self.flavor.file_name("", arch);
+        let ptx = prebuilt::load(&folder.join(name), &shared.sources, tried)?;
         let reasons = if tried.is_empty() { "as asked".to_owned() } else { tried.join("; ") };
         let path = folder.display();
         warnings.push(format!("using the prebuilt PTX in {path}, no compiler ran ({reasons})"));

@@ -7,7 +7,7 @@
 
 use crate::scratch::Scratch;
 use crate::toolchain::Toolchain;
-use crate::{Arch, BuildError};
+use crate::{Arch, BuildError, Flavor};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -48,12 +48,13 @@ const COMPILER_BUILTINS: &str =
 pub(crate) fn device(
     toolchain: &Toolchain,
     cache: &Path,
-    arch: Arch,
+    (arch, flavor): (Arch, Flavor),
     root: &Path,
 ) -> Result<(String, String), BuildError> {
     let sysroot = sysroot(toolchain, cache, arch)?;
     let mut command = toolchain.command();
     command.args(FLAGS).args(DEVICE_FLAGS).arg(target_cpu(arch)).arg("--sysroot").arg(sysroot);
+    command.args(flavor.feature().map(|feature| format!("--cfg=feature=\"{feature}\"")));
     let scratch = Scratch::new(cache)?;
     let output = scratch.file("device.ptx");
     command.arg(root).arg("-o").arg(&output);

@@ -72,6 +72,49 @@ impl Arch {
     }
 }
 
+/// What the kernels are compiled to do beside their work: a feature of the device crate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flavor {
+    /// Nothing.
+    #[default]
+    Plain,
+    /// Ranks compare what they call and checksums of what travelled. For the oldest GPUs only, whose PTX
+    /// runs on all: these kernels are for finding faults, and each variant takes 3 MB.
+    Checked,
+    /// Waits have no deadline, so that what deadlines cost can be measured. Not shipped.
+    Unbounded,
+}
+
+impl Flavor {
+    /// What Peerlane ships.
+    pub const SHIPPED: [Flavor; 2] = [Flavor::Plain, Flavor::Checked];
+    /// All of them.
+    pub const ALL: [Flavor; 3] = [Flavor::Plain, Flavor::Checked, Flavor::Unbounded];
+
+    /// The variants that it is compiled for.
+    pub const fn archs(self) -> &'static [Arch] {
+        match self {
+            Flavor::Plain | Flavor::Unbounded => &Arch::ALL,
+            Flavor::Checked => &[Arch::Sm75],
+        }
+    }
+
+    /// The device crate's feature.
+    pub const fn feature(self) -> Option<&'static str> {
+        match self {
+            Flavor::Plain => None,
+            Flavor::Checked => Some("checked"),
+            Flavor::Unbounded => Some("unbounded"),
+        }
+    }
+
+    /// The name of the file for `arch`.
+    pub fn file_name(self, prefix: &str, arch: Arch) -> String {
+        let feature = self.feature().map(|feature| format!("_{feature}")).unwrap_or_default();
+        format!("{prefix}{arch}{feature}.ptx")
+    }
+}
+
 impl fmt::Display for Arch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

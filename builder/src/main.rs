@@ -4,7 +4,7 @@
 //! if every variant passed every check.
 
 use clap::{Parser, Subcommand};
-use peerlane_builder::{BuildError, CudaBuilder, Origin, Report, Search};
+use peerlane_builder::{BuildError, CudaBuilder, Flavor, Origin, Report, Search};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -26,6 +26,9 @@ enum Command {
         /// The folder.
         #[arg(long)]
         out: PathBuf,
+        /// A feature of the device crate that is not shipped: without deadlines, to measure their cost.
+        #[arg(long)]
+        unbounded: bool,
     },
     /// Check all variants, with ptxas, and print what each kernel needs.
     Check {
@@ -49,30 +52,45 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), BuildError> {
-    let builder = CudaBuilder::new(&cli.device);
+    let builder = |flavor| CudaBuilder::new(&cli.device).flavor(flavor);
     match &cli.command {
-        Command::Build { out } => {
-            let reports = builder.build_all(out, "kernels_")?;
-            warn(&reports);
+        Command::Build { out, unbounded } => {
+            let flavors: &[Flavor] =
+                if *unbounded { &[Flavor::Unbounded] } else { &Flavor::SHIPPED };
+            let build = |flavor: &Flavor| builder(*flavor).build_all(out, "kernels_");
+            let reports = all(flavors.iter().map(build))?;
             println!("wrote {} variants to {}", reports.len(), out.display());
         }
         Command::Check { prebuilt } => {
-            let builder = builder.require_ptxas();
-            let builder =
-                if *prebuilt { builder.search(Search::nowhere()) } else { builder.prebuilt(None) };
-            let reports = builder.check_all()?;
-            warn(&reports);
-            print_table(&reports);
+            let check = |flavor| {
+                let builder = builder(flavor).require_ptxas();
+                let nowhere = Search::nowhere();
+                let builder =
+                    if *prebuilt { builder.search(nowhere) } else { builder.prebuilt(None) };
+                builder.check_all()
+            };
+            let flavors: &[Flavor] = if *prebuilt { &Flavor::SHIPPED } else { &Flavor::ALL };
+            print_table(&all(flavors.iter().copied().map(check))?);
         }
         Command::Update => {
             let folder = cli.device.join("ptx");
-            let reports = builder.prebuilt(None).build_all(&folder, "")?;
-            warn(&reports);
+            let build = |flavor| builder(flavor).prebuilt(None).build_all(&folder, "");
+            let reports = all(Flavor::SHIPPED.into_iter().map(build))?;
             let sources = reports.first().map(|report| report.sources.as_str());
             println!("{} holds sources {}", folder.display(), sources.unwrap_or_default());
         }
     }
     Ok(())
+}
+
+/// The reports of all flavors; prints their warnings.
+fn all(
+    reports: impl Iterator<Item = Result<Vec<Report>, BuildError>>,
+) -> Result<Vec<Report>, BuildError> {
+    let reports: Vec<Report> =
+        reports.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect();
+    warn(&reports);
+    Ok(reports)
 }
 
 fn warn(reports: &[Report]) {
@@ -85,13 +103,13 @@ fn warn(reports: &[Report]) {
 fn print_table(reports: &[Report]) {
     let symbols = reports.iter().flat_map(|report| &report.kernels);
     let width = symbols.map(|kernel| kernel.symbol.len()).max().unwrap_or(0);
-    println!("{:width$}  arch   registers  barriers  traps", "kernel");
+    println!("{:width$}  arch             registers  barriers  traps", "kernel");
     for report in reports {
         for kernel in &report.kernels {
             let registers = kernel.registers.map_or("-".to_owned(), |count| count.to_string());
-            let (symbol, arch, barriers) = (&kernel.symbol, report.arch.name(), kernel.barriers);
+            let (symbol, arch, barriers) = (&kernel.symbol, variant(report), kernel.barriers);
             let traps = kernel.traps;
-            println!("{symbol:width$}  {arch:5}  {registers:>9}  {barriers:>8}  {traps:>5}");
+            println!("{symbol:width$}  {arch:15}  {registers:>9}  {barriers:>8}  {traps:>5}");
         }
     }
     for report in reports {
@@ -102,6 +120,12 @@ fn print_table(reports: &[Report]) {
         let ptxas = report.ptxas.as_ref().map_or("no ptxas".to_owned(), |ptxas| {
             format!("ptxas {} at {}", ptxas.version(), ptxas.path().display())
         });
-        println!("{}: {} kernels, {origin}; {ptxas}", report.arch, report.kernels.len());
+        println!("{}: {} kernels, {origin}; {ptxas}", variant(report), report.kernels.len());
     }
+}
+
+/// The architecture and what the kernels were compiled to do.
+fn variant(report: &Report) -> String {
+    let feature = report.flavor.feature().map(|feature| format!(" {feature}"));
+    format!("{}{}", report.arch, feature.unwrap_or_default())
 }

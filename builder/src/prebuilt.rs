@@ -5,7 +5,7 @@
 //! rule that needs no judgement.
 
 use crate::compile::{DEVICE_FLAGS, FLAGS};
-use crate::{Arch, BuildError, text};
+use crate::{BuildError, text};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,14 +46,9 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// The prebuilt PTX for `arch`, made from `sources`. `tried` says why it is needed.
-pub(crate) fn load(
-    folder: &Path,
-    arch: Arch,
-    sources: &str,
-    tried: &[String],
-) -> Result<String, BuildError> {
-    let path = folder.join(format!("{arch}.ptx"));
+/// The prebuilt PTX in the file at `path`, made from `sources`. `tried` says why it is needed.
+pub(crate) fn load(path: &Path, sources: &str, tried: &[String]) -> Result<String, BuildError> {
+    let path = path.to_path_buf();
     if !path.is_file() {
         return Err(BuildError::NoToolchain { tried: tried.to_vec(), prebuilt: Some(path) });
     }

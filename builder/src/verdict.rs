@@ -3,7 +3,7 @@
 //! Invariant: a remembered verdict is used only where everything that went into it is the same:
 //! the sources, the flags, the toolchain, the assembler, the expected kernels and the builder.
 
-use crate::{Arch, Expected, Ptxas};
+use crate::{Arch, Expected, Flavor, Ptxas};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,6 +34,7 @@ pub(crate) struct Inputs<'a> {
     pub(crate) toolchain: &'a str,
     pub(crate) ptxas: Option<&'a Ptxas>,
     pub(crate) expected: &'a [Expected],
+    pub(crate) flavor: Flavor,
 }
 
 /// PTX that has passed, with each entry's registers.
@@ -53,7 +54,7 @@ impl Verdict {
         BUILDER.into_iter().for_each(&mut add);
         add(inputs.sources);
         add(inputs.toolchain);
-        add(&format!("{:?} {:?}", inputs.ptxas, inputs.expected));
+        add(&format!("{:?} {:?} {:?}", inputs.ptxas, inputs.expected, inputs.flavor));
         let key: String = hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
         Verdict(cache.join(format!("passed-{}-{key}.ptx", inputs.arch)))
     }
@@ -94,6 +95,7 @@ mod tests {
             toolchain: "rustc",
             ptxas: None,
             expected: &[],
+            flavor: Flavor::Plain,
         };
         let registers = BTreeMap::from([("k".to_owned(), 14)]);
         let ptx = ".version 7.0\n// --\n".to_owned();

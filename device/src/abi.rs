@@ -24,7 +24,7 @@ pub const UNROLL: usize = 4;
 pub const MAX_THREADS: u32 = 256;
 
 /// Version of everything in this file. Ranks with different versions refuse each other.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Element type of a tensor, for reductions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -333,6 +333,18 @@ impl Kernel {
         )
     }
 
+    /// Places in the body where a call through pipes begins. Each has three barriers more where calls are
+    /// checked.
+    pub const fn calls(self) -> usize {
+        use Kernel::*;
+        match self {
+            LocalReduceF32 | LocalReduceF16 | LocalReduceBf16 | Probe | Stream => 0,
+            GatherPacket | GatherFull => 2,
+            _ if (self as usize) < AllReduceTwoShotF32 as usize => 2,
+            _ => 1,
+        }
+    }
+
     /// The all-gather in `format`.
     pub const fn all_gather(format: Format) -> Kernel {
         Kernel::ALL[Kernel::AllGatherPacket as usize + format as usize]
@@ -405,8 +417,12 @@ pub struct Args {
     pub peers: [u64; MAX_RANKS],
     /// Address of this rank's [`Status`] page as the device sees it.
     pub status: u64,
-    /// A wait that lasted this many nanoseconds ends the kernel with a record.
-    pub deadline_ns: u64,
+    /// A wait that lasted longer than this many [`ticks`] ends the kernel with a record.
+    pub deadline: u32,
+    /// The same in this rank's first call, if that is longer.
+    pub first_deadline: u32,
+    /// What all ranks of the call must bring alike, for calls with [`flags::CHECKED`].
+    pub signature: [u64; 2],
     /// Tensor bytes from one rank's shard to the next (reduce-scatter, all-gather).
     pub shard_bytes: u64,
     /// Gather: rows in every tensor. Probe: number of the first round.
@@ -450,7 +466,9 @@ impl Args {
             host_mailbox: 0,
             peers: [0; MAX_RANKS],
             status: 0,
-            deadline_ns: u64::MAX,
+            deadline: u32::MAX,
+            first_deadline: 0,
+            signature: [0; 2],
             shard_bytes: 0,
             rows: 0,
             operation: 0,
@@ -462,6 +480,16 @@ impl Args {
             table: [0; MAX_RANKS],
         }
     }
+}
+
+/// Binary logarithm of the nanoseconds in a tick, in which waits are measured: 16.4 us. So 19 hours fit a
+/// register of 32 bits, of which kernels have few.
+pub const TICK_SHIFT: u32 = 14;
+
+/// A time as ticks, rounded up; the longest that there is for all that are longer.
+pub const fn ticks(time: core::time::Duration) -> u32 {
+    let ticks = time.as_nanos().div_ceil(1 << TICK_SHIFT);
+    if ticks > u32::MAX as u128 { u32::MAX } else { ticks as u32 }
 }
 
 /// A rank's place in one tree: whom it sends sums to, and who sends sums to it.
@@ -519,6 +547,9 @@ pub mod flags {
     /// Every chunk is sealed, whatever it holds, and who takes one from host memory waits for its
     /// seal. Such calls use the upper half of the lanes. Full format only.
     pub const SEAL_ALL: u32 = 4;
+    /// Ranks compare their signatures before a call and checksums of what travelled after it. Only in
+    /// kernels that were compiled for it, with a [`Layout`] that has room for it.
+    pub const CHECKED: u32 = 8;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;
     /// Test only: leave consumed slots dirty.
@@ -555,10 +586,11 @@ pub mod probe {
 /// 0                 Control
 /// CONTROL_BYTES     probe area
 /// words             lane 0: sent[16] received[16] credit[16] sealed[16], lane 1: ...
+/// checks            lane 0: see [`check_words`], lane 1: ...   (if there are any)
 /// slots             source 0: lane 0: slot 0, slot 1, ...  lane 1: ...   source 1: ...
 /// ```
 ///
-/// The last three fields follow from the first three; they are here so that kernels need not
+/// The last three fields follow from the others; they are here so that kernels need not
 /// multiply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -599,11 +631,44 @@ pub mod lane_words {
     pub const SEALED: usize = 12 * MAX_RANKS;
 }
 
+/// Bytes of a lane's part of the checks, where calls are checked.
+pub const CHECK_LANE_BYTES: usize = 1280;
+
+/// What a lane holds for checked calls, by offset from the first byte of its part; each an array over ranks.
+///
+/// `HEAD[p]`, `FOOT[p]` and `VERDICT[p]` are written by rank p only, as packets whose flag is the number of the call; the rest
+/// by this rank only.
+pub mod check_words {
+    use super::{CHECK_LANE_BYTES, MAX_RANKS, UNIT};
+    /// Two units: the signature of the call that the rank has begun.
+    pub const HEAD: usize = 0;
+    /// A unit: the checksum of all that the rank has ever sent to this one in this lane.
+    pub const FOOT: usize = HEAD + 2 * UNIT * MAX_RANKS;
+    /// A unit: that all that came to the rank was right.
+    pub const VERDICT: usize = FOOT + UNIT * MAX_RANKS;
+    /// A word: the checksum of all that this rank has ever sent to the rank.
+    pub const SENT: usize = VERDICT + UNIT * MAX_RANKS;
+    /// A word: the checksum of all that this rank has ever taken from the rank.
+    pub const TAKEN: usize = SENT + 4 * MAX_RANKS;
+    /// A word: calls made together with the rank.
+    pub const CALLS: usize = TAKEN + 4 * MAX_RANKS;
+    const _: () = assert!(CALLS + 4 * MAX_RANKS <= CHECK_LANE_BYTES);
+}
+
 impl Layout {
     /// The layout with these lanes, slots and units, or `None` if it is larger than 4 GiB.
     pub const fn new(lanes: u32, slots: u32, slot_units: u32) -> Option<Layout> {
-        let first_slot =
-            CONTROL_BYTES as u64 + PROBE_BYTES as u64 + lanes as u64 * LANE_WORD_BYTES as u64;
+        Layout::with(lanes, slots, slot_units, 0)
+    }
+
+    /// The same for checked calls.
+    pub const fn checked(lanes: u32, slots: u32, slot_units: u32) -> Option<Layout> {
+        Layout::with(lanes, slots, slot_units, CHECK_LANE_BYTES)
+    }
+
+    const fn with(lanes: u32, slots: u32, slot_units: u32, check_bytes: usize) -> Option<Layout> {
+        let lane_words = LANE_WORD_BYTES as u64 + check_bytes as u64;
+        let first_slot = CONTROL_BYTES as u64 + PROBE_BYTES as u64 + lanes as u64 * lane_words;
         let lane_bytes = slots as u64 * slot_units as u64 * UNIT as u64;
         let source_bytes = lanes as u64 * lane_bytes;
         if first_slot + MAX_RANKS as u64 * source_bytes > u32::MAX as u64 {
@@ -623,6 +688,12 @@ impl Layout {
     #[inline(always)]
     pub const fn words(self, lane: u32) -> u32 {
         (CONTROL_BYTES + PROBE_BYTES) as u32 + lane * LANE_WORD_BYTES as u32
+    }
+
+    /// Offset of the part of the checks that belongs to `lane`, in a layout for checked calls.
+    #[inline(always)]
+    pub const fn checks(self, lane: u32) -> u32 {
+        self.words(self.lanes) + lane * CHECK_LANE_BYTES as u32
     }
 
     /// Offset of slot number `number` of `lane` in the region where the `source`-th peer writes.
@@ -672,6 +743,12 @@ pub mod phase {
     pub const BARRIER: u32 = 4;
     /// Waiting for the other side of a probe.
     pub const PROBE: u32 = 5;
+    /// Waiting for what a peer says that it calls.
+    pub const SIGNATURE: u32 = 6;
+    /// Waiting for the checksum of what a peer has sent.
+    pub const CHECKSUM: u32 = 7;
+    /// Waiting for a peer to say that what it took was right.
+    pub const VERDICT: u32 = 8;
 }
 
 /// States of [`Status::state`].
@@ -682,8 +759,10 @@ pub mod state {
     pub const TIMED_OUT: u32 = 1;
     /// A wait saw the abort word.
     pub const ABORTED: u32 = 2;
-    /// A probe read something other than what was written.
+    /// A probe, or a checked call, read something other than what was written.
     pub const CORRUPT: u32 = 3;
+    /// A peer called something else.
+    pub const MISMATCH: u32 = 4;
 }
 
 /// One page in pinned host memory per rank: how the host stops kernels and learns why they stopped.
@@ -705,7 +784,12 @@ pub struct Status {
     pub phase: u32,
     /// Block of the lane that gave up.
     pub block: u32,
-    _device: [u32; 26],
+    /// How many [`ticks`] the wait had lasted, if it reached its deadline.
+    pub waited: u32,
+    _device: [u32; 5],
+    /// Of a mismatch: this rank's signature and the peer's.
+    pub signatures: [[u64; 2]; 2],
+    _rest: [u32; 12],
     /// Written by the probe kernel: nanoseconds that its rounds took.
     pub probe_ns: u64,
 }
@@ -714,5 +798,6 @@ const _: () = {
     assert!(size_of::<Control>() <= CONTROL_BYTES);
     assert!(core::mem::offset_of!(Control, abort) == 128);
     assert!(core::mem::offset_of!(Status, state) == 128);
+    assert!(core::mem::offset_of!(Status, probe_ns) == 256);
     assert!(core::mem::offset_of!(Args, peers).is_multiple_of(8));
 };

@@ -23,6 +23,12 @@ pub trait Lane: Copy {
     /// Whether the `abi::flags::BREAK_*` switches work: only in the simulator, so that the tests can
     /// show that they notice. On a GPU the switches do not exist.
     const BREAKABLE: bool;
+    /// Whether the kernels can do what `abi::flags::CHECKED` asks for: in the simulator, and on a GPU in those
+    /// that were compiled for it.
+    const CHECKED: bool;
+    /// Whether waits have a deadline and look at abort words: everywhere but in kernels compiled to measure
+    /// what that costs.
+    const BOUNDED: bool;
 
     /// Index of this thread in its block.
     fn thread(self) -> u32;

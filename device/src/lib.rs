@@ -13,6 +13,7 @@
 )]
 
 pub mod abi;
+mod check;
 pub mod element;
 pub mod kernels;
 pub mod lane;

@@ -14,7 +14,8 @@
 //! docs/protocol.md argues why each reuse is safe.
 
 use crate::abi::{
-    Args, Control, FREE, Format, Layout, MAX_RANKS, Status, UNIT, flags, lane_words, phase, state,
+    Args, Control, FREE, Format, Layout, MAX_RANKS, Operation, Status, TICK_SHIFT, UNIT,
+    check_words, flags, lane_words, phase, state,
 };
 use crate::lane::{Lane, Unit};
 use crate::unrolled;
@@ -104,36 +105,100 @@ impl Form for Full {
 
 /// One thread's part in one call.
 pub struct Call<'a, L, F> {
-    lane: L,
-    args: &'a Args,
+    pub(crate) lane: L,
+    pub(crate) args: &'a Args,
     /// This block's lane.
-    number: u32,
+    pub(crate) number: u32,
     /// Address of this lane's counters in this rank's mailbox.
     words: u64,
     /// Whether this thread keeps the books of the pipes to and from the rank of its own number.
-    books: bool,
+    pub(crate) books: bool,
+    /// Whether it exchanges with that rank what checked calls do: also where no pipe leads there.
+    pub(crate) checks: bool,
     /// Whether it has returned the credits of earlier calls.
     returned: bool,
-    /// How the first failed wait of this thread failed; 0 while none has. The highest bit: it was the rank's first.
-    failure: u32,
+    /// How the first failed wait of this thread failed, if one has.
+    pub(crate) failure: Failure,
     form: PhantomData<F>,
 }
 
+/// How a wait failed, in one word, since a register holds it through the whole kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Failure(u32);
+
+impl Failure {
+    const NONE: Failure = Failure(0);
+    /// Another thread of the block knows why.
+    pub(crate) const ELSEWHERE: Failure = Failure(1);
+
+    /// A wait for `peer` in `phase` that ended in `state`.
+    #[inline(always)]
+    pub fn new(state: u32, phase: u32, peer: u32) -> Failure {
+        Failure(state << 16 | phase << 8 | peer)
+    }
+
+    /// The same, knowing whether it was the rank's first.
+    #[inline(always)]
+    fn noted(self, first: bool) -> Failure {
+        Failure(self.0 | (first as u32) << 31)
+    }
+
+    #[inline(always)]
+    fn is_first(self) -> bool {
+        self.0 >> 31 != 0
+    }
+
+    #[inline(always)]
+    fn state(self) -> u32 {
+        self.0 >> 16 & 0x7fff
+    }
+
+    #[inline(always)]
+    fn phase(self) -> u32 {
+        self.0 >> 8 & 0xff
+    }
+
+    #[inline(always)]
+    fn peer(self) -> u32 {
+        self.0 & 0xff
+    }
+}
+
+/// Where a slot lies that may be written, and whose it is.
+#[derive(Clone, Copy)]
+pub struct Room {
+    address: u64,
+    peer: u32,
+}
+
+impl Room {
+    /// For a chunk that goes nowhere.
+    pub const NOWHERE: Room = Room { address: 0, peer: 0 };
+}
+
 /// How long a wait has lasted.
-struct Patience {
+pub(crate) struct Patience {
     turns: u32,
-    since: u64,
-    /// Looks at the host's abort word.
-    host_looks: u32,
+    /// When it looked at the clock first, in ticks; 0 before.
+    since: u32,
+}
+
+impl Patience {
+    #[inline(always)]
+    pub(crate) const fn new() -> Patience {
+        Patience { turns: 0, since: 0 }
+    }
 }
 
 /// Turns of a wait loop between two looks at the clock and the abort word: more than a wait takes
 /// that succeeds in the usual time, so such a wait pays nothing for them.
 const TURNS_PER_LOOK: u32 = 128;
-/// Binary logarithm of the nanoseconds between two looks at the host's abort word, about 1 ms. The
-/// word lies behind PCIe: when every waiting warp read it at each look, the reads alone held up calls
-/// for milliseconds.
-pub const HOST_LOOK_SHIFT: u32 = 20;
+/// Whoever looks up within the first [`HOST_LOOK_WINDOW`] ticks of every so many, about 1 ms, looks at the host's abort
+/// word too; who has waited for longer than [`HOST_LOOK_PATIENCE`], always. The word lies behind PCIe: when every waiting warp
+/// read it at each look, the reads alone held up calls for milliseconds. That the clock says so takes no register.
+const HOST_LOOK_PERIOD: u32 = 64;
+const HOST_LOOK_WINDOW: u32 = 8;
+const HOST_LOOK_PATIENCE: u32 = 1024;
 /// Turns between two looks at the sender's seal, which arrives after the hidden data.
 const TURNS_PER_SEAL: u32 = 4;
 /// In every stretch of so many slots there is one of [`SEAL_RENEWAL`], and calls that begin there renew their
@@ -159,8 +224,26 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         let number = first + lane.block();
         let words = lane.peer(args.rank) + args.layout.words(number) as u64;
         let thread = lane.thread();
-        let books = thread < args.world && thread != args.rank && peers >> thread & 1 != 0;
-        Call { lane, args, number, words, books, returned: false, failure: 0, form: PhantomData }
+        let other = thread < args.world && thread != args.rank;
+        let books = other && peers >> thread & 1 != 0;
+        let checks = if args.operation == Operation::Gather as u32 { books } else { other };
+        let failure = Failure::NONE;
+        let mut call = Call {
+            lane,
+            args,
+            number,
+            words,
+            books,
+            checks,
+            returned: false,
+            failure,
+            form: PhantomData,
+        };
+        if call.is_checked() {
+            // SAFETY: passed on to the caller.
+            unsafe { call.compare_signatures() };
+        }
+        call
     }
 
     /// Returns to their senders the slots that earlier calls consumed. Every path to a wait or a
@@ -170,7 +253,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// a kernel's stores are complete there before the next kernel of the stream begins. Stores
     /// to host memory are then on their way, and the credit may take another.
     #[inline(always)]
-    unsafe fn return_credits(&mut self) {
+    pub(crate) unsafe fn return_credits(&mut self) {
         if self.books && !self.returned {
             self.returned = true;
             // SAFETY: a word of the peer's mailbox that only this rank writes.
@@ -195,14 +278,16 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     #[inline(always)]
     pub unsafe fn end(mut self, sent: u32, received: u32) {
         let (lane, thread) = (self.lane, self.lane.thread());
-        if !self.ok() {
+        if self.is_checked() {
+            // SAFETY: passed on to the caller.
+            unsafe { self.compare_sums() };
+        }
+        if !self.ok() && self.failure != Failure::ELSEWHERE {
             // Waits that fail after the first do so at once, so the end of the kernel is soon enough to tell.
-            let (state, phase, peer) =
-                (self.failure >> 16 & 0x7fff, self.failure >> 8 & 0xff, self.failure & 0xff);
             // SAFETY: the status page and all mailboxes are alive as long as the communicator.
             unsafe {
-                if self.failure >> 31 != 0 {
-                    leave_record(lane, self.args, state, peer, phase);
+                if self.failure.is_first() {
+                    leave_record(lane, self.args, self.failure, [0; 2]);
                 }
                 // Whoever comes here first: the one who failed first may stand at a barrier.
                 stop_all(lane, self.args);
@@ -235,7 +320,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Whether this thread may still write results: no wait of it has failed.
     #[inline(always)]
     pub fn ok(&self) -> bool {
-        self.failure == 0
+        self.failure == Failure::NONE
     }
 
     /// The number of the first slot that goes to `peer` in this call.
@@ -256,13 +341,13 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Whether `peer` writes into this rank's host mailbox.
     #[inline(always)]
-    fn by_host(&self, peer: u32) -> bool {
+    pub(crate) fn by_host(&self, peer: u32) -> bool {
         self.args.host_senders >> peer & 1 != 0
     }
 
     /// Address of this rank's mailbox that `peer` writes to.
     #[inline(always)]
-    fn inbox(&self, peer: u32) -> u64 {
+    pub(crate) fn inbox(&self, peer: u32) -> u64 {
         if self.by_host(peer) { self.args.host_mailbox } else { self.lane.peer(self.args.rank) }
     }
 
@@ -304,8 +389,8 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                     lane.fence_system();
                 }
                 let number = self.sent(thread).wrapping_add(index);
-                let slot = self.reserve(thread, number);
-                self.put_units(slot, 0, number, [[0; 4]]);
+                let room = self.reserve(thread, number);
+                self.put_units(room, 0, number, [[0; 4]]);
                 let number = self.received(thread).wrapping_add(index);
                 self.take::<1>(thread, number, 0, phase);
                 if fences {
@@ -316,14 +401,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         }
     }
 
-    /// Waits until `peer` has freed slot number `number`, and returns the slot's address there.
+    /// Waits until `peer` has freed slot number `number`, and returns where that lies.
     #[inline(always)]
-    pub unsafe fn reserve(&mut self, peer: u32, number: u32) -> u64 {
+    pub unsafe fn reserve(&mut self, peer: u32, number: u32) -> Room {
         let (lane, args) = (self.lane, self.args);
         // SAFETY: the credit is a word of this rank's mailbox.
         unsafe {
             let credit = self.inbox_word(peer, lane_words::CREDIT);
-            let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
+            let mut patience = Patience::new();
             // Both wrap, so their distance counts. It may be negative: where this thread has no unit
             // in the chunk, the peer may have taken the others' and returned the slot already.
             while number.wrapping_sub(lane.poll_word(credit)) as i32 >= args.layout.slots as i32 {
@@ -334,16 +419,15 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 }
             }
         }
-        self.lane.peer(peer) + self.slot(peer, args.rank, number)
+        Room { address: self.lane.peer(peer) + self.slot(peer, args.rank, number), peer }
     }
 
-    /// Stores units of slot number `number`, at `slot` in a peer's mailbox: the `index`-th and those
-    /// `threads` apart after it. Relaxed: only what each unit itself carries tells the receiver
+    /// Stores units of slot number `number`, in `room`: the `index`-th and those `threads` apart after it. Relaxed: only what each unit itself carries tells the receiver
     /// that it is there.
     #[inline(always)]
     pub unsafe fn put_units<const N: usize>(
         &self,
-        slot: u64,
+        room: Room,
         index: u32,
         number: u32,
         payloads: [Unit; N],
@@ -352,12 +436,15 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             return;
         }
         unrolled!(N, |u| {
-            let index = index as u64 + u as u64 * self.lane.threads() as u64;
-            // SAFETY: `slot` came from `reserve`, and a slot has more than `index` units.
-            unsafe {
-                self.lane.put_unit(slot + index * UNIT as u64, F::encode(payloads[u], number))
-            };
+            let at =
+                room.address + (index as u64 + u as u64 * self.lane.threads() as u64) * UNIT as u64;
+            // SAFETY: `room` came from `reserve`, and a slot has more than `index` units.
+            unsafe { self.lane.put_unit(at, F::encode(payloads[u], number)) };
         });
+        if self.is_checked() {
+            // SAFETY: passed on to the caller.
+            unsafe { self.note(check_words::SENT, room.peer, number, index, payloads) };
+        }
     }
 
     /// Ends the only turn of sending: as [`Call::turn`], but without a barrier where there is nothing
@@ -400,13 +487,12 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
                 && (hidden || self.seals_all())
                 && to >> thread & 1 != 0
                 && !self.broken(flags::BREAK_SEAL);
-            let seals = seals && self.may_seal();
             let releases = self.books && taken != 0 && from >> thread & 1 != 0;
             if seals || releases {
                 if !self.broken(flags::BREAK_FENCE) {
                     lane.fence_system();
                 }
-                if seals {
+                if seals && self.may_seal() {
                     let sealed = self.peer_word(thread, lane_words::SEALED);
                     lane.put_word(sealed, self.sent(thread).wrapping_add(sent));
                 }
@@ -449,7 +535,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         // SAFETY: the units lie in this rank's slots; nobody writes them between their arrival and
         // the next credit.
         unsafe {
-            let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
+            let mut patience = Patience::new();
             // Asking for a word until it is there costs PCIe less than asking for all the data.
             let awaits_seal = self.seals_all() && self.by_host(peer);
             loop {
@@ -477,6 +563,10 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         unrolled!(N, |u| {
             units[u] = F::decode(units[u]);
         });
+        if self.is_checked() {
+            // SAFETY: passed on to the caller.
+            unsafe { self.note(check_words::TAKEN, peer, number, index, units) };
+        }
         units
     }
 
@@ -486,7 +576,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     pub unsafe fn wait_unit(&mut self, peer: u32, number: u32, index: u32, phase: u32) {
         let slot = self.inbox(peer) + self.slot(self.args.rank, peer, number);
         let at = slot + index as u64 * UNIT as u64;
-        let mut patience = Patience { turns: 0, since: 0, host_looks: 0 };
+        let mut patience = Patience::new();
         // SAFETY: the unit lies in this rank's slots; nobody writes it between its arrival and
         // the next credit.
         unsafe {
@@ -542,7 +632,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Address of this rank's word among `peer`'s words at `offset`, in the same lane.
     #[inline(always)]
-    fn peer_word(&self, peer: u32, offset: usize) -> u64 {
+    pub(crate) fn peer_word(&self, peer: u32, offset: usize) -> u64 {
         let lane = self.args.layout.words(self.number) as usize;
         let word = lane + offset + 4 * self.args.rank as usize;
         self.lane.peer(peer) + word as u64
@@ -563,7 +653,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Another turn of a wait for `peer`; false once a wait has failed, this one or one before.
     #[inline(always)]
-    fn keep_waiting(&mut self, patience: &mut Patience, peer: u32, phase: u32) -> bool {
+    pub(crate) fn keep_waiting(&mut self, patience: &mut Patience, peer: u32, phase: u32) -> bool {
         // SAFETY: a word of the peer's mailbox that only this rank writes.
         unsafe { self.return_credits() };
         if self.by_host(peer) {
@@ -572,13 +662,13 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
             self.lane.pause();
         }
         patience.turns = patience.turns.wrapping_add(1);
-        if patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {
+        if L::BOUNDED && patience.turns.is_multiple_of(TURNS_PER_LOOK) && self.ok() {
             let state = self.look_up(patience);
             if state != state::OK {
                 // Before the barrier behind which another thread might seal.
                 // SAFETY: a word of this rank's mailbox.
                 let first = unsafe { claim(self.lane, self.args) };
-                self.failure = u32::from(first) << 31 | state << 16 | phase << 8 | peer;
+                self.failure = Failure::new(state, phase, peer).noted(first);
             }
         }
         self.ok()
@@ -588,17 +678,18 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     #[inline(always)]
     fn look_up(&self, patience: &mut Patience) -> u32 {
         let (lane, args) = (self.lane, self.args);
-        let now = lane.clock_ns();
+        // Never 0, which says that there was no look yet.
+        let now = (lane.clock_ns() >> TICK_SHIFT) as u32 | 1;
         if patience.since == 0 {
             patience.since = now;
         }
-        let waited = now - patience.since;
-        if waited > args.deadline_ns {
+        let waited = now.wrapping_sub(patience.since);
+        // SAFETY: passed on to the caller.
+        let is_first = || unsafe { epoch(lane, args) } == 0;
+        if waited > args.deadline && (waited > args.first_deadline || !is_first()) {
             return state::TIMED_OUT;
         }
-        let due = (waited >> HOST_LOOK_SHIFT) as u32;
-        let host = due > patience.host_looks;
-        patience.host_looks = due;
+        let host = now % HOST_LOOK_PERIOD < HOST_LOOK_WINDOW || waited > HOST_LOOK_PATIENCE;
         // SAFETY: passed on to the caller.
         if unsafe { aborted(lane, args, host) } { state::ABORTED } else { state::OK }
     }
@@ -607,6 +698,16 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 #[inline(always)]
 fn seals_all<F: Form>(args: &Args) -> bool {
     F::FORMAT as u32 == Format::Full as u32 && args.flags & flags::SEAL_ALL != 0
+}
+
+/// Calls that this rank has completed.
+///
+/// # Safety
+/// `args` is what [`Args`] says it is.
+#[inline(always)]
+unsafe fn epoch<L: Lane>(lane: L, args: &Args) -> u32 {
+    // SAFETY: a word of this rank's own.
+    unsafe { lane.load_u32(lane.peer(args.rank) + offset_of!(Control, epoch) as u64) }
 }
 
 /// Whether somebody has stopped this rank: a peer in this GPU's memory or, if `host` asks for a look
@@ -631,7 +732,7 @@ pub unsafe fn aborted<L: Lane>(lane: L, args: &Args, host: bool) -> bool {
 /// # Safety
 /// `args` is what [`Args`] says it is.
 #[inline(always)]
-unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
+pub unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {
         let mut rank = if aborted(lane, args, false) { args.world } else { 0 };
@@ -662,17 +763,18 @@ pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
     unsafe { lane.put_word(lane.peer(rank) + offset_of!(Control, abort) as u64, 1) };
 }
 
-/// Leaves the record of a failed wait; false if another thread of this rank has.
+/// Leaves the record of a failed wait; false if another thread of this rank has. `theirs` is what the peer
+/// called, where that is what failed.
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
 #[inline(always)]
-pub unsafe fn record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) -> bool {
+pub unsafe fn record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u64; 2]) -> bool {
     // SAFETY: passed on to the caller.
     unsafe {
         let first = claim(lane, args);
         if first {
-            leave_record(lane, args, state, peer, phase);
+            leave_record(lane, args, failure, theirs);
         }
         first
     }
@@ -683,20 +785,35 @@ pub unsafe fn record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase
 /// # Safety
 /// As for [`record`], by the thread whose [`claim`] was the first.
 #[inline(always)]
-unsafe fn leave_record<L: Lane>(lane: L, args: &Args, state: u32, peer: u32, phase: u32) {
-    let own = lane.peer(args.rank);
+unsafe fn leave_record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u64; 2]) {
     // SAFETY: the status page and all mailboxes are alive as long as the communicator.
     unsafe {
-        let epoch = lane.load_u32(own + offset_of!(Control, epoch) as u64);
+        let epoch = epoch(lane, args);
         let record = |offset: usize, value: u32| lane.put_word(args.status + offset as u64, value);
         record(offset_of!(Status, operation), args.operation);
-        record(offset_of!(Status, peer), peer);
-        record(offset_of!(Status, phase), phase);
+        record(offset_of!(Status, peer), failure.peer());
+        record(offset_of!(Status, phase), failure.phase());
         record(offset_of!(Status, block), lane.block());
         record(offset_of!(Status, epoch), epoch);
+        // What the wait exceeded, by little: the time itself would have taken a register through the kernel.
+        let deadline =
+            if epoch == 0 { args.deadline.max(args.first_deadline) } else { args.deadline };
+        record(offset_of!(Status, waited), deadline);
+        if L::CHECKED && failure.state() == state::MISMATCH {
+            // One by one: an array that is indexed would lie in local memory.
+            let word = |index: usize, value: u64| {
+                let at = offset_of!(Status, signatures) + 8 * index;
+                record(at, value as u32);
+                record(at + 4, (value >> 32) as u32);
+            };
+            word(0, args.signature[0]);
+            word(1, args.signature[1]);
+            word(2, theirs[0]);
+            word(3, theirs[1]);
+        }
         // The host reads the record once it sees the state.
         lane.fence_system();
-        record(offset_of!(Status, state), state);
+        record(offset_of!(Status, state), failure.state());
     }
 }
 

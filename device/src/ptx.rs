@@ -61,6 +61,8 @@ pub fn trap() -> ! {
 // those of `Lane`, passed on to the caller; the conversions work on registers alone.
 impl<P: Parameters> Lane for PtxLane<P> {
     const BREAKABLE: bool = false;
+    const CHECKED: bool = cfg!(feature = "checked");
+    const BOUNDED: bool = !cfg!(feature = "unbounded");
 
     #[inline(always)]
     fn thread(self) -> u32 {

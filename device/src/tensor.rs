@@ -401,7 +401,10 @@ impl Chunk {
     }
 }
 
-/// Runs `$body` for this thread's units of a chunk: with `$n` = `UNROLL` while that many whole units
+/// Units that a thread moves at once. Checked calls are too large for more than one.
+pub const AT_ONCE: usize = if cfg!(feature = "checked") { 1 } else { crate::abi::UNROLL };
+
+/// Runs `$body` for this thread's units of a chunk: with `$n` = [`AT_ONCE`] while that many whole units
 /// are left, then with `$n` = 1. `$index` is the first unit, the others follow `threads` apart.
 #[macro_export]
 macro_rules! for_units {
@@ -409,7 +412,7 @@ macro_rules! for_units {
         let (threads, units, whole) = ($lane.threads(), $units, $whole);
         let mut $index = $lane.thread();
         {
-            const $n: usize = $crate::abi::UNROLL;
+            const $n: usize = $crate::tensor::AT_ONCE;
             while $index + ($n as u32 - 1) * threads < whole {
                 $body
                 $index += $n as u32 * threads;

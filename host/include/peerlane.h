@@ -213,6 +213,10 @@ typedef struct {
     // Bytes of device memory for one rank's staging area, which algorithms and routes named COPY need.
     // 0: some 64 MiB if `algorithm` or `route` is one of those, none otherwise.
     size_t staging_bytes;
+    // The deadline of waits in a rank's first call, if that is longer; 0 for six times `deadline_ms`.
+    uint64_t first_deadline_ms;
+    // If not 0, the ranks compare on the GPU what they call, and checksums of all that travels.
+    int checked;
 } peerlane_config;
 
 // What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -310,9 +314,11 @@ const char *peerlane_last_error(void);
 // Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
 // blocks as fit, and algorithms by size and the transport that suits each pair unless the
 // environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
-// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_SELF_TEST: auto, off or always, which is
+// read again in any case; PEERLANE_TUNING, which is read again where `tuning` stays
 // NULL). `size` is sizeof(peerlane_config).
-peerlane_status peerlane_config_init(peerlane_config *config, size_t size);
+peerlane_status peerlane_config_init(peerlane_config *config,
+                                     size_t size);
 
 // Fills options with defaults: the native wire, an algorithm by size, a rank that contributes.
 // `size` is sizeof(peerlane_reduce_options).
@@ -397,8 +403,9 @@ peerlane_status peerlane_comm_transport(const peerlane_comm *comm,
                                         uint32_t to,
                                         peerlane_transport *transport);
 
-// The first error that a call of this rank met on the GPU. It stays: every later call returns it
-// too, and what is left to do is to close all ranks and to make a new group. Does not wait.
+// The first error that a call of this rank met on the GPU. It stays, and every later call returns it too: all ranks
+// may recover (`peerlane_recover`), go on without the rank that is gone (`peerlane_shrink`), or close. Does not
+// wait.
 peerlane_status peerlane_comm_health(const peerlane_comm *comm);
 
 // How long this rank's waits may last from its next call on. Ranks may differ.
@@ -407,7 +414,8 @@ peerlane_status peerlane_comm_set_deadline(peerlane_comm *comm, uint64_t deadlin
 // Waits until everything queued on `stream` is done, and says whether this rank's calls went well.
 peerlane_status peerlane_comm_synchronize(const peerlane_comm *comm, void *stream);
 
-// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on.
+// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on,
+// until they recover.
 // Any thread may call it at any time before `peerlane_comm_destroy` begins.
 peerlane_status peerlane_comm_abort(const peerlane_comm *comm);
 
@@ -417,6 +425,31 @@ peerlane_status peerlane_comm_close(peerlane_comm *comm);
 
 // Closes the communicator if it is open, and frees the handle. Fine with NULL.
 void peerlane_comm_destroy(peerlane_comm *comm);
+
+// Brings the communicator back after an abort, a time-out or any other error of its calls; of a healthy one it is a
+// reset. All ranks call it, each from its thread or process, and no other call is made meanwhile, nor a graph
+// launched with one. Waits for the others for as long as the deadline, and for everything on this rank's GPU.
+// Tensors, registrations and CUDA graphs stay valid. On failure the communicator stays aborted on all ranks, and may
+// try again; PEERLANE_PEER_LOST says that a rank's process has ended, without which only `peerlane_shrink` goes on.
+peerlane_status peerlane_recover(peerlane_comm *comm);
+
+// `peerlane_recover` for one thread that has all ranks of a group, in rank order.
+peerlane_status peerlane_recover_all(peerlane_comm *const *comms, uint32_t world_size);
+
+// Goes on without `count` ranks, which are gone or hang. All others call it with the same ranks and become a smaller
+// group, numbered anew in the order they had. Waits as `peerlane_recover` does. The memory is new: CUDA graphs
+// with earlier calls must not be launched any more, and tensors are registered again. On failure the
+// communicator stays aborted on all ranks, and may try again.
+peerlane_status peerlane_shrink(peerlane_comm *comm, const uint32_t *without, size_t count);
+
+// `peerlane_shrink` for one thread that has all ranks that are left, `world_size` of them, in rank order.
+peerlane_status peerlane_shrink_all(peerlane_comm *const *comms,
+                                    uint32_t world_size,
+                                    const uint32_t *without,
+                                    size_t count);
+
+// How often the ranks have recovered or shrunk.
+peerlane_status peerlane_generation(const peerlane_comm *comm, uint64_t *generation);
 
 // Says what this rank's calls have brought. `size` is sizeof(peerlane_usage).
 peerlane_status peerlane_comm_usage(const peerlane_comm *comm, peerlane_usage *usage, size_t size);

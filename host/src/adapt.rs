@@ -27,7 +27,7 @@ pub const BREAK_DRAIN: u32 = 1 << 30;
 /// The round of threads that comes after those of [`Communicator::meet`]: all have let go of the old memory.
 const LEFT: usize = 5;
 /// How long the ranks may take to join again, once their calls are done.
-const REJOIN: Duration = Duration::from_secs(30);
+pub(crate) const REJOIN: Duration = Duration::from_secs(30);
 /// Between two looks at whether the calls are done.
 const PAUSE: Duration = Duration::from_micros(50);
 
@@ -206,7 +206,8 @@ impl Communicator {
             Assembly::Processes(segment) => {
                 let meeting = meeting_of(segment, topic, patience);
                 let ready = self.drain(deadline);
-                let (group, known) = join::join(&meeting, rank, ready.clone(), self.gpu(), config)
+                let seat = meeting.enter(rank)?;
+                let (group, known) = join::join(seat, rank, ready.clone(), self.gpu(), config)
                     .map_err(|error| ready.err().unwrap_or(error))?;
                 Ok((group, known, None))
             }

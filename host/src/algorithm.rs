@@ -58,6 +58,18 @@ impl Pattern {
         Pattern::Hierarchical,
         Pattern::OneShot,
     ];
+
+    /// The algorithm that is one kernel and adds in the same order.
+    pub const fn fused(self) -> Algorithm {
+        match self {
+            Pattern::TwoShot => Algorithm::TwoShot,
+            Pattern::Ring => Algorithm::Ring,
+            Pattern::Tree => Algorithm::Tree,
+            Pattern::DoubleTree => Algorithm::DoubleTree,
+            Pattern::Hierarchical => Algorithm::Hierarchical,
+            Pattern::OneShot => Algorithm::OneShot(Format::Full),
+        }
+    }
 }
 
 impl Algorithm {
@@ -214,6 +226,17 @@ impl Route {
             Route::Tree => Spread::Tree,
             Route::DoubleTree => Spread::DoubleTree,
             Route::Scheduled(spread) => spread,
+        }
+    }
+
+    /// The route that is one kernel and sends from the same ranks to the same.
+    pub const fn fused(self) -> Route {
+        match self.spread() {
+            Spread::Direct => Route::Direct,
+            Spread::Hub => Route::Hub,
+            Spread::Chain => Route::Chain,
+            Spread::Tree => Route::Tree,
+            Spread::DoubleTree => Route::DoubleTree,
         }
     }
 

@@ -32,7 +32,8 @@ pub(crate) struct Signature {
 }
 
 impl Signature {
-    fn words(self) -> [u64; 2] {
+    /// All of it in two words.
+    pub(crate) fn words(self) -> [u64; 2] {
         let element = match self.element {
             None => 0,
             Some((dtype, wire)) => 1 + 2 * dtype as u64 + (wire == Wire::Bf16) as u64,
@@ -46,7 +47,7 @@ impl Signature {
     }
 
     /// How a person would say it; `words` may be another rank's.
-    fn describe([head, bytes]: [u64; 2]) -> String {
+    pub(crate) fn describe([head, bytes]: [u64; 2]) -> String {
         let operation =
             Operation::from_code((head & 0xff) as u32).map_or("unknown", Operation::name);
         let element = match (head >> 8 & 0xff) as usize {
@@ -161,6 +162,15 @@ impl CallLog {
         Ok(())
     }
 
+    /// Takes all entries of `rank` back, as if it had made no calls.
+    pub(crate) fn forget(&self, rank: u32) {
+        for (peer, call) in
+            (0..self.world).flat_map(|peer| (0..DEPTH).map(move |call| (peer, call)))
+        {
+            self.entry(rank, peer, call).number.store(0, Ordering::Release);
+        }
+    }
+
     /// The words of `from`'s `call`-th entry for `to`, if it is there and stays there while they
     /// are read.
     fn read(&self, from: u32, to: u32, call: u64) -> Option<[u64; 2]> {
@@ -202,6 +212,17 @@ mod tests {
         for size in 0..1000 {
             log.enter(1, 0b01, &mut b, sum(size)).unwrap();
         }
+    }
+
+    #[test]
+    fn forgotten_calls_are_compared_with_none() {
+        let log = CallLog::new(2);
+        log.enter(0, 0b10, &mut [0; 2], sum(64)).unwrap();
+        log.enter(1, 0b01, &mut [0; 2], sum(32)).unwrap_err();
+        log.forget(0);
+        log.enter(1, 0b01, &mut [0; 2], sum(32)).unwrap();
+        log.enter(0, 0b10, &mut [0; 2], sum(64)).unwrap_err();
+        log.enter(0, 0b10, &mut [0; 2], sum(32)).unwrap();
     }
 
     #[test]

@@ -96,6 +96,19 @@ impl Communicator {
         if bytes == 0 {
             return Ok(());
         }
+        if self.config().checked {
+            // Peers would read and write the tensor itself, which no checksum covers.
+            let place = registration.tensor().offset(call.offset);
+            let checked = AllReduce {
+                wire: call.wire,
+                op: call.op,
+                contribution: call.contribution,
+                algorithm: Some(Algorithm::TwoShot),
+                ..AllReduce::in_place(place, call.count, call.dtype)
+            };
+            // SAFETY: the registration covers that part; the rest is passed on to the caller.
+            return unsafe { self.all_reduce(&checked, stream) };
+        }
         let (units, tail) = units(bytes, Format::Full, plan::expansion(call.dtype, call.wire));
         let part_units = plan::part_units(shape.world, units);
         let grid = plan::grid(&shape, part_units);
@@ -412,6 +425,7 @@ impl Communicator {
         self.announce(peers, signature)?;
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
+        args.signature = signature.words();
         if kernel.can_seal_all() && plan::seals_all(&self.group("start")?.shape, &grid) {
             args.flags |= flags::SEAL_ALL;
         }
@@ -429,6 +443,7 @@ impl Communicator {
         match call.algorithm.unwrap_or_else(|| self.choice().all_reduce(wire_bytes)) {
             Algorithm::OneShot(format) => Algorithm::OneShot(format),
             _ if self.world_size() == 1 => Algorithm::OneShot(Format::Full),
+            Algorithm::Scheduled(pattern) if self.config().checked => pattern.fused(),
             algorithm => algorithm,
         }
     }
@@ -442,7 +457,8 @@ impl Communicator {
     /// How `call` would be carried out.
     #[inline]
     pub fn route_for(&self, call: &Broadcast) -> Route {
-        call.route.unwrap_or_else(|| self.choice().broadcast(call.bytes))
+        let route = call.route.unwrap_or_else(|| self.choice().broadcast(call.bytes));
+        if self.config().checked { route.fused() } else { route }
     }
 
     /// What carries out `algorithm`.

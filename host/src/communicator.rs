@@ -7,6 +7,7 @@
 //! Calls of one communicator run in the order in which they were made.
 
 use crate::algorithm::{Algorithm, Route};
+use crate::call_log::Signature;
 use crate::choice::{Choice, Known, Tuning};
 use crate::collectives::invalid;
 use crate::error::{self, Error, Result};
@@ -18,13 +19,17 @@ use crate::plan::Shape;
 use crate::plan::roles::Places;
 use crate::plan::staging::FLAG_BYTES;
 use crate::registration::Registrations;
+use crate::regroup::Outcome;
 use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
+use crate::selftest::SelfTest;
 use crate::sizing::{Sizes, Sizing, State};
 use crate::transport::{Pairs, Transport};
 use crate::usage::{Tally, Usage};
 use crate::work::Side;
-use peerlane_device::abi::{Args, Kernel, Layout, MAX_RANKS, Operation, Status, flags, state};
+use peerlane_device::abi::{
+    Args, Kernel, Layout, MAX_RANKS, Operation, Status, TICK_SHIFT, flags, state, ticks,
+};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -35,8 +40,16 @@ pub const STAGING_BYTES: usize = FLAG_BYTES + (64 << 20);
 /// What all ranks of a communicator agree on when they meet.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// A wait on the GPU that lasts longer than this ends with an error.
+    /// A wait on the GPU that lasts longer than this ends with an error. 19 hours are as good as no limit.
     pub deadline: Duration,
+    /// The same in a rank's first call, in which others may still be compiling or loading, if that is
+    /// longer. `None`: six times the deadline.
+    pub first_deadline: Option<Duration>,
+    /// Whether the ranks compare on the GPU what they call, and checksums of all that travels ([`docs/reliability.md`]).
+    /// Every call is then carried out by kernels.
+    ///
+    /// [`docs/reliability.md`]: https://github.com/peerlane/peerlane/blob/main/docs/reliability.md
+    pub checked: bool,
     /// Most bytes of device memory for one rank's mailbox.
     pub mailbox_bytes: usize,
     /// Most blocks that one call may use. `None`: as many as the smallest GPU holds at once,
@@ -61,6 +74,8 @@ pub struct Config {
     pub hub: Option<u32>,
     /// What carries data from rank to rank.
     pub transport: Transport,
+    /// Whether the ranks want a self-test of their GPUs first.
+    pub self_test: SelfTest,
     /// Bytes of device memory for one rank's staging area, which scheduled calls copy through. `None`: some
     /// 64 MiB if `algorithm` or `route` is a scheduled one, none otherwise.
     pub staging_bytes: Option<usize>,
@@ -83,6 +98,8 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             deadline: Duration::from_secs(10),
+            first_deadline: None,
+            checked: false,
             mailbox_bytes: 32 << 20,
             max_blocks: None,
             algorithm: None,
@@ -93,6 +110,7 @@ impl Default for Config {
             islands: None,
             hub: None,
             transport: Transport::Auto,
+            self_test: SelfTest::Auto,
             staging_bytes: None,
             chunk_bytes: None,
             sizing: None,
@@ -103,6 +121,12 @@ impl Default for Config {
 }
 
 impl Config {
+    /// How long a wait in a rank's first call may last.
+    pub(crate) fn first_deadline(&self) -> Duration {
+        let first = self.first_deadline.unwrap_or(self.deadline.saturating_mul(6));
+        first.max(self.deadline)
+    }
+
     /// Bytes of a staging area.
     pub(crate) fn staging(&self) -> usize {
         let scheduled = self.algorithm.is_some_and(Algorithm::is_scheduled)
@@ -139,13 +163,16 @@ pub struct Communicator {
     /// Made by the first asynchronous call.
     pub(crate) side: Option<Side>,
     /// What all clones of this rank's aborter stop.
-    aborter: Aborter,
+    pub(crate) aborter: Aborter,
     /// What the calls have brought.
     pub(crate) tally: Tally,
     /// The sizes, and how long they have been too large.
     pub(crate) state: State,
     /// How often the ranks have met about sizes since the group was made.
     pub(crate) meetings: u64,
+    /// How often the ranks have recovered or shrunk, and what becomes of this generation's calls.
+    pub(crate) generation: u64,
+    pub(crate) outcome: Outcome,
 }
 
 impl Communicator {
@@ -164,10 +191,11 @@ impl Communicator {
         let cards: Vec<Card> =
             gpus.iter().map(|gpu| Card::prepare(gpu, config)).collect::<Result<_>>()?;
         let agreement = Agreement::of(&cards, config)?;
-        let known = agreement.known(0, &cards, config)?;
+        let known = agreement.known(&gpus[0], (0, None), &cards, config)?;
+        agreement.accept_verdicts(&known, config)?;
         let ranks = || (0..).zip(gpus);
         let unreached = ranks().map(|(rank, gpu)| agreement.map_peers(gpu, rank, config.transport));
-        let pairs = Pairs::of(&unreached.collect::<Result<Vec<_>>>()?);
+        let pairs = known.verdicts.demote(Pairs::of(&unreached.collect::<Result<Vec<_>>>()?));
         let members =
             gpus.iter().map(|gpu| agreement.member(gpu, config)).collect::<Result<_>>()?;
         let mut mailboxes = Mailboxes::new(members, pairs);
@@ -197,7 +225,7 @@ impl Communicator {
         gpu: &GpuRef,
         config: &Config,
     ) -> Result<Communicator> {
-        let (group, known) = join::join(meeting, rank, Ok(()), gpu, config)?;
+        let (group, known) = join::join(meeting.enter(rank)?, rank, Ok(()), gpu, config)?;
         Communicator::new(rank, gpu, config, (group, &known))
     }
 
@@ -210,13 +238,15 @@ impl Communicator {
     ) -> Result<(Group, Known)> {
         let cards = meeting.exchange(rank, 0, Card::prepare(gpu, config)?)?;
         let agreement = Agreement::of(&cards, config)?;
-        let known = agreement.known(rank, &cards, config)?;
+        let patience = Some(meeting.patience());
+        let known = agreement.known(gpu, (rank, patience), &cards, config)?;
         let known = meeting.exchange(rank, 1, known)?.swap_remove(0);
+        agreement.accept_verdicts(&known, config)?;
         let unreached = agreement.map_peers(gpu, rank, config.transport)?;
         let own = (agreement.member(gpu, config)?, unreached);
         let (members, unreached): (Vec<_>, Vec<_>) =
             meeting.exchange(rank, 2, own)?.into_iter().unzip();
-        let pairs = Pairs::of(&unreached);
+        let pairs = known.verdicts.demote(Pairs::of(&unreached));
         let mut mailboxes = Mailboxes::new(members, pairs);
         let host = agreement.host_mailbox(gpu, config, (rank, pairs))?;
         mailboxes.hosts = meeting.exchange(rank, 3, host)?;
@@ -251,6 +281,8 @@ impl Communicator {
             tally: Tally::default(),
             state: State::new(Sizes::of(config)),
             meetings: 0,
+            generation: 0,
+            outcome: Outcome::default(),
         })
     }
 
@@ -265,6 +297,8 @@ impl Communicator {
         // It knows the addresses of the memory that goes.
         self.scheduled = None;
         self.aborter.follow(&group);
+        // What is not said by now is that all went well.
+        std::mem::take(&mut self.outcome).settle(Ok(()));
         let aborted = self.health().is_err();
         self.group = Some(group);
         aborted
@@ -305,6 +339,11 @@ impl Communicator {
         self.tally.report(self.state.sizes)
     }
 
+    /// How many calls of this rank have been queued, captured ones included.
+    pub fn calls(&self) -> u64 {
+        self.tally.calls()
+    }
+
     /// What calls take that do not choose for themselves.
     pub fn choice(&self) -> &Choice {
         &self.choice
@@ -328,11 +367,11 @@ impl Communicator {
         }
     }
 
-    /// The first error that a kernel of this communicator recorded. It stays: the ranks' counters
-    /// no longer agree, so every later call returns it too.
+    /// The first error that a kernel of this communicator recorded. It stays, and every later call returns it too,
+    /// until the ranks [recover](Communicator::recover): their counters no longer agree.
     pub fn health(&self) -> Result<()> {
         let Some(group) = &self.group else { return Ok(()) };
-        health_of(&group.mailboxes.members, group.segment(), self.rank, self.config.deadline)
+        health_of(&group.mailboxes.members, group.segment(), self.rank)
     }
 
     /// What tells this rank's health without the communicator.
@@ -345,7 +384,7 @@ impl Communicator {
             ),
             segment: group.and_then(Group::segment).map(Arc::downgrade),
             rank: self.rank,
-            deadline: self.config.deadline,
+            outcome: self.outcome.clone(),
         }
     }
 
@@ -357,9 +396,10 @@ impl Communicator {
     /// How long this rank's waits may last from its next call on. Ranks may differ.
     pub fn set_deadline(&mut self, deadline: Duration) {
         self.config.deadline = deadline;
-        self.template.deadline_ns = deadline.as_nanos().min(u64::MAX as u128) as u64;
+        self.template.deadline = ticks(deadline);
+        self.template.first_deadline = ticks(self.config.first_deadline());
         if let Some(scheduled) = &self.scheduled {
-            scheduled.set_deadline(deadline);
+            scheduled.set_deadline(&self.config);
         }
     }
 
@@ -369,7 +409,8 @@ impl Communicator {
         self.health()
     }
 
-    /// Ends every wait of every rank of the group. Their calls return errors from then on.
+    /// Ends every wait of every rank of the group. Their calls return errors from then on, until they
+    /// [recover](Communicator::recover).
     pub fn abort(&self) {
         self.aborter().abort();
     }
@@ -386,7 +427,9 @@ impl Communicator {
             return Ok(());
         }
         // The whole GPU rather than the last stream, which its owner may have destroyed by now.
-        let drained = if self.last_stream.is_some() { self.gpu.synchronize() } else { Ok(()) };
+        // After recovering there may be graphs that were launched on any.
+        let used = self.last_stream.is_some() || self.generation != 0;
+        let drained = if used { self.gpu.synchronize() } else { Ok(()) };
         // Nothing of this rank was cut short by an abort that met no wait.
         let health = self.health().or_else(|error| match error {
             Error::Stopped { .. } => Ok(()),
@@ -455,11 +498,7 @@ impl Communicator {
     }
 
     /// Compares the call with those of the ranks in `peers`.
-    pub(crate) fn announce(
-        &mut self,
-        peers: u32,
-        signature: crate::call_log::Signature,
-    ) -> Result<()> {
+    pub(crate) fn announce(&mut self, peers: u32, signature: Signature) -> Result<()> {
         let group = self.group.as_ref().ok_or(Error::Closed { op: "announce", rank: self.rank })?;
         group.log.enter(self.rank, peers, &mut self.calls, signature)
     }
@@ -512,6 +551,37 @@ impl Communicator {
         Ok(())
     }
 
+    /// Whether this rank has made scheduled calls.
+    pub(crate) fn has_scheduled(&self) -> bool {
+        self.scheduled.is_some()
+    }
+
+    /// Stops what gives scheduled calls their deadline, once all are done. Returns what was captured, if anything was.
+    pub(crate) fn stop_scheduled(&mut self) -> Option<Operation> {
+        self.scheduled.take().and_then(|scheduled| scheduled.captured())
+    }
+
+    /// Makes the next call the first, now that all are done; `captured` is what a graph may still run.
+    pub(crate) fn forget_calls(&mut self, captured: Option<Operation>) -> Result<()> {
+        self.calls = [0; MAX_RANKS];
+        self.last_stream = None;
+        if let Some(side) = &self.side {
+            side.settle_all();
+        }
+        if let Some(operation) = captured {
+            self.scheduled(operation.name())?.watch_graphs(operation)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on as `rank` of another group, without registrations and streams of the last one.
+    pub(crate) fn renumber(&mut self, rank: u32, config: Config, group: Group, choice: Choice) {
+        self.registrations.clear();
+        self.rank = rank;
+        self.state = State::new(Sizes::of(&config));
+        self.replace_group(config, group, choice);
+    }
+
     /// What scheduled calls need.
     pub(crate) fn scheduled(&mut self, op: &'static str) -> Result<&mut Scheduled> {
         if self.scheduled.is_none() {
@@ -552,8 +622,9 @@ impl Drop for Communicator {
 fn template(rank: u32, config: &Config, group: &Group) -> Args {
     let Shape { world, layout, .. } = group.shape;
     let mut template = Args {
-        flags: config.broken,
-        deadline_ns: config.deadline.as_nanos().min(u64::MAX as u128) as u64,
+        flags: config.broken | if config.checked { flags::CHECKED } else { 0 },
+        deadline: ticks(config.deadline),
+        first_deadline: ticks(config.first_deadline()),
         ..Args::new(rank, world, layout)
     };
     group.mailboxes.address(&mut template);
@@ -570,25 +641,25 @@ pub(crate) struct Health {
     members: Weak<[Arc<Member>]>,
     segment: Option<Weak<Segment>>,
     rank: u32,
-    deadline: Duration,
+    outcome: Outcome,
 }
 
 impl Health {
-    /// As [`Communicator::health`]; well, once the group is gone.
+    /// As [`Communicator::health`] was in the generation in which this was made; well, once the group is gone.
     pub(crate) fn check(&self) -> Result<()> {
-        let Some(members) = self.members.upgrade() else { return Ok(()) };
         let segment = self.segment.as_ref().and_then(Weak::upgrade);
-        health_of(&members, segment.as_ref(), self.rank, self.deadline)
+        let now = self
+            .members
+            .upgrade()
+            .map_or(Ok(()), |members| health_of(&members, segment.as_ref(), self.rank));
+        // The outcome is said before the page is cleared: who finds the page clear finds the outcome.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        self.outcome.said().unwrap_or(now)
     }
 }
 
 /// What the status page of `rank` says.
-fn health_of(
-    members: &[Arc<Member>],
-    segment: Option<&Arc<Segment>>,
-    rank: u32,
-    deadline: Duration,
-) -> Result<()> {
+fn health_of(members: &[Arc<Member>], segment: Option<&Arc<Segment>>, rank: u32) -> Result<()> {
     let page = members[rank as usize].status.host.cast::<Status>();
     // SAFETY: the page is alive as long as the member. The device writes the state last, after
     // a system-wide fence, so the rest is valid once it is not OK. Hosts write the abort word.
@@ -615,9 +686,16 @@ fn health_of(
     Err(match status.state {
         state::OK => Error::Stopped { rank },
         state::TIMED_OUT => {
-            Error::Timeout { operation, rank, peer, epoch, phase, waited: deadline }
+            // Whole milliseconds: a tick says no more.
+            let waited =
+                Duration::from_millis((u64::from(status.waited) << TICK_SHIFT) / 1_000_000);
+            Error::Timeout { operation, rank, peer, epoch, phase, waited }
         }
         state::CORRUPT => Error::Corrupt { operation, rank, peer },
+        state::MISMATCH => {
+            let [mine, theirs] = status.signatures.map(Signature::describe);
+            Error::Mismatch { op: operation, rank, peer, call: epoch.into(), mine, theirs }
+        }
         _ => Error::Aborted { operation, rank, peer, epoch, phase },
     })
 }

@@ -122,9 +122,12 @@ pub enum Error {
     },
 
     /// The process of a rank has ended without closing its communicator.
-    #[error("{operation}: rank {rank} lost rank {peer}: its process (pid {pid}) has ended")]
+    #[error(
+        "{operation}: rank {rank} lost rank {peer}: its process (pid {pid}) has ended{}",
+        way_on(operation)
+    )]
     PeerLost {
-        /// The collective that was waiting, or `health` if none was.
+        /// The collective that was waiting, `recover` or `shrink`, or `health` if none was.
         operation: &'static str,
         /// The rank that noticed.
         rank: u32,
@@ -141,10 +144,10 @@ pub enum Error {
         rank: u32,
     },
 
-    /// What a GPU read is not what its peer wrote.
+    /// What a GPU read is not what its peer wrote: a probe or a checked call found out.
     #[error("{operation}: rank {rank} read data from rank {peer} that rank {peer} did not write")]
     Corrupt {
-        /// The probe that found out.
+        /// The probe or the call that found out.
         operation: &'static str,
         /// The rank that read.
         rank: u32,
@@ -182,6 +185,16 @@ pub enum Error {
     },
 }
 
+/// Most characters of a reason that travels between ranks, or of a text that came from elsewhere, in an error.
+pub(crate) const LONGEST_REASON: usize = 1000;
+
+/// A text that this process did not write, fit for an error: not too long, and nothing that moves a
+/// terminal's cursor.
+pub(crate) fn clipped(text: &str) -> String {
+    let plain = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+    text.chars().take(LONGEST_REASON).map(plain).collect()
+}
+
 /// The name of an [`abi::phase`](peerlane_device::abi::phase) code.
 pub(crate) fn phase_name(code: u32) -> &'static str {
     match code {
@@ -190,7 +203,18 @@ pub(crate) fn phase_name(code: u32) -> &'static str {
         phase::RESULT => "its result",
         phase::BARRIER => "the barrier",
         phase::PROBE => "the probe",
+        phase::SIGNATURE => "its signature",
+        phase::CHECKSUM => "its checksum",
+        phase::VERDICT => "its verdict",
         _ => "an unknown phase",
+    }
+}
+
+/// What is left to do where `operation` cannot go on without a rank that is gone.
+fn way_on(operation: &str) -> &'static str {
+    match operation {
+        "recover" | "shrink" => "; shrink, naming every rank that is gone, goes on without it",
+        _ => "",
     }
 }
 

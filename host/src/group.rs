@@ -5,7 +5,7 @@
 use crate::call_log::CallLog;
 use crate::choice::{Known, LinkClass, Shown, Tuning};
 use crate::communicator::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clipped};
 use crate::gpu::{Backend, GpuRef, cuda};
 use crate::host_mailbox::HostMailbox;
 use crate::layout;
@@ -13,6 +13,7 @@ use crate::mailbox::{Extent, Member, Offer};
 use crate::plan::staging::LEAST_STAGING_BYTES;
 use crate::plan::{self, Shape};
 use crate::rendezvous::{ABORTED, Assembly, LOST, Membership, Segment};
+use crate::selftest::{Consult, Identity, Symptom, explained};
 use crate::sizing;
 use crate::transport::{Pairs, Transport};
 use peerlane_device::abi::{ABI_VERSION, Args, Kernel, MAX_RANKS, MAX_THREADS, Status, UNIT};
@@ -50,6 +51,9 @@ impl Card {
         for kernel in Kernel::ALL {
             resident_blocks = resident_blocks.min(gpu.resident_blocks(*kernel, MAX_THREADS)?);
         }
+        if config.checked {
+            resident_blocks = resident_blocks.min(gpu.load_checked_kernels(MAX_THREADS)?);
+        }
         Ok(Card {
             ordinal: gpu.properties().ordinal,
             uuid: gpu.properties().uuid.clone(),
@@ -75,7 +79,7 @@ impl Card {
             op: "join",
             reason: format!(
                 "GPU {} of another rank is hidden from this process; CUDA_VISIBLE_DEVICES must show every rank all GPUs of the group",
-                self.uuid
+                clipped(&self.uuid)
             ),
         })
     }
@@ -107,14 +111,16 @@ impl Agreement {
             if card.config != first.config {
                 return fail(format!(
                     "rank 0 and rank {rank} bring different configurations: {} and {}",
-                    first.config, card.config
+                    clipped(&first.config),
+                    clipped(&card.config)
                 ));
             }
         }
         if let Some(reason) = different_tables(cards) {
             return fail(reason);
         }
-        let Some(layout) = layout::choose(world, config.mailbox_bytes) else {
+        let choose = if config.checked { layout::choose_checked } else { layout::choose };
+        let Some(layout) = choose(world, config.mailbox_bytes) else {
             return Err(Error::InvalidArgument {
                 op: "connect",
                 argument: "mailbox_bytes",
@@ -138,15 +144,31 @@ impl Agreement {
         })
     }
 
-    /// What rank 0 finds out for all; nothing on other ranks.
-    pub(crate) fn known(&self, rank: u32, cards: &[Card], config: &Config) -> Result<Known> {
+    /// What rank 0, on `gpu`, finds out for all; nothing on other ranks. `patience` is the others'.
+    pub(crate) fn known(
+        &self,
+        gpu: &GpuRef,
+        (rank, patience): (u32, Option<Duration>),
+        cards: &[Card],
+        config: &Config,
+    ) -> Result<Known> {
         if rank != 0 {
             return Ok(Known::default());
         }
         let identity = |card: &Card| (card.uuid.clone(), card.pci_bus_id.clone());
         let gpus: Vec<_> = cards.iter().map(identity).collect();
         let simulated = cards[0].backend == Backend::Sim;
-        Known::find(config, cards[0].tuning.as_ref(), &gpus, (simulated, self.shape.class))
+        let class = (simulated, self.shape.class);
+        let known = Known::find(config, cards[0].tuning.as_ref(), &gpus, class)?;
+        let identity =
+            |card: &Card| Identity { pci_bus_id: card.pci_bus_id.clone(), uuid: card.uuid.clone() };
+        let gpus = cards.iter().map(identity).collect();
+        Ok(Known { verdicts: Consult { config, gpu, gpus, patience }.ask(), ..known })
+    }
+
+    /// That no pair of GPUs has failed its self-test which must not use host memory. The same on every rank.
+    pub(crate) fn accept_verdicts(&self, known: &Known, config: &Config) -> Result<()> {
+        known.verdicts.accept(config.transport, &self.ordinals)
     }
 
     /// Allocates the memory of a rank on `gpu`.
@@ -210,7 +232,9 @@ impl Agreement {
             };
             let member = match (offer.map(remote), transport) {
                 (Some(Ok(member)), _) => member,
-                (Some(Err(error)), Transport::P2p) => return Err(error),
+                (Some(Err(error)), Transport::P2p) => {
+                    return Err(explained(error, gpu.backend(), Symptom::NoAccess));
+                }
                 (Some(Err(error @ Error::InvalidArgument { .. })), _) => return Err(error),
                 (Some(Err(_)) | None, _) => {
                     unreached |= 1 << peer;
@@ -239,7 +263,8 @@ impl Agreement {
             };
             match (mapped, transport) {
                 (Err(Error::Unreachable { .. }), Transport::Auto) => unreached |= 1 << peer,
-                (mapped, _) => mapped?,
+                (Err(error), _) => return Err(explained(error, gpu.backend(), Symptom::NoAccess)),
+                (Ok(()), _) => {}
             }
         }
         Ok(unreached)
@@ -301,7 +326,10 @@ fn different_tables(cards: &[Card]) -> Option<String> {
     let (rank, other) = others.find(|(_, other)| other.hash != first.hash)?;
     Some(format!(
         "rank 0 and rank {rank} bring different configurations: tuning tables {} ({}) and {} ({})",
-        first.file, first.hash, other.file, other.hash
+        clipped(&first.file),
+        clipped(&first.hash),
+        clipped(&other.file),
+        clipped(&other.hash)
     ))
 }
 
@@ -495,7 +523,8 @@ fn shape_with(shape: Shape, mailboxes: &Mailboxes) -> Shape {
 
 /// Stops a group's waits, from any thread and while its communicators are in use or being closed.
 /// It does not keep the group alive. Clones share what they stop: the group that the communicator has
-/// now, which [`Communicator::adapt`](crate::Communicator::adapt) may replace.
+/// now, which [`Communicator::adapt`](crate::Communicator::adapt) and
+/// [`Communicator::shrink`](crate::Communicator::shrink) may replace.
 #[derive(Clone)]
 pub struct Aborter {
     members: Arc<Mutex<Weak<[Arc<Member>]>>>,
@@ -509,8 +538,8 @@ impl Default for Aborter {
 }
 
 impl Aborter {
-    /// Ends every wait of every rank; their calls return errors from then on. Does nothing once
-    /// the communicator is closed.
+    /// Ends every wait of every rank; their calls return errors from then on, until the ranks recover. Does
+    /// nothing once the communicator is closed.
     pub fn abort(&self) {
         self.store(ABORTED);
     }
@@ -533,6 +562,11 @@ impl Aborter {
             // A rank that was lost before is the reason to report.
             let _ = abort.compare_exchange(0, reason, Ordering::AcqRel, Ordering::Relaxed);
         }
+    }
+
+    /// Waits until whoever is aborting through a clone has stored all words.
+    pub(crate) fn settle(&self) {
+        drop(self.lock());
     }
 
     /// From now on stops the waits of `group`, for all clones.

@@ -70,12 +70,12 @@ impl HostMailbox {
         file.transpose().map_err(|error| unsupported(error.to_string()))
     }
 
-    /// Makes all slots free and lets all counters begin at `first`.
-    fn empty(&self, layout: Layout, first: u32) {
+    /// Makes all slots free and lets all counters begin at `first`. Only while nobody else uses it.
+    pub(crate) fn empty(&self, layout: Layout, first: u32) {
         let (counters, slots) = (layout.words(0) as usize, layout.first_slot as usize);
         let base = self.memory.host;
         let words = first.to_ne_bytes().repeat((slots - counters) / 4);
-        // SAFETY: all inside the memory, which nobody else knows of yet.
+        // SAFETY: all inside the memory, which nobody else uses meanwhile.
         unsafe {
             base.write_bytes(0, counters);
             base.add(counters).copy_from_nonoverlapping(words.as_ptr(), words.len());

@@ -5,42 +5,51 @@
 
 use crate::choice::Known;
 use crate::communicator::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, LONGEST_REASON, Result, clipped};
 use crate::gpu::GpuRef;
 use crate::group::{Agreement, Card, Group, Mailboxes};
 use crate::host_mailbox::HostMailbox;
 use crate::mailbox::{Member, Offer};
 use crate::plan::Shape;
 use crate::probe::Probe;
-use crate::rendezvous::{Processes, Seat};
+use crate::rendezvous::Seat;
+use crate::selftest::Verdicts;
 use crate::transport::{Pairs, Transport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Most characters of a reason that travels. A compiler's log can be longer than a message.
-const LONGEST_REASON: usize = 1000;
-
-/// Joins as `rank`, which is `ready` to or says why it cannot; returns this process's view of the group,
-/// and what rank 0 found out for it.
+/// Joins as `rank`, whose seat it is, and which is `ready` to or says why it cannot; returns this process's view of
+/// the group, and what rank 0 found out for it.
 pub(crate) fn join(
-    meeting: &Processes,
+    seat: Seat,
     rank: u32,
     ready: Result<()>,
     gpu: &GpuRef,
     config: &Config,
 ) -> Result<(Group, Known)> {
-    let seat = meeting.enter(rank)?;
     let segment = seat.segment.clone();
     let card = ready.and_then(|()| Card::prepare(gpu, config));
     let cards: Vec<Card> = values(share(&seat, rank, card, None)?);
     let agreement = Agreement::of(&cards, config)?;
-    let known = share(&seat, rank, agreement.known(rank, &cards, config), None)?.swap_remove(0).0;
+    let known = agreement.known(gpu, (rank, Some(seat.patience())), &cards, config);
+    let known = share(&seat, rank, known, None)?.swap_remove(0).0;
+    let world = agreement.shape.world;
+    known.check(world).map_err(|reason| Error::Rendezvous { world, reason })?;
+    agreement.accept_verdicts(&known, config)?;
     let (own, offer, file) = match agreement.offer(gpu, config, &segment, rank) {
         Ok((own, offer, file)) => (Some(own), Ok(offer), file),
         Err(error) => (None, Err(error), None),
     };
-    let entered = Entered { seat: &seat, agreement: &agreement, cards: &cards, rank, gpu, config };
+    let entered = Entered {
+        seat: &seat,
+        agreement: &agreement,
+        cards: &cards,
+        verdicts: &known.verdicts,
+        rank,
+        gpu,
+        config,
+    };
     match (entered.map_and_probe(own.as_ref(), offer, file), own) {
         (Ok(mailboxes), Some(own)) => {
             Ok((Group::of_processes(agreement.shape, mailboxes, seat.join(own)?), known))
@@ -59,6 +68,7 @@ struct Entered<'a> {
     seat: &'a Seat,
     agreement: &'a Agreement,
     cards: &'a [Card],
+    verdicts: &'a Verdicts,
     rank: u32,
     gpu: &'a GpuRef,
     config: &'a Config,
@@ -73,7 +83,7 @@ impl Entered<'_> {
         offer: Result<Option<Offer>>,
         file: Option<OwnedFd>,
     ) -> Result<Mailboxes> {
-        let Entered { seat, agreement, cards, rank, gpu, config } = *self;
+        let Entered { seat, agreement, cards, verdicts, rank, gpu, config } = *self;
         let offers = share(seat, rank, offer, file)?;
         // It is there, or sharing the failure would have returned.
         let Some(own) = own else { return Err(Error::Closed { op: "join", rank }) };
@@ -84,7 +94,7 @@ impl Entered<'_> {
             Err(error) => (Vec::new(), Err(error)),
         };
         let unreached: Vec<u16> = values(share(seat, rank, unreached, None)?);
-        let mut mailboxes = Mailboxes::new(members, Pairs::of(&unreached));
+        let mut mailboxes = Mailboxes::new(members, verdicts.demote(Pairs::of(&unreached)));
         // Every pass but the last demotes at least one pair, so they end.
         for pass in 0.. {
             self.share_hosts(&mut mailboxes)?;
@@ -144,8 +154,16 @@ impl Entered<'_> {
                 Some((_, error)) => Err(error),
             });
             let verdicts: Vec<Option<u32>> = values(share(seat, rank, verdict, None)?);
-            let failures = (0..).zip(&verdicts).filter_map(|(to, from)| Some(((*from)?, to)));
-            failures.for_each(|(from, to)| pairs.demote(from, to));
+            let failures: Vec<(u32, u32)> =
+                (0..).zip(&verdicts).filter_map(|(to, from)| Some(((*from)?, to))).collect();
+            let world = agreement.shape.world;
+            if let Some((from, to)) =
+                failures.iter().find(|(from, to)| *from >= world || from == to)
+            {
+                let reason = format!("rank {to} says that nothing came from rank {from}");
+                return Err(Error::Rendezvous { world, reason });
+            }
+            failures.into_iter().for_each(|(from, to)| pairs.demote(from, to));
             if verdicts.iter().any(Option::is_some) {
                 share(seat, rank, self.forget_failures(mailboxes), None)?;
             }
@@ -202,8 +220,12 @@ impl Failure {
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Error {
         match failure {
-            Failure::Unreachable { from, to, reason } => Error::Unreachable { from, to, reason },
-            Failure::Unsupported { reason } => Error::Unsupported { op: "join", reason },
+            Failure::Unreachable { from, to, reason } => {
+                Error::Unreachable { from, to, reason: clipped(&reason) }
+            }
+            Failure::Unsupported { reason } => {
+                Error::Unsupported { op: "join", reason: clipped(&reason) }
+            }
         }
     }
 }

@@ -18,11 +18,20 @@ const LANES: u32 = 256;
 /// Slots shrink before lanes do: lanes are what fills a fast link, and a chunk smaller than a slot
 /// costs little.
 pub fn choose(world: u32, limit: usize) -> Option<Layout> {
+    fit(world, limit, Layout::new)
+}
+
+/// The same for checked calls, which need a little more room.
+pub fn choose_checked(world: u32, limit: usize) -> Option<Layout> {
+    fit(world, limit, Layout::checked)
+}
+
+fn fit(world: u32, limit: usize, make: fn(u32, u32, u32) -> Option<Layout>) -> Option<Layout> {
     // Two ranks keep few chunks in flight; from three on, a two-shot call has two per turn.
     let slots = if world <= 2 { 4 } else { 8 };
     let (mut lanes, mut units) = (LANES, SLOT_UNITS);
     loop {
-        let layout = Layout::new(lanes, slots, units);
+        let layout = make(lanes, slots, units);
         if layout.is_some_and(|layout| layout.mailbox_bytes(world) <= limit) {
             return layout;
         }

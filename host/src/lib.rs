@@ -7,8 +7,13 @@ pub mod cases;
 pub mod choice;
 mod collectives;
 pub mod communicator;
+#[cfg(test)]
+mod corrupted;
 pub mod error;
 pub mod ffi;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gpu;
 mod group;
 mod host_mailbox;
@@ -18,15 +23,20 @@ pub mod links;
 mod mailbox;
 pub mod model;
 mod monitor;
+mod neighbours;
 pub mod plan;
 pub mod pool;
 mod probe;
+mod recovery;
 pub mod reference;
 mod registration;
+mod regroup;
 pub mod rendezvous;
 pub mod request;
 mod scheduled;
 mod sealed;
+pub mod selftest;
+mod shrink;
 mod sizing;
 pub mod topology;
 pub mod transport;
@@ -47,6 +57,7 @@ pub use rendezvous::{Meeting, Processes};
 pub use request::{
     AllGather, AllReduce, AllReduceRegistered, Broadcast, Chunk, Gather, ReduceScatter,
 };
+pub use selftest::SelfTest;
 pub use sizing::{Sizes, Sizing};
 pub use transport::Transport;
 pub use usage::{Counts, Family, Usage};

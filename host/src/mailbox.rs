@@ -4,14 +4,16 @@
 //! Invariant: a mailbox belongs to Peerlane and lives until no rank can write to it any more. What
 //! another process offers is mapped here, never owned.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Exported, GpuRef, HostMemory, MemoryHandle, Stream};
+use crate::neighbours::{self, Note, Purpose};
 use crate::plan::staging::{AREA_FLAG_BYTES, AREA_FLAGS, FLAG_BYTES, UP_BYTE};
-use crate::rendezvous::{PAGE, Segment};
+use crate::rendezvous::{ABORTED, PAGE, Segment};
 use peerlane_device::abi::{CONTROL_BYTES, FREE, Layout, Status, state};
 use serde::{Deserialize, Serialize};
 use std::hash::BuildHasher;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 /// One rank's memory that others write to, and its status page.
@@ -24,6 +26,8 @@ pub(crate) struct Member {
     pub(crate) staging: DevicePtr,
     pub(crate) status: HostMemory,
     holds: Holds,
+    /// That ranks of this process may use the mailbox where it is.
+    _note: Option<Note>,
     /// Keeps the status page mapped, if it lies in memory that processes share.
     _segment: Option<Arc<Segment>>,
 }
@@ -108,7 +112,10 @@ impl Member {
         let mailbox = if exported { gpu.alloc_shared(bytes)? } else { gpu.alloc(bytes)? };
         // SAFETY: the page is whole, and the member keeps it mapped.
         let status = unsafe { gpu.register_host(segment.page(rank), PAGE) };
-        Member::with(gpu, (mailbox, extent), status, Some(segment.clone()))?.cleared(extent)
+        let mut member = Member::with(gpu, (mailbox, extent), status, Some(segment.clone()))?;
+        let owner = (segment.number(), rank, Purpose::Mailbox);
+        member._note = exported.then(|| neighbours::note(owner, mailbox.0, bytes));
+        member.cleared(extent)
     }
 
     /// Holds `mailbox` and `status`, or frees the first if there is no second.
@@ -126,6 +133,7 @@ impl Member {
                 staging: mailbox.offset(extent.mailbox_bytes),
                 status,
                 holds: if segment.is_some() { Holds::Shared } else { Holds::Private },
+                _note: None,
                 _segment: segment,
             }),
             Err(error) => {
@@ -136,8 +144,13 @@ impl Member {
         }
     }
 
-    /// Empties the mailbox and takes all flags down.
     fn cleared(self, extent: Extent) -> Result<Member> {
+        self.clear(extent)?;
+        Ok(self)
+    }
+
+    /// Empties the mailbox and takes all flags down. Only while nobody uses this rank's own memory.
+    pub(crate) fn clear(&self, extent: Extent) -> Result<()> {
         let words = extent.layout.first_slot as usize;
         let own = OwnStream::new(&self.gpu)?;
         // SAFETY: the ranges lie in the mailbox and in the staging area.
@@ -151,9 +164,35 @@ impl Member {
                 self.gpu.fill(areas, UP_BYTE, AREA_FLAG_BYTES, own.stream)?;
             }
         }
-        self.gpu.stream_synchronize(own.stream)?;
-        drop(own);
-        Ok(self)
+        self.gpu.stream_synchronize(own.stream)
+    }
+
+    /// Whether no call of this rank has recorded that it was cut short.
+    pub(crate) fn is_well(&self) -> bool {
+        let page = self.status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the member.
+        unsafe { (&raw const (*page).state).read_volatile() == state::OK }
+    }
+
+    /// Makes the status page say that no call was ever made; the abort word stays. Only while no work of this rank
+    /// runs.
+    pub(crate) fn clear_status(&self) {
+        let page = self.status.host;
+        let from = std::mem::offset_of!(Status, state);
+        // SAFETY: the page is alive as long as the member, and it ends behind both.
+        unsafe {
+            page.add(from).write_bytes(0, size_of::<Status>() - from);
+            page.add(Board::OFFSET).write_bytes(0, size_of::<Board>());
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    /// Takes the word back with which hosts have stopped this rank's waits, unless a rank is gone.
+    pub(crate) fn clear_abort(&self) {
+        let status = self.status.host.cast::<Status>();
+        // SAFETY: the page is alive as long as the member, and hosts write this word as an atomic.
+        let abort = unsafe { AtomicU32::from_ptr(&raw mut (*status).abort) };
+        let _ = abort.compare_exchange(ABORTED, 0, Ordering::SeqCst, Ordering::Relaxed);
     }
 
     /// What a rank on `gpu` knows of `peer` on the GPU `ordinal`, whose mailbox there it does not
@@ -163,7 +202,8 @@ impl Member {
         let (mailbox, holds) = (DevicePtr(0), Holds::Nothing);
         let _segment = Some(segment.clone());
         let staging = DevicePtr(0);
-        Member { gpu: gpu.clone(), ordinal, mailbox, staging, status, holds, _segment }
+        let (gpu, _note) = (gpu.clone(), None);
+        Member { gpu, ordinal, mailbox, staging, status, holds, _note, _segment }
     }
 
     /// The memory of `peer` on the GPU `ordinal`, as a rank on `gpu` reaches it.
@@ -174,10 +214,10 @@ impl Member {
         extent: Extent,
         (offer, file): (Offer, Option<OwnedFd>),
     ) -> Result<Member> {
+        offer.check((segment.number(), peer), extent)?;
         let mut member = Member::distant(gpu, segment, peer, ordinal);
         // The driver opens no IPC handle in the process that made it.
-        let is_neighbour = offer.process == this_process();
-        let (mailbox, holds) = if is_neighbour && offer.handle != MemoryHandle::File {
+        let (mailbox, holds) = if offer.is_neighbour() {
             if ordinal != gpu.properties().ordinal {
                 gpu.enable_peer(ordinal)?;
             }
@@ -204,7 +244,7 @@ impl Member {
         let words = (layout.words(layout.lanes) - layout.words(0)) as usize;
         let counters: Vec<u8> = first.to_le_bytes().iter().copied().cycle().take(words).collect();
         let own = OwnStream::new(&self.gpu)?;
-        // SAFETY: the counters lie in the mailbox, and nobody uses it yet.
+        // SAFETY: the counters lie in the mailbox, and nobody uses it meanwhile.
         unsafe {
             self.gpu.upload(self.mailbox.offset(layout.words(0) as usize), &counters, own.stream)?
         };
@@ -259,6 +299,33 @@ pub(crate) struct Offer {
     process: (u32, u64),
 }
 
+impl Offer {
+    /// Whether it is used where it is: it comes from this process, so it says.
+    fn is_neighbour(&self) -> bool {
+        self.process == this_process() && self.handle != MemoryHandle::File
+    }
+
+    /// That it is the mailbox of rank `peer` of the group `number`: as large as this rank's own, and of this process
+    /// only if it is known here.
+    pub(crate) fn check(&self, (number, peer): (u64, u32), extent: Extent) -> Result<()> {
+        let wrong = |expected: String, got: String| {
+            let (op, argument) = ("join", "offer");
+            let got = format!("{got} from rank {peer}");
+            Err(Error::InvalidArgument { op, argument, expected, got })
+        };
+        if self.bytes != extent.bytes() {
+            let expected = format!("a mailbox of {} bytes", extent.bytes());
+            return wrong(expected, format!("{} bytes", self.bytes));
+        }
+        let owner = (number, peer, Purpose::Mailbox);
+        if self.is_neighbour() && !neighbours::offers(owner, self.address, self.bytes) {
+            let expected = "the mailbox of a rank of this process".into();
+            return wrong(expected, format!("the address {:#x}", self.address));
+        }
+        Ok(())
+    }
+}
+
 /// What no two living processes have in common, whatever their namespaces: a process's number and
 /// where its memory begins to differ.
 pub(crate) fn this_process() -> (u32, u64) {
@@ -288,9 +355,34 @@ impl Drop for OwnStream {
 
 #[cfg(test)]
 mod tests {
-    use crate::gpu::{GpuRef, sim};
+    use super::{Extent, Offer, this_process};
+    use crate::gpu::{GpuRef, MemoryHandle, sim};
+    use crate::neighbours::{self, Purpose};
     use crate::{Algorithm, AllReduce, Communicator, Config, DType, Format};
-    use peerlane_device::abi::lane_words;
+    use peerlane_device::abi::{Layout, lane_words};
+
+    #[test]
+    fn an_offer_of_another_size_or_at_a_strange_address_is_refused() {
+        let extent = Extent::new(Layout::new(2, 4, 16).unwrap(), 2, 4096);
+        let group = u64::MAX - 21;
+        let refused = |handle: MemoryHandle, bytes, address, process| {
+            let offer = Offer { handle, bytes, address, process };
+            offer.check((group, 1), extent).err().map(|error| error.to_string())
+        };
+        let ipc = || MemoryHandle::Ipc(vec![0; 64]);
+        let (right, other) = (extent.bytes(), (1, 2));
+        assert_eq!(refused(MemoryHandle::File, right, 0, this_process()), None);
+        assert_eq!(refused(ipc(), right, 0x1000, other), None, "to be mapped, not used as it is");
+        for bytes in [0, 1, right - 1, right + 1, usize::MAX] {
+            let reason = refused(ipc(), bytes, 0x1000, other).unwrap();
+            assert!(reason.contains(&format!("got {bytes} bytes from rank 1")), "{reason}");
+        }
+        let lie = refused(ipc(), right, 0x1000, this_process()).unwrap();
+        assert!(lie.contains("the address 0x1000 from rank 1"), "{lie}");
+        let _note = neighbours::note((group, 1, Purpose::Mailbox), 0x1000, right);
+        assert_eq!(refused(ipc(), right, 0x1000, this_process()), None);
+        assert!(refused(ipc(), right, 0x1100, this_process()).is_some());
+    }
 
     #[test]
     fn a_seal_that_nobody_needs_is_renewed_before_it_looks_new() {

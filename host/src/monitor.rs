@@ -7,12 +7,13 @@
 //! know that it means nothing. While nothing is outstanding the thread sleeps, unless a call was
 //! captured: nobody says when a graph runs, so then it looks at the board now and then.
 
+use crate::communicator::Config;
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, GpuRef, HostMemory};
 use crate::group::{Aborter, Group};
 use crate::mailbox::{Board, OwnStream};
 use crate::plan::staging::{FLAG_BYTES, UP_BYTE};
-use peerlane_device::abi::{Operation, Status, state};
+use peerlane_device::abi::{Operation, Status, state, ticks};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -42,7 +43,8 @@ struct State {
     issued: u32,
     operation: Operation,
     captured: bool,
-    deadline: Duration,
+    /// Of all calls, and of the first.
+    deadlines: [Duration; 2],
     stop: bool,
 }
 
@@ -55,14 +57,10 @@ impl Shared {
 
 impl Monitor {
     /// Makes what the thread needs. It does not start before the first call.
-    pub(crate) fn new(
-        gpu: &GpuRef,
-        rank: u32,
-        group: &Group,
-        deadline: Duration,
-    ) -> Result<Monitor> {
+    pub(crate) fn new(gpu: &GpuRef, rank: u32, group: &Group, config: &Config) -> Result<Monitor> {
         let operation = Operation::AllReduce;
-        let state = State { issued: 0, operation, captured: false, deadline, stop: false };
+        let deadlines = [config.deadline, config.first_deadline()];
+        let state = State { issued: 0, operation, captured: false, deadlines, stop: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let own = &group.mailboxes.members[rank as usize];
         let watch = Watch {
@@ -81,6 +79,34 @@ impl Monitor {
     /// # Errors
     /// There is no thread to be had: the call would have no deadline.
     pub(crate) fn began(&mut self, call: u32, captured: bool, operation: Operation) -> Result<()> {
+        self.start(operation)?;
+        let mut state = self.shared.lock();
+        state.operation = operation;
+        if captured {
+            state.captured = true;
+        } else {
+            state.issued = call;
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// The operation of the calls that were captured, if any were.
+    pub(crate) fn captured(&self) -> Option<Operation> {
+        let state = self.shared.lock();
+        state.captured.then_some(state.operation)
+    }
+
+    /// Watches over calls that were captured before.
+    ///
+    /// # Errors
+    /// As for [`Monitor::began`].
+    pub(crate) fn watch_graphs(&mut self, operation: Operation) -> Result<()> {
+        self.began(0, true, operation)
+    }
+
+    fn start(&mut self, operation: Operation) -> Result<()> {
         if let Some(watch) = self.watch.take() {
             let thread = std::thread::Builder::new().name("peerlane-monitor".into());
             let started =
@@ -96,20 +122,11 @@ impl Monitor {
                 reason: "no thread watches over the call".into(),
             });
         }
-        let mut state = self.shared.lock();
-        state.operation = operation;
-        if captured {
-            state.captured = true;
-        } else {
-            state.issued = call;
-        }
-        drop(state);
-        self.shared.changed.notify_all();
         Ok(())
     }
 
-    pub(crate) fn set_deadline(&self, deadline: Duration) {
-        self.shared.lock().deadline = deadline;
+    pub(crate) fn set_deadline(&self, config: &Config) {
+        self.shared.lock().deadlines = [config.deadline, config.first_deadline()];
         self.shared.changed.notify_all();
     }
 
@@ -147,11 +164,11 @@ impl Watch {
                 (seen, since) = (board, Instant::now());
             }
             if !aborted && since.elapsed() >= deadline {
-                self.record(&board, state::TIMED_OUT);
+                self.record(&board, state::TIMED_OUT, since.elapsed());
                 self.aborter.abort();
                 self.raise();
             } else if aborted && board.busy != 0 {
-                self.record(&board, state::ABORTED);
+                self.record(&board, state::ABORTED, since.elapsed());
                 self.raise();
             }
         }
@@ -166,13 +183,14 @@ impl Watch {
         }
         let pause = match self.is_aborted() {
             true => RAISE_PAUSE,
-            false => (state.deadline / LOOKS).clamp(SHORTEST_PAUSE, LONGEST_PAUSE),
+            false => (state.deadlines[0] / LOOKS).clamp(SHORTEST_PAUSE, LONGEST_PAUSE),
         };
         if !state.stop {
             let woken = self.shared.changed.wait_timeout(state, pause);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        (!state.stop).then_some(state.deadline)
+        let first = self.board().done == 0;
+        (!state.stop).then_some(state.deadlines[usize::from(first)])
     }
 
     fn board(&self) -> Board {
@@ -192,7 +210,7 @@ impl Watch {
     }
 
     /// Leaves a record of what the rank waits for, unless there is one or it waits for nobody.
-    fn record(&self, board: &Board, reason: u32) {
+    fn record(&self, board: &Board, reason: u32, waited: Duration) {
         let page = self.page.host.cast::<Status>();
         let Some((phase, peer)) = board.waits() else { return };
         let operation = self.shared.lock().operation;
@@ -205,6 +223,7 @@ impl Watch {
             (&raw mut (*page).peer).write_volatile(peer);
             (&raw mut (*page).epoch).write_volatile(board.done.wrapping_add(1));
             (&raw mut (*page).phase).write_volatile(phase);
+            (&raw mut (*page).waited).write_volatile(ticks(waited));
             fence(Ordering::Release);
             AtomicU32::from_ptr(&raw mut (*page).state).store(reason, Ordering::Release);
         }

@@ -11,7 +11,8 @@ use crate::gpu::GpuRef;
 use crate::group::Mailboxes;
 use crate::mailbox::OwnStream;
 use crate::plan::Shape;
-use peerlane_device::abi::{Args, Kernel, Operation, Status, probe, state};
+use crate::selftest::{Symptom, explained};
+use peerlane_device::abi::{Args, Kernel, Operation, Status, probe, state, ticks};
 use std::time::Duration;
 
 /// Patterns that each pair exchanges.
@@ -60,7 +61,7 @@ impl Probe<'_> {
         let mut args = Args {
             operation: Operation::Probe as u32,
             peer,
-            deadline_ns: DEADLINE.as_nanos() as u64,
+            deadline: ticks(DEADLINE),
             mode: probe::PING_PONG,
             rounds: ROUNDS,
             rows: u64::from(1 + (pass * self.steps() + step) * ROUNDS),
@@ -90,7 +91,8 @@ impl Probe<'_> {
         };
         let by_host = self.mailboxes.pairs.by_host(peer, self.rank);
         let way = if by_host { "through host memory" } else { "the driver offers access, but" };
-        Some(Error::Unreachable { from, to, reason: format!("{way} {reason}") })
+        let error = Error::Unreachable { from, to, reason: format!("{way} {reason}") };
+        Some(if by_host { error } else { explained(error, self.gpu.backend(), Symptom::Wrong) })
     }
 }
 

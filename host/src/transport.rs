@@ -5,6 +5,7 @@
 
 use crate::algorithm::{UnknownName, named};
 use peerlane_device::abi::MAX_RANKS;
+use peerlane_device::pipe::everyone_else;
 use std::fmt;
 use std::str::FromStr;
 
@@ -61,10 +62,14 @@ pub(crate) struct Pairs {
 const _: () = assert!(MAX_RANKS <= u16::BITS as usize);
 
 impl Pairs {
-    /// What the ranks say, in rank order: a bit for every rank that they do not reach otherwise.
+    /// What the ranks say, in rank order: a bit for every rank that they do not reach otherwise. What they say
+    /// of themselves, or of ranks that do not exist, is left out.
     pub(crate) fn of(unreached: &[u16]) -> Pairs {
         let mut pairs = Pairs::default();
-        pairs.receivers[..unreached.len()].copy_from_slice(unreached);
+        let world = unreached.len().min(MAX_RANKS) as u32;
+        for (rank, (to, said)) in (0..).zip(pairs.receivers.iter_mut().zip(unreached)) {
+            *to = said & everyone_else(world, rank) as u16;
+        }
         pairs
     }
 
@@ -114,7 +119,14 @@ mod tests {
         pairs.demote(2, 0);
         assert_eq!([0, 1, 2].map(|to| pairs.senders(to)), [0b110, 0, 0b010]);
         assert!(pairs.any() && !Pairs::default().any());
-        pairs.demote(15, 15);
-        assert_eq!(pairs.senders(15), 1 << 15);
+        pairs.demote(14, 15);
+        assert_eq!(pairs.senders(15), 1 << 14);
+    }
+
+    #[test]
+    fn nobody_fails_to_reach_itself_or_who_is_not_there() {
+        assert_eq!(Pairs::of(&[0b1101, u16::MAX]), Pairs::of(&[0, 0b01]));
+        assert!(!Pairs::of(&[u16::MAX]).any());
+        assert_eq!(Pairs::of(&[u16::MAX; 17]).senders(15), 0x7fff);
     }
 }

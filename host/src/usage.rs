@@ -158,6 +158,11 @@ impl Tally {
         self.resizes += u64::from(resized);
     }
 
+    /// Calls of all kinds.
+    pub(crate) fn calls(&self) -> u64 {
+        self.counts.iter().map(|counts| counts.calls).sum()
+    }
+
     /// What it says.
     pub(crate) fn report(&self, sizes: Sizes) -> Usage {
         let mut counts = self.counts;

@@ -84,6 +84,11 @@ impl Side {
             self.settled.fetch_max(self.made, Ordering::Release);
         }
     }
+
+    /// Notes that everything is done.
+    pub(crate) fn settle_all(&self) {
+        self.settle(self.stream);
+    }
 }
 
 impl Drop for Side {
@@ -133,7 +138,8 @@ impl Work {
     }
 
     /// Waits until the call is done and says whether it and all calls before it went well. Says the
-    /// same however often it is asked. Once the communicator is closed, its `close` has said it.
+    /// same however often it is asked. Once the communicator is closed, its `close` has said it. Once it has
+    /// recovered or shrunk, what went wrong before that.
     ///
     /// # Errors
     /// Those of [`Communicator::health`], and as for [`Work::query`].

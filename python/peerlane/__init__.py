@@ -1,17 +1,22 @@
 """Peer-to-peer collectives for the GPUs of one machine."""
 
+import os
+import sys
+
 from ._peerlane import (
     Communicator,
     Event,
     PreparedAllReduce,
     Registration,
     Work,
+    _set_self_test_program,
     topology,
     version,
 )
 from .errors import (
     AbortedError,
     ClosedError,
+    CorruptError,
     DeadlineError,
     DriverError,
     Error,
@@ -25,6 +30,8 @@ from .errors import (
 
 __version__ = version()
 
+_set_self_test_program(sys.executable, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 __all__ = [
     "AbortedError",
     "ClosedError",
@@ -33,6 +40,7 @@ __all__ = [
     "DriverError",
     "Error",
     "Event",
+    "CorruptError",
     "MismatchError",
     "NoDriverError",
     "PeerLostError",

@@ -1,7 +1,7 @@
 """The compiled part of peerlane. A tensor is a torch.Tensor, an object with
 __cuda_array_interface__ or, on a simulated GPU, a numpy array from Communicator.empty."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -72,12 +72,16 @@ class Communicator:
         tuning: _Tuning = "auto",
         transport: _Transport | None = None,
         sizing: bool | tuple[int, int] = False,
+        first_deadline: float | None = None,
+        checked: bool = False,
     ) -> None:
         """Joins the group called name and returns once all world_size ranks have.
 
         device is the index of a GPU, "cuda:0", a torch.device, or "sim:3/8" for GPU 3 of a
-        simulated machine of 8. Waits on the GPU end after deadline seconds, the wait for the
-        other ranks to join after patience seconds. transport says what carries data: "p2p", "host"
+        simulated machine of 8. Waits on the GPU end after deadline seconds, in a rank's first call
+        after first_deadline (six times as long), the wait for the other ranks to join after patience
+        seconds. With checked, ranks compare on the GPU what they call, and checksums of what travels
+        (docs/reliability.md). transport says what carries data: "p2p", "host"
         (pinned host memory), or "auto", each pair's better one. What is left out of algorithm, route,
         fixed, exact, tuning and transport the environment may say (docs/tuning.md). With sizing,
         adapt may change mailbox_bytes, between the least and the most bytes given (docs/sizing.md).
@@ -101,6 +105,8 @@ class Communicator:
         tuning: _Tuning = "auto",
         transport: _Transport | None = None,
         sizing: bool | tuple[int, int] = False,
+        first_deadline: float | None = None,
+        checked: bool = False,
     ) -> list[Communicator]:
         """All ranks of a group in this process, rank r on devices[r], for one thread to drive."""
 
@@ -111,6 +117,10 @@ class Communicator:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
+
+    @property
+    def generation(self) -> int:
+        """How often the ranks have recovered or shrunk."""
 
     @property
     def device(self) -> str:
@@ -160,9 +170,15 @@ class Communicator:
     def deregister_all(ranks: list[Communicator], registrations: list[Registration]) -> None:
         """deregister, for one thread that drives all ranks."""
 
-    def prepare_all_reduce(self, *, op: _Op = "sum", wire: _Wire = "native") -> PreparedAllReduce:
+    def prepare_all_reduce(
+        self,
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        retry: Callable[[Exception], bool] | None = None,
+    ) -> PreparedAllReduce:
         """An all-reduce in place whose options are fixed, for callers to whom every microsecond
-        counts."""
+        counts. When a call fails, retry gets the exception, and says whether to call once more."""
 
     def reduce_scatter(
         self,
@@ -281,6 +297,26 @@ class Communicator:
     @staticmethod
     def adapt_all(ranks: Sequence[Communicator]) -> bool:
         """adapt for all ranks of a group of connect, in rank order, by one thread."""
+
+    @property
+    def calls(self) -> int:
+        """How many calls of this rank have been queued, captured ones included."""
+
+    def recover(self) -> None:
+        """Brings the communicator back after an abort, a time-out or any other error of its calls. All ranks
+        call it, each in its thread or process. Tensors, registrations and CUDA graphs stay valid."""
+
+    @staticmethod
+    def recover_all(ranks: Sequence[Communicator]) -> None:
+        """recover for all ranks of a group of connect, in rank order, by one thread."""
+
+    def shrink(self, without: Iterable[int]) -> None:
+        """Goes on without these ranks, which are gone or hang. All others call it, each in its thread or process, and
+        are numbered anew. CUDA graphs with earlier calls must not run any more; tensors are registered again."""
+
+    @staticmethod
+    def shrink_all(ranks: Sequence[Communicator], without: Iterable[int]) -> None:
+        """shrink for all ranks that are left of a group of connect, in rank order, by one thread."""
 
     def usage(self) -> dict[str, Any]:
         """What this rank's calls have brought: calls, bytes, largest, largest_since (the last adapt) and

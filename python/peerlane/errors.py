@@ -27,6 +27,10 @@ class MismatchError(Error):
     """Two ranks called different things."""
 
 
+class CorruptError(Error):
+    """A GPU read something other than what its peer wrote."""
+
+
 class RendezvousError(Error):
     """The ranks did not meet."""
 

@@ -133,14 +133,14 @@ pub(crate) fn reduce_scatter<M: Made>(
     let need = Need::Elements(options::dtype(CALL, how.dtype)?);
     let src = Tensor::read(&rank.place(CALL, "tensor"), tensor, need)?;
     let dst = Tensor::read_writable(&rank.place(CALL, "out"), out, need)?;
-    let world = rank.world as usize;
+    let world = rank.world() as usize;
     if !src.count.is_multiple_of(world) {
         let expected = format!("a number of elements that {world} ranks can share");
         return Err(error::value(CALL, "tensor", expected, src.count));
     }
     let count = src.count / world;
     dst.fits(CALL, &src, count, "one rank's part of tensor")?;
-    dst.apart(CALL, &src, Some(rank.number as usize * dst.bytes()))?;
+    dst.apart(CALL, &src, Some(rank.number() as usize * dst.bytes()))?;
     let request = ReduceScatter {
         src: src.at(),
         dst: dst.at(),
@@ -165,9 +165,9 @@ pub(crate) fn all_gather<M: Made>(
     const CALL: &str = "all_gather";
     let src = Tensor::read(&rank.place(CALL, "tensor"), tensor, Need::Bytes)?;
     let dst = Tensor::read_writable(&rank.place(CALL, "out"), out, Need::Bytes)?;
-    let all = src.count.saturating_mul(rank.world as usize);
+    let all = src.count.saturating_mul(rank.world() as usize);
     dst.fits(CALL, &src, all, "tensor's, times the world size")?;
-    dst.apart(CALL, &src, Some(rank.number as usize * src.bytes()))?;
+    dst.apart(CALL, &src, Some(rank.number() as usize * src.bytes()))?;
     let request = AllGather { src: src.at(), dst: dst.at(), bytes: src.bytes() };
     let stream = rank.stream(py, CALL, stream, src.stream)?;
     // SAFETY: as in `all_reduce`, with world times `bytes` bytes to write.
@@ -185,7 +185,7 @@ pub(crate) fn broadcast<M: Made>(
     let root = options::whole32(CALL, "root", root)?;
     let route = options::route(CALL, route)?;
     let place = rank.place(CALL, "tensor");
-    let data = if root == rank.number {
+    let data = if root == rank.number() {
         Tensor::read(&place, tensor, Need::Bytes)?
     } else {
         Tensor::read_writable(&place, tensor, Need::Bytes)?
@@ -207,13 +207,13 @@ pub(crate) fn gather<M: Made>(
     const CALL: &str = "gather";
     let root = options::whole32(CALL, "root", root)?;
     let mut widths = read_widths(rank, widths)?;
-    let own = widths[rank.number as usize];
-    let src = gathered(rank, "tensor", tensor, own, format_args!("widths[{}]", rank.number))?;
-    let dst = if rank.number == root {
+    let own = widths[rank.number() as usize];
+    let src = gathered(rank, "tensor", tensor, own, format_args!("widths[{}]", rank.number()))?;
+    let dst = if rank.number() == root {
         let total = widths.iter().fold(0usize, |sum, width| sum.saturating_add(*width));
         gathered(rank, "out", out, total, format_args!("the sum of widths"))?
     } else if let Some(out) = out {
-        let expected = format!("None on rank {}, since the root is {root}", rank.number);
+        let expected = format!("None on rank {}, since the root is {root}", rank.number());
         return Err(error::value(CALL, "out", expected, error::kind(out)));
     } else {
         None
@@ -237,7 +237,7 @@ pub(crate) fn gather<M: Made>(
         src: address(&src),
         dst: address(&dst),
         rows: known.map_or(0, rows),
-        widths: &widths[..rank.world as usize],
+        widths: &widths[..rank.world() as usize],
         root,
     };
     let stream = rank.stream(py, CALL, stream, known.and_then(|tensor| tensor.stream))?;
@@ -280,7 +280,7 @@ fn read_widths(rank: &Communicator, widths: &Bound<'_, PyAny>) -> PyResult<[usiz
     const CALL: &str = "gather";
     let wrong = |_| error::wrong_type(CALL, "widths", "a sequence of ints", error::kind(widths));
     let sequence = widths.cast::<PySequence>().map_err(wrong)?;
-    let (count, world) = (sequence.len()?, rank.world as usize);
+    let (count, world) = (sequence.len()?, rank.world() as usize);
     if count != world {
         return Err(error::value(CALL, "widths", format!("{world} widths, one a rank"), count));
     }

@@ -2,8 +2,8 @@
 //!
 //! Invariant: the interpreter is let go of wherever a call waits (meeting, synchronizing, adapting,
 //! closing) and nowhere else; the lock around the library's communicator is never held while something
-//! waits, so any thread may abort, close or ask at any time. Registering and adapting hold it while the ranks
-//! meet, which the deadline bounds.
+//! waits, so any thread may abort, close or ask at any time. Registering, adapting, recovering and shrinking hold it
+//! while the ranks meet, which the deadline bounds.
 
 use crate::collectives::{self, Reduction};
 use crate::device::Device;
@@ -18,7 +18,7 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString, PyTuple};
 use std::ptr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -36,9 +36,10 @@ pub(crate) struct Communicator {
     aborter: Aborter,
     pub(crate) gpu: Device,
     pub(crate) ordinal: u32,
-    pub(crate) number: u32,
-    pub(crate) world: u32,
+    number: AtomicU32,
+    world: AtomicU32,
     mailbox: AtomicUsize,
+    generation: AtomicU64,
     /// The arguments of torch's question for the current stream, for a real GPU.
     pub(crate) stream_arguments: Option<Py<PyTuple>>,
     /// Tensors of asynchronous calls that nobody else refers to.
@@ -49,8 +50,8 @@ pub(crate) struct Communicator {
 impl Communicator {
     #[new]
     #[pyo3(
-        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
-        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False)"
+        signature = (rank, world_size, name, device, *, deadline=None, patience=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None, first_deadline=None, checked=None),
+        text_signature = "(rank, world_size, name, device, *, deadline=10.0, patience=120.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False, first_deadline=None, checked=False)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -72,6 +73,8 @@ impl Communicator {
         tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
         sizing: Given<'_, '_>,
+        first_deadline: Given<'_, '_>,
+        checked: Given<'_, '_>,
     ) -> PyResult<Communicator> {
         const CALL: &str = "Communicator";
         let rank = options::whole32(CALL, "rank", rank)?;
@@ -95,6 +98,8 @@ impl Communicator {
             tuning,
             transport,
             sizing,
+            first_deadline,
+            checked,
         };
         let config = config(py, CALL, &agreed)?;
         let device = Device::open(CALL, "device", device)?;
@@ -108,8 +113,8 @@ impl Communicator {
     /// All ranks of a group in this process, rank r on devices[r], for one thread to drive.
     #[staticmethod]
     #[pyo3(
-        signature = (devices, *, deadline=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None),
-        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False)"
+        signature = (devices, *, deadline=None, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=None, exact=None, tuning=None, transport=None, sizing=None, first_deadline=None, checked=None),
+        text_signature = "(devices, *, deadline=10.0, mailbox_bytes=None, staging_bytes=None, chunk_bytes=None, max_blocks=None, algorithm=None, route=None, fixed=False, exact=True, tuning='auto', transport=None, sizing=False, first_deadline=None, checked=False)"
     )]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn connect(
@@ -127,6 +132,8 @@ impl Communicator {
         tuning: Given<'_, '_>,
         transport: Given<'_, '_>,
         sizing: Given<'_, '_>,
+        first_deadline: Given<'_, '_>,
+        checked: Given<'_, '_>,
     ) -> PyResult<Vec<Communicator>> {
         const CALL: &str = "connect";
         let agreed = Agreed {
@@ -142,6 +149,8 @@ impl Communicator {
             tuning,
             transport,
             sizing,
+            first_deadline,
+            checked,
         };
         let config = config(py, CALL, &agreed)?;
         let devices = Device::open_all(CALL, devices)?;
@@ -155,13 +164,19 @@ impl Communicator {
     /// This rank's number.
     #[getter]
     fn rank(&self) -> u32 {
-        self.number
+        self.number()
     }
 
     /// Number of ranks.
     #[getter]
     fn world_size(&self) -> u32 {
-        self.world
+        self.world()
+    }
+
+    /// How often the ranks have recovered or shrunk.
+    #[getter]
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
     }
 
     /// This rank's GPU.
@@ -259,17 +274,22 @@ impl Communicator {
 
     /// An all-reduce in place whose options are fixed, for callers to whom every microsecond counts.
     #[pyo3(
-        signature = (*, op=None, wire=None),
-        text_signature = "($self, *, op='sum', wire='native')"
+        signature = (*, op=None, wire=None, retry=None),
+        text_signature = "($self, *, op='sum', wire='native', retry=None)"
     )]
     fn prepare_all_reduce(
         slf: &Bound<'_, Communicator>,
         op: Given<'_, '_>,
         wire: Given<'_, '_>,
+        retry: Given<'_, '_>,
     ) -> PyResult<PreparedAllReduce> {
         const CALL: &str = "prepare_all_reduce";
-        let (op, wire) = (options::reduce_op(CALL, op)?, options::wire(CALL, wire)?);
-        Ok(PreparedAllReduce::new(slf.clone().unbind(), op, wire))
+        let how = (options::reduce_op(CALL, op)?, options::wire(CALL, wire)?);
+        let retry = retry.filter(|retry| !retry.is_none());
+        if let Some(other) = retry.filter(|retry| !retry.is_callable()) {
+            return Err(error::wrong_type(CALL, "retry", "a callable or None", error::kind(other)));
+        }
+        Ok(PreparedAllReduce::new(slf.clone().unbind(), how, retry.cloned().map(Bound::unbind)))
     }
 
     /// Rank r ends with the reduction of all ranks' r-th parts.
@@ -357,7 +377,7 @@ impl Communicator {
     fn adapt(&self, py: Python<'_>) -> PyResult<bool> {
         let adapted = py.detach(|| {
             let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-            let rank = guard.as_mut().ok_or(Error::Closed { op: "adapt", rank: self.number })?;
+            let rank = guard.as_mut().ok_or(Error::Closed { op: "adapt", rank: self.number() })?;
             let adapted = rank.adapt()?;
             self.mailbox.store(rank.mailbox_bytes(), Ordering::Relaxed);
             Ok(adapted)
@@ -380,7 +400,7 @@ impl Communicator {
             let guards = locks.map(|lock| lock.unwrap_or_else(PoisonError::into_inner));
             let mut guards: Vec<_> = guards.collect();
             let open = guards.iter_mut().zip(&ranks).map(|(guard, rank)| {
-                guard.as_mut().ok_or(Error::Closed { op: "adapt_all", rank: rank.number })
+                guard.as_mut().ok_or(Error::Closed { op: "adapt_all", rank: rank.number() })
             });
             let mut open = open.collect::<Result<Vec<_>, Error>>()?;
             let adapted = peerlane::Communicator::adapt_all(&mut open)?;
@@ -390,6 +410,46 @@ impl Communicator {
             Ok(adapted)
         });
         adapted.map(|adapted| adapted.changed()).map_err(|e: Error| error::raise(py, e))
+    }
+
+    /// How many calls of this rank have been queued.
+    #[getter]
+    fn calls(&self, py: Python<'_>) -> PyResult<u64> {
+        self.queue(py, "calls", |rank| Ok(rank.calls()))
+    }
+
+    /// Brings the communicator back after an abort, a time-out or any other error of its calls. All ranks call it.
+    fn recover(&self, py: Python<'_>) -> PyResult<()> {
+        Communicator::regroup(py, "recover", &[self], |ranks| ranks[0].recover())
+    }
+
+    /// `recover` for all ranks of a group of `connect`, in rank order, by one thread.
+    #[staticmethod]
+    fn recover_all(py: Python<'_>, ranks: Vec<Py<Communicator>>) -> PyResult<()> {
+        let ranks: Vec<&Communicator> = ranks.iter().map(Py::get).collect();
+        Communicator::regroup(py, "recover_all", &ranks, peerlane::Communicator::recover_all)
+    }
+
+    /// Goes on without the ranks in `without`; all others call it.
+    fn shrink(&self, py: Python<'_>, without: &Bound<'_, PyAny>) -> PyResult<()> {
+        let without = options::ranks("shrink", "without", without)?;
+        Communicator::regroup(py, "shrink", &[self], |ranks| ranks[0].shrink(&without))
+    }
+
+    /// `shrink` for all ranks that are left of a group of `connect`, in rank order, by one thread.
+    #[staticmethod]
+    fn shrink_all(
+        py: Python<'_>,
+        ranks: Vec<Py<Communicator>>,
+        without: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        const CALL: &str = "shrink_all";
+        let without = options::ranks(CALL, "without", without)?;
+        let ranks: Vec<&Communicator> = ranks.iter().map(Py::get).collect();
+        let shrink = |open: &mut [&mut peerlane::Communicator]| {
+            peerlane::Communicator::shrink_all(open, &without)
+        };
+        Communicator::regroup(py, CALL, &ranks, shrink)
     }
 
     /// What this rank's calls have brought, and the sizes in force.
@@ -469,7 +529,9 @@ impl Communicator {
     fn __repr__(&self) -> String {
         format!(
             "<peerlane.Communicator rank {} of {} on {}>",
-            self.number, self.world, self.gpu.name
+            self.number(),
+            self.world(),
+            self.gpu.name
         )
     }
 }
@@ -480,15 +542,50 @@ impl Communicator {
         let stream_arguments =
             if gpu.simulated() { None } else { Some(PyTuple::new(py, [ordinal])?.unbind()) };
         Ok(Communicator {
-            number: rank.rank(),
-            world: rank.world_size(),
+            number: rank.rank().into(),
+            world: rank.world_size().into(),
             mailbox: rank.mailbox_bytes().into(),
+            generation: rank.generation().into(),
             ordinal,
             gpu,
             stream_arguments,
             aborter: rank.aborter(),
             inner: Mutex::new(Some(rank)),
             kept: Kept::default(),
+        })
+    }
+
+    /// This rank's number.
+    #[inline]
+    pub(crate) fn number(&self) -> u32 {
+        self.number.load(Ordering::Relaxed)
+    }
+
+    /// Number of ranks.
+    #[inline]
+    pub(crate) fn world(&self) -> u32 {
+        self.world.load(Ordering::Relaxed)
+    }
+
+    /// Notes what recovering or shrinking has changed.
+    fn follow(&self, rank: &peerlane::Communicator) {
+        self.number.store(rank.rank(), Ordering::Relaxed);
+        self.world.store(rank.world_size(), Ordering::Relaxed);
+        self.mailbox.store(rank.mailbox_bytes(), Ordering::Relaxed);
+        self.generation.store(rank.generation(), Ordering::Relaxed);
+    }
+
+    /// As `waiting_all`, for a call that changes what the ranks are.
+    fn regroup(
+        py: Python<'_>,
+        call: &'static str,
+        ranks: &[&Communicator],
+        work: impl FnOnce(&mut [&mut peerlane::Communicator]) -> peerlane::Result<()> + Send,
+    ) -> PyResult<()> {
+        Communicator::waiting_all(py, call, ranks, |open| {
+            let outcome = work(open);
+            ranks.iter().zip(open.iter()).for_each(|(rank, open)| rank.follow(open));
+            outcome
         })
     }
 
@@ -515,7 +612,7 @@ impl Communicator {
         let mut guard = self.lock(py);
         let done = match guard.as_mut() {
             Some(rank) => work(rank),
-            None => Err(Error::Closed { op: call, rank: self.number }),
+            None => Err(Error::Closed { op: call, rank: self.number() }),
         };
         drop(guard);
         done.map_err(|e| error::raise(py, e))
@@ -539,7 +636,7 @@ impl Communicator {
         ranks: &[&Communicator],
         work: impl FnOnce(&mut [&mut peerlane::Communicator]) -> peerlane::Result<T> + Send,
     ) -> PyResult<T> {
-        let inner: Vec<_> = ranks.iter().map(|rank| (rank.number, &rank.inner)).collect();
+        let inner: Vec<_> = ranks.iter().map(|rank| (rank.number(), &rank.inner)).collect();
         let twice = |at: usize| inner[..at].iter().any(|(_, other)| ptr::eq(*other, inner[at].1));
         if (0..inner.len()).any(twice) {
             return Err(error::value(call, "ranks", "each rank once", "one of them twice"));
@@ -597,6 +694,8 @@ struct Agreed<'a, 'py> {
     tuning: Given<'a, 'py>,
     transport: Given<'a, 'py>,
     sizing: Given<'a, 'py>,
+    first_deadline: Given<'a, 'py>,
+    checked: Given<'a, 'py>,
 }
 
 /// The configuration: what the caller says, else what the environment says, else the default.
@@ -639,6 +738,12 @@ fn config(py: Python<'_>, call: &str, given: &Agreed<'_, '_>) -> PyResult<Config
     }
     if let Some(sizing) = given.sizing {
         config.sizing = options::sizing(call, sizing)?;
+    }
+    if let Some(seconds) = given.first_deadline {
+        config.first_deadline = Some(options::seconds(call, "first_deadline", seconds)?);
+    }
+    if let Some(checked) = given.checked {
+        config.checked = options::truth(call, "checked", checked)?;
     }
     Ok(config)
 }

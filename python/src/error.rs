@@ -24,6 +24,7 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
         Error::Timeout { .. } => "DeadlineError",
         Error::Aborted { .. } | Error::Stopped { .. } => "AbortedError",
         Error::PeerLost { .. } => "PeerLostError",
+        Error::Corrupt { .. } => "CorruptError",
         Error::Rendezvous { .. } => "RendezvousError",
         Error::Closed { .. } => "ClosedError",
         _ => "Error",

@@ -35,13 +35,35 @@ mod _peerlane {
 
     use crate::device::Device;
     use crate::error;
+    use peerlane::selftest::{Program, serve, set_program};
     use peerlane::topology::Topology;
     use pyo3::prelude::*;
+    use std::ffi::OsString;
+    use std::path::PathBuf;
 
     /// The version of the library.
     #[pyfunction]
     fn version() -> &'static str {
         env!("CARGO_PKG_VERSION")
+    }
+
+    /// Names the interpreter that may run peerlane.selftest, and the directory that holds the package. An
+    /// interpreter that is part of another program is no such thing.
+    #[pyfunction]
+    fn _set_self_test_program(executable: Option<PathBuf>, directory: PathBuf) {
+        let is_python = |path: &PathBuf| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().contains("python"))
+        };
+        if let Some(path) = executable.filter(is_python) {
+            let arguments = ["-m", "peerlane.selftest"].map(OsString::from).to_vec();
+            set_program(Program { path, arguments, directory: Some(directory) });
+        }
+    }
+
+    /// Is the process that tests the GPUs for another; whether it made a report.
+    #[pyfunction]
+    fn _serve_self_test(py: Python<'_>) -> bool {
+        py.detach(serve)
     }
 
     /// The GPUs, or all real ones, and how they reach each other.

@@ -158,6 +158,13 @@ pub(crate) fn whole32(call: &str, argument: &str, given: &Bound<'_, PyAny>) -> P
         .map_err(|_| error::value(call, argument, format_args!("at most {}", u32::MAX), number))
 }
 
+/// Rank numbers, one after the other.
+pub(crate) fn ranks(call: &str, argument: &str, given: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    let wrong = |_| error::wrong_type(call, argument, "rank numbers", error::kind(given));
+    let each = given.try_iter().map_err(wrong)?;
+    each.map(|rank| whole32(call, argument, &rank?)).collect()
+}
+
 /// A time in seconds.
 pub(crate) fn seconds(call: &str, argument: &str, given: &Bound<'_, PyAny>) -> PyResult<Duration> {
     let Ok(seconds) = given.extract::<f64>() else {

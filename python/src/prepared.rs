@@ -1,7 +1,7 @@
 //! `peerlane.PreparedAllReduce`: the call that inference makes a hundred times per token.
 //!
 //! Invariant: it is `Communicator.all_reduce` in place with the options given when it was made; what
-//! is left out is reading them again.
+//! is left out is reading them again. A call that fails is made once more if whoever made it says so.
 
 use crate::collectives;
 use crate::communicator::Communicator;
@@ -15,12 +15,18 @@ pub(crate) struct PreparedAllReduce {
     rank: Py<Communicator>,
     op: ReduceOp,
     wire: Wire,
+    /// Is asked with the error whether to call again.
+    retry: Option<Py<PyAny>>,
 }
 
 impl PreparedAllReduce {
-    /// Calls `op` over `wire` on `rank`.
-    pub(crate) fn new(rank: Py<Communicator>, op: ReduceOp, wire: Wire) -> PreparedAllReduce {
-        PreparedAllReduce { rank, op, wire }
+    /// Calls `op` over `wire` on `rank`, and again after an error if `retry` says so.
+    pub(crate) fn new(
+        rank: Py<Communicator>,
+        (op, wire): (ReduceOp, Wire),
+        retry: Option<Py<PyAny>>,
+    ) -> PreparedAllReduce {
+        PreparedAllReduce { rank, op, wire, retry }
     }
 }
 
@@ -34,12 +40,11 @@ impl PreparedAllReduce {
         tensor: &Bound<'_, PyAny>,
         contribution: Given<'_, '_>,
     ) -> PyResult<()> {
-        collectives::all_reduce_in_place(
-            self.rank.get(),
-            py,
-            tensor,
-            (self.op, self.wire),
-            contribution,
-        )
+        let options = (self.op, self.wire);
+        let call =
+            || collectives::all_reduce_in_place(self.rank.get(), py, tensor, options, contribution);
+        let outcome = call();
+        let (Err(error), Some(retry)) = (&outcome, &self.retry) else { return outcome };
+        if retry.call1(py, (error.value(py),))?.is_truthy(py)? { call() } else { outcome }
     }
 }

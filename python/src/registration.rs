@@ -30,7 +30,7 @@ impl Registration {
     }
 
     fn __repr__(&self) -> String {
-        let (bytes, rank) = (self.inner.bytes(), self.rank.get().number);
+        let (bytes, rank) = (self.inner.bytes(), self.rank.get().number());
         format!("<peerlane.Registration of {bytes} bytes of rank {rank}>")
     }
 }

@@ -70,7 +70,7 @@ impl Work {
     }
 
     fn __repr__(&self) -> String {
-        format!("<peerlane.Work of rank {}>", self.rank.get().number)
+        format!("<peerlane.Work of rank {}>", self.rank.get().number())
     }
 }
 

@@ -9,7 +9,9 @@ use crate::script::{Place, Script};
 use peerlane::gpu::{DevicePtr, GpuRef, Graph, Stream};
 use peerlane::{
     AllGather, AllReduce, Broadcast, Communicator, Config, Error, Gather, ReduceScatter, Transport,
+    layout,
 };
+use peerlane_device::abi::CHECK_LANE_BYTES;
 
 /// A range of a GPU's memory.
 pub struct Memory {
@@ -141,6 +143,13 @@ pub struct Group {
     pub ranks: Vec<Rank>,
 }
 
+/// `config` with mailboxes in which calls have the same slots if they are checked.
+pub fn with_room_for_checks(config: Config, world: u32) -> Config {
+    let lanes = layout::choose(world, config.mailbox_bytes).map_or(0, |layout| layout.lanes);
+    let checks = if config.checked { lanes as usize * CHECK_LANE_BYTES } else { 0 };
+    Config { mailbox_bytes: config.mailbox_bytes + checks, ..config }
+}
+
 impl Group {
     /// Connects `world` ranks on the machine's GPUs.
     ///
@@ -151,16 +160,19 @@ impl Group {
     }
 
     /// Connects one rank per GPU given. Where the configuration leaves the transport open, the
-    /// environment may choose it, so that the suite can be run over each.
+    /// environment may choose it, so that the suite can be run over each; it may also ask for checked calls.
     ///
     /// # Panics
     /// If they cannot be connected.
     pub fn on(gpus: &[GpuRef], config: &Config) -> Group {
+        let environment = Config::from_environment().expect("the environment makes sense");
         let transport = match config.transport {
-            Transport::Auto => Config::from_environment().expect("a transport").transport,
+            Transport::Auto => environment.transport,
             chosen => chosen,
         };
-        let config = &Config { transport, ..config.clone() };
+        let checked = config.checked || environment.checked;
+        let config = Config { transport, checked, ..config.clone() };
+        let config = &with_room_for_checks(config, gpus.len() as u32);
         let communicators = Communicator::connect(gpus, config).expect("the ranks connect");
         let ranks = communicators.into_iter().map(Rank::new).collect::<Result<_, _>>();
         Group { ranks: ranks.expect("the GPUs have streams") }

@@ -10,14 +10,17 @@ pub mod job;
 pub mod machine;
 pub mod processes;
 pub mod registered;
+pub mod replay;
 pub mod runner;
 pub mod script;
 pub mod suite;
+pub mod threads;
 
 pub use group::{Group, Memory, Rank};
 pub use job::{Call, Job, moves, random_jobs, reductions};
 pub use machine::{Links, Machine, small};
 pub use script::Script;
+pub use threads::{run, threads};
 
 /// The number in an environment variable, or `default`.
 ///

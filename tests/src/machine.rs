@@ -78,6 +78,11 @@ impl Machine {
         Gpus::Cuda(self.gpus.len() as u32)
     }
 
+    /// How many GPUs it has.
+    pub fn count(&self) -> u32 {
+        self.gpus.len() as u32
+    }
+
     /// Whether the GPUs are simulated.
     pub fn is_simulated(&self) -> bool {
         self.gpus[0].backend() == Backend::Sim
@@ -97,6 +102,8 @@ pub fn small(world: u32) -> Config {
         mailbox_bytes,
         max_blocks: Some(2),
         deadline: Duration::from_secs(10),
+        // Tests of deadlines wait in vain in their first call.
+        first_deadline: Some(Duration::ZERO),
         ..Config::default()
     }
 }

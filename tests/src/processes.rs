@@ -8,6 +8,7 @@ use crate::group::{Memory, Rank};
 use crate::job::{Call, random_jobs};
 use crate::machine::{Links, small};
 use crate::registered;
+use crate::replay::Recorded;
 use crate::script::Script;
 use peerlane::cases::Rng;
 use peerlane::gpu::{GpuRef, cuda, sim};
@@ -90,7 +91,7 @@ impl Gpus {
 /// What a rank is told when it starts.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// The name of the meeting.
+    /// The name of the meeting; empty for a rank that is told later where to meet.
     pub name: String,
     /// Its number.
     pub rank: u32,
@@ -118,7 +119,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a rank, which joins at once.
+    /// Starts a rank, which joins at once if there is a name.
     pub fn start(start: &Start) -> Process {
         let program = std::env::current_exe().expect("a program knows its path");
         let mut child = Command::new(program)
@@ -217,7 +218,13 @@ pub fn serve(arguments: &[String]) -> ExitCode {
             ..Config::from_environment()?
         };
         let patience = Duration::from_millis(number(5));
-        let servant = Servant { gpu, config, patience, world, number: rank, ranks: HashMap::new() };
+        let (ranks, recorded) = (HashMap::new(), None);
+        let servant = Servant { gpu, config, patience, world, number: rank, ranks, recorded };
+        if arguments[0].is_empty() {
+            // As far as it can come alone.
+            servant.gpu.load_kernels()?;
+            return Ok(servant);
+        }
         servant.joined("", &arguments[0])
     });
     let mut servant = match joined {
@@ -249,6 +256,8 @@ struct Servant {
     number: u32,
     /// The communicators, by the word that begins a command.
     ranks: HashMap<String, Rank>,
+    /// What was captured last to be replayed.
+    recorded: Option<Recorded>,
 }
 
 impl Servant {
@@ -292,6 +301,7 @@ impl Servant {
             "register-unshared" => {
                 registered::register(rank, number(1)? as usize, false).map_err(text)
             }
+            "loop" => Ok(loop_until_error(rank, number(1)?)),
             "health" => rank.communicator.health().map(|()| "well".into()).map_err(text),
             "adapt" => {
                 let adapted = rank.communicator.adapt().map_err(text)?;
@@ -307,6 +317,24 @@ impl Servant {
                 Ok("set".into())
             }
             "capture" => capture(rank, number(1)? as usize).map_err(text),
+            "record" => {
+                self.recorded = Some(Recorded::new(rank, number(1)? as usize).map_err(text)?);
+                Ok("recorded".into())
+            }
+            "replay" => {
+                self.recorded.as_ref().ok_or("nothing is recorded")?.replay(rank).map_err(text)
+            }
+            "recover" => {
+                rank.communicator.recover().map_err(text)?;
+                Ok(format!("generation {}", rank.communicator.generation()))
+            }
+            "shrink" => {
+                let without = parts[1..].iter().map(|part| part.parse::<u32>());
+                let without = without.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+                rank.communicator.shrink(&without).map_err(text)?;
+                let (number, world) = (rank.communicator.rank(), rank.communicator.world_size());
+                Ok(format!("rank {number} of {world}"))
+            }
             "transports" => transports(rank).map_err(text),
             "abort" => {
                 rank.communicator.abort();
@@ -348,6 +376,40 @@ fn reduce(rank: &mut Rank, count: usize, algorithm: Option<Algorithm>) -> Result
     let after = tensor(&|index| world * (world + 1) / 2 + world * (index % 7) as u32);
     assert!(memory.read(after.len())? == after, "rank {number} holds another sum");
     Ok("reduced".into())
+}
+
+/// Nanoseconds on the clock that all processes share.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Makes calls of all kinds, some waited for, until one fails; says when that was noticed, and the error.
+fn loop_until_error(rank: &mut Rank, seed: u64) -> String {
+    match loop_calls(rank, seed) {
+        Ok((at, error)) => format!("failed {at} {error}"),
+        Err(error) => format!("broken: {error}"),
+    }
+}
+
+fn loop_calls(rank: &mut Rank, seed: u64) -> Result<(u64, Error), Error> {
+    let world = rank.communicator.world_size();
+    let jobs = random_jobs(world, 12, 40_000, &mut Rng::new(seed, "loop"));
+    let script = Script::new(world, &jobs, seed);
+    let image = &script.images[rank.communicator.rank() as usize].before;
+    let memory = Memory::with_image(&rank.gpu, rank.stream, image)?;
+    // A call that is refused must not free what is still being written.
+    rank.gpu.stream_synchronize(rank.stream)?;
+    let error = loop {
+        let outcome = rank.issue_all(&script, memory.base).and_then(|()| rank.finish());
+        if let Err(error) = outcome {
+            break error;
+        }
+    };
+    // Noted first: what is left of the calls may still write.
+    let failed = (monotonic_ns(), error);
+    rank.gpu.stream_synchronize(rank.stream)?;
+    Ok(failed)
 }
 
 /// Captures an all-reduce of `count` numbers that never runs.

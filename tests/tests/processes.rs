@@ -45,6 +45,13 @@ const EVERYWHERE: &[Test] = &[
     ("a_rank_that_does_not_adapt_is_named", a_rank_that_does_not_adapt_is_named),
     ("a_rank_killed_while_others_adapt_is_named", a_rank_killed_while_others_adapt_is_named),
     ("one_rank_with_a_graph_keeps_all_as_they_are", one_rank_with_a_graph_keeps_all_as_they_are),
+    ("ranks_recover_and_their_graphs_too", ranks_recover_and_their_graphs_too),
+    ("ranks_recover_through_host_memory", ranks_recover_by_host),
+    ("a_rank_that_does_not_recover_is_named", a_rank_that_does_not_recover_is_named),
+    ("a_killed_rank_is_left_out", a_killed_rank_is_left_out),
+    ("a_rank_killed_while_others_recover_is_left_out", killed_while_others_recover),
+    ("a_rank_killed_at_any_moment_is_left_out", killed_at_any_moment),
+    ("a_rank_that_hangs_is_left_out", a_rank_that_hangs_is_left_out),
 ];
 
 /// Only where machines can be made to measure.
@@ -59,14 +66,25 @@ const SIMULATED: &[Test] = &[
     ("ranks_that_meet_in_host_memory_register_nothing", no_registration_by_host),
     ("pairs_that_lose_stores_use_host_memory", pairs_that_lose_stores_use_host_memory),
     ("mailboxes_in_host_memory_follow_too", mailboxes_in_host_memory_follow_too),
+    ("many_killed_ranks_are_left_out", many_killed_ranks_are_left_out),
+    ("a_rank_killed_while_others_shrink_is_left_out_too", killed_while_others_shrink),
+    ("ranks_that_leave_others_out_are_named", ranks_that_leave_others_out_are_named),
+    ("a_failed_self_test_is_every_ranks", a_failed_self_test_is_every_ranks),
+    ("a_self_test_that_cannot_be_made_stops_nobody", a_self_test_that_cannot_be_made),
 ];
 
 fn main() -> ExitCode {
     // SAFETY: no other thread runs yet.
     unsafe { peerlane::gpu::cuda::prepare_environment() };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == RANK) {
-        return serve(&arguments[1..]);
+    match arguments.first().map(String::as_str) {
+        Some(RANK) => return serve(&arguments[1..]),
+        // As a rank's self-test starts it.
+        Some("self-test") => {
+            peerlane::selftest::serve();
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
     }
     let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with("--")).collect();
     let mut failed = run("sim", EVERYWHERE, &Gpus::sim(), &filters);
@@ -262,6 +280,215 @@ fn one_rank_with_a_graph_keeps_all_as_they_are(gpus: &Gpus) {
         assert!(answers.iter().all(|answer| answer == expected), "{answers:?}");
     }
     all_agree(&mut ranks, "health");
+    end(ranks);
+}
+
+/// The largest world that every kind of machine has.
+fn few(gpus: &Gpus) -> u32 {
+    worlds(gpus).last().copied().unwrap_or(2)
+}
+
+fn ranks_recover_and_their_graphs_too(gpus: &Gpus) {
+    for world in worlds(gpus) {
+        recover_and_go_on(joined(&start(gpus, world)), true);
+    }
+}
+
+fn ranks_recover_by_host(gpus: &Gpus) {
+    let start = Start { transport: Transport::Host, ..start(gpus, few(gpus)) };
+    recover_and_go_on(joined(&start), false);
+}
+
+fn recover_and_go_on(mut ranks: Vec<Process>, registers: bool) {
+    let world = ranks.len();
+    all_agree(&mut ranks, "script 1 8 3000");
+    all_agree(&mut ranks, "record 5000");
+    all_agree(&mut ranks, "replay");
+    for generation in [1, 3] {
+        assert_eq!(ranks[world - 1].ask("abort"), "ok aborted");
+        assert!(ask_all(&mut ranks, "reduce 64").iter().all(|a| a.contains("aborted")));
+        assert_eq!(ask_all(&mut ranks, "recover")[0], format!("ok generation {generation}"));
+        all_agree(&mut ranks, "health");
+        all_agree(&mut ranks, "replay");
+        all_agree(&mut ranks, "script 2 8 3000");
+        // One call, one replay that nobody else makes.
+        if world > 1 {
+            let command = if generation == 1 { "reduce 5000" } else { "replay" };
+            assert_eq!(ranks[0].ask("deadline 300"), "ok set");
+            ranks[0].tell(command);
+            std::thread::sleep(Duration::from_millis(500));
+            // A graph holds the deadline it was captured with.
+            assert_eq!(ranks[1].ask("abort"), "ok aborted");
+            let answer = ranks[0].answer();
+            assert!(answer.starts_with("error: all_reduce: rank 0"), "{answer}");
+            assert_eq!(ranks[0].ask("deadline 50000"), "ok set");
+        }
+        all_agree(&mut ranks, "recover");
+        all_agree(&mut ranks, "replay");
+    }
+    if registers {
+        all_agree(&mut ranks, "steps copy-two-shot 9000");
+        ask_all(&mut ranks, "registered 3 48")
+            .iter()
+            .for_each(|a| assert!(a.starts_with("ok"), "{a}"));
+    }
+    all_agree(&mut ranks, "script 3 8 30000");
+    end(ranks);
+}
+
+fn a_rank_that_does_not_recover_is_named(gpus: &Gpus) {
+    let world = few(gpus);
+    let mut ranks = joined(&start(gpus, world));
+    ask_all(&mut ranks, "deadline 1000");
+    let begin = Instant::now();
+    let last = world as usize - 1;
+    let answers = ask_all(&mut ranks[..last], "recover");
+    let expected = format!("rendezvous of {world} ranks: waited 1s in vain for rank {last}");
+    assert!(answers.iter().all(|answer| answer.contains(&expected)), "{answers:?}");
+    assert!(begin.elapsed() < Duration::from_secs(6), "it took {:?}", begin.elapsed());
+    assert!(ranks[last].ask("reduce 8").contains("aborted"));
+    // It may come later, and all try again.
+    ask_all(&mut ranks, "deadline 50000");
+    ranks[last].tell("recover");
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(ask_all(&mut ranks[..last], "recover").iter().all(|a| a == "ok generation 1"));
+    assert_eq!(ranks[last].answer(), "ok generation 1");
+    all_agree(&mut ranks, "script 1 8 3000");
+    end(ranks);
+}
+
+/// Kills the ranks in `gone`; the others learn of it, and go on without them.
+fn kill_and_shrink(mut ranks: Vec<Process>, gone: &[usize]) {
+    all_agree(&mut ranks, "script 1 5 2000");
+    for rank in gone.iter().rev() {
+        ranks.remove(*rank).kill();
+    }
+    let numbers: Vec<String> = gone.iter().map(usize::to_string).collect();
+    let lost = |answer: &String| answer.contains(" lost rank ");
+    assert!(ask_all(&mut ranks, "reduce 64").iter().all(lost));
+    // Nobody recovers without them, and says what helps.
+    for answer in ask_all(&mut ranks, "recover") {
+        assert!(lost(&answer) && answer.contains("; shrink, naming every rank"), "{answer}");
+    }
+    assert!(ask_all(&mut ranks, "health").iter().all(lost));
+    let answers = ask_all(&mut ranks, &format!("shrink {}", numbers.join(" ")));
+    let left = ranks.len();
+    let places: Vec<String> = (0..left).map(|rank| format!("ok rank {rank} of {left}")).collect();
+    assert_eq!(answers, places);
+    all_agree(&mut ranks, "health");
+    all_agree(&mut ranks, "script 2 8 3000");
+    // What is left recovers as any group does.
+    all_agree(&mut ranks, "recover");
+    all_agree(&mut ranks, "script 3 8 3000");
+    end(ranks);
+}
+
+fn a_killed_rank_is_left_out(gpus: &Gpus) {
+    let world = few(gpus);
+    // The first, the last: whoever hosts the meeting, and whoever does not.
+    for gone in [0, world as usize - 1] {
+        kill_and_shrink(joined(&start(gpus, world)), &[gone]);
+    }
+}
+
+fn many_killed_ranks_are_left_out(gpus: &Gpus) {
+    for (world, gone) in [(4, vec![0, 2]), (5, vec![1, 2, 4])] {
+        kill_and_shrink(joined(&start(gpus, world)), &gone);
+    }
+    let start = Start { transport: Transport::Host, ..start(gpus, 3) };
+    kill_and_shrink(joined(&start), &[0]);
+}
+
+fn killed_while_others_recover(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, few(gpus)));
+    all_agree(&mut ranks, "script 1 5 2000");
+    let mut victim = ranks.pop().expect("a rank");
+    let gone = victim.start.rank;
+    ranks.iter_mut().for_each(|rank| rank.tell("recover"));
+    std::thread::sleep(Duration::from_millis(300));
+    victim.kill();
+    let begin = Instant::now();
+    for rank in &ranks {
+        let answer = rank.answer();
+        let number = rank.start.rank;
+        let expected = format!("error: recover: rank {number} lost rank {gone}: its process");
+        assert!(answer.starts_with(&expected), "{answer}");
+    }
+    assert!(begin.elapsed() < Duration::from_secs(2), "it took {:?}", begin.elapsed());
+    assert!(ask_all(&mut ranks, &format!("shrink {gone}")).iter().all(|a| a.starts_with("ok")));
+    all_agree(&mut ranks, "script 2 5 2000");
+    end(ranks);
+}
+
+fn killed_at_any_moment(gpus: &Gpus) {
+    for turn in 0..8 {
+        let mut ranks = joined(&start(gpus, few(gpus)));
+        let gone = turn % ranks.len();
+        ranks.iter_mut().for_each(|rank| rank.tell("recover"));
+        std::thread::sleep(Duration::from_millis(turn as u64));
+        ranks.remove(gone).kill();
+        for rank in &ranks {
+            let answer = rank.answer();
+            let lost = answer.contains(&format!(" lost rank {gone}"));
+            assert!(answer == "ok generation 1" || lost, "{answer}");
+        }
+        let answers = ask_all(&mut ranks, &format!("shrink {gone}"));
+        assert!(answers.iter().all(|answer| answer.starts_with("ok rank")), "{answers:?}");
+        all_agree(&mut ranks, "script 2 5 2000");
+        all_agree(&mut ranks, "recover");
+        end(ranks);
+    }
+}
+
+fn killed_while_others_shrink(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 4));
+    all_agree(&mut ranks, "script 1 5 2000");
+    ranks.remove(3).kill();
+    let mut late = ranks.remove(0);
+    ranks.iter_mut().for_each(|rank| rank.tell("shrink 3"));
+    std::thread::sleep(Duration::from_millis(300));
+    late.kill();
+    for rank in &ranks {
+        let answer = rank.answer();
+        let number = rank.start.rank;
+        let expected = format!("error: shrink: rank {number} lost rank 0: its process");
+        assert!(answer.starts_with(&expected), "{answer}");
+    }
+    let answers = ask_all(&mut ranks, "shrink 3 0");
+    assert_eq!(answers, ["ok rank 0 of 2", "ok rank 1 of 2"]);
+    all_agree(&mut ranks, "script 2 5 2000");
+    end(ranks);
+}
+
+fn ranks_that_leave_others_out_are_named(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, 4));
+    ranks[1].tell("shrink 3");
+    std::thread::sleep(Duration::from_millis(300));
+    let answers = [ranks[2].ask("shrink 3 0"), ranks[1].answer()];
+    for answer in answers {
+        let expected = "rank 1 goes on without rank 3, rank 2 goes on without ranks 0, 3";
+        assert!(answer.contains(expected), "{answer}");
+    }
+    let answers = ask_all(&mut ranks[..3], "shrink 3");
+    assert_eq!(answers, ["ok rank 0 of 3", "ok rank 1 of 3", "ok rank 2 of 3"]);
+    all_agree(&mut ranks[..3], "script 2 5 2000");
+    assert!(ranks[3].ask("health").contains("aborted"));
+    end(ranks);
+}
+
+fn a_rank_that_hangs_is_left_out(gpus: &Gpus) {
+    let mut ranks = joined(&start(gpus, few(gpus)));
+    all_agree(&mut ranks, "script 1 5 2000");
+    let last = ranks.len() - 1;
+    // It is alive, and comes to nothing.
+    let answers = ask_all(&mut ranks[..last], &format!("shrink {last}"));
+    assert!(answers.iter().all(|answer| answer.starts_with("ok rank")), "{answers:?}");
+    all_agree(&mut ranks[..last], "script 2 5 2000");
+    assert!(ranks[last].ask("health").contains("aborted"));
+    let answer = ranks[last].ask("recover");
+    assert!(answer.contains("rank 0 has closed its communicator"), "{answer}");
+    assert_eq!(ranks[last].ask("close"), "ok closed");
+    all_agree(&mut ranks[..last], "script 3 5 2000");
     end(ranks);
 }
 
@@ -643,6 +870,41 @@ fn pairs_that_lose_stores_use_host_memory(_: &Gpus) {
         let gpus = Gpus::Sim { devices: 4, missing: vec![], lossy: lossy.clone() };
         assert_mixed(&start(&gpus, 4), &lossy);
     }
+}
+
+fn a_failed_self_test_is_every_ranks(_: &Gpus) {
+    let program = std::env::current_exe().expect("a program knows its path");
+    let environment = vec![
+        ("PEERLANE_SELF_TEST", "always".to_owned()),
+        ("PEERLANE_SELF_TEST_PROGRAM", program.display().to_string()),
+    ];
+    let gpus = Gpus::Sim { devices: 3, missing: Vec::new(), lossy: vec![(1, 0)] };
+    let auto = Start { environment, ..start(&gpus, 3) };
+    let mut ranks = joined(&auto);
+    for answer in ask_all(&mut ranks, "transports") {
+        assert_eq!(answer, "ok by host: 1-0");
+    }
+    all_agree(&mut ranks, "script 3 12 900");
+    ranks.into_iter().for_each(|rank| assert!(rank.end()));
+    let environment = auto.environment.clone();
+    let p2p = Start { transport: Transport::P2p, environment, ..start(&gpus, 3) };
+    let refused = launch(&p2p);
+    let expected =
+        "error: GPU 1 cannot reach GPU 0: the self-test found that \"SM stores\" fails: ";
+    for rank in refused {
+        let answer = rank.answer();
+        assert!(answer.starts_with(expected), "rank {}: {answer}", rank.start.rank);
+    }
+}
+
+fn a_self_test_that_cannot_be_made(gpus: &Gpus) {
+    let environment = vec![
+        ("PEERLANE_SELF_TEST", "always".to_owned()),
+        ("PEERLANE_SELF_TEST_PROGRAM", "/no/such/program".to_owned()),
+    ];
+    let mut ranks = joined(&Start { environment, ..start(gpus, 2) });
+    assert_eq!(ask_all(&mut ranks, "transports"), ["ok by host: ", "ok by host: "]);
+    ranks.into_iter().for_each(|rank| assert!(rank.end()));
 }
 
 /// Names in the file system and in the socket namespace that a group has made.

@@ -3,10 +3,12 @@
 use peerlane::cases::Rng;
 use peerlane::gpu::sim;
 use peerlane::{
-    Adapted, Algorithm, BREAK_DRAIN, Communicator, Config, DType, Error, Family, Meeting, Pattern,
-    ReduceOp, Sizes, Sizing, Transport, Wire,
+    Adapted, Algorithm, BREAK_DRAIN, Communicator, Config, DType, Error, Family, Pattern, ReduceOp,
+    Sizes, Sizing, Transport, Wire,
 };
-use peerlane_tests::{Call, Group, Job, Links, Machine, Memory, Rank, Script, random_jobs, small};
+use peerlane_tests::{
+    Call, Group, Job, Links, Machine, Memory, Script, random_jobs, run, small, threads,
+};
 use std::time::{Duration, Instant};
 
 /// Mailboxes as small as there are, which may grow.
@@ -212,39 +214,6 @@ fn ranks_without_room_for_more_go_on_with_what_they_have() {
     drop(taken);
     assert!(adapt(&mut group).expect("now there is").changed());
     group.check(&large, 3);
-}
-
-/// Runs `live` as each rank of a group, on a thread each, and returns what they return.
-fn threads<T: Send>(
-    machine: &Machine,
-    world: u32,
-    config: &Config,
-    live: impl Fn(&mut Rank) -> T + Sync,
-) -> Vec<T> {
-    let meeting = Meeting::new(world, Duration::from_secs(60));
-    let gpus = machine.gpus(world);
-    std::thread::scope(|scope| {
-        let (meeting, live) = (&meeting, &live);
-        let start = |(rank, gpu)| {
-            scope.spawn(move || {
-                let joined = Communicator::join(meeting, rank, gpu, config).expect("all join");
-                live(&mut Rank::new(joined).expect("the GPU has streams"))
-            })
-        };
-        let threads: Vec<_> = (0..).zip(&gpus).map(start).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no thread panics")).collect()
-    })
-}
-
-/// One rank's calls of a script, compared.
-fn run(rank: &mut Rank, script: &Script) -> Result<(), Error> {
-    let number = rank.communicator.rank() as usize;
-    let image = &script.images[number].before;
-    let memory = Memory::with_image(&rank.gpu, rank.stream, image)?;
-    rank.issue_all(script, memory.base)?;
-    rank.finish()?;
-    script.verify_rank(number, &memory.read(image.len())?).expect("it is right");
-    Ok(())
 }
 
 #[test]

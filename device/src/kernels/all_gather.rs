@@ -71,8 +71,8 @@ unsafe fn send_and_keep<L: Lane, F: Form>(
             hidden |= any_hidden::<F, N>(&units);
             for peer in successors(args) {
                 let number = call.sent(peer).wrapping_add(turn);
-                let slot = call.reserve(peer, number);
-                call.put_units(slot, index, number, units);
+                let room = call.reserve(peer, number);
+                call.put_units(room, index, number, units);
             }
             if own.address != chunk.address {
                 store_units::<L, Bytes, F, N>(lane, own, index, units);
@@ -119,8 +119,8 @@ pub(super) unsafe fn send_bytes<L: Lane, F: Form>(
             hidden |= any_hidden::<F, N>(&units);
             for peer in peers.clone() {
                 let number = call.sent(peer).wrapping_add(turn);
-                let slot = call.reserve(peer, number);
-                call.put_units(slot, index, number, units);
+                let room = call.reserve(peer, number);
+                call.put_units(room, index, number, units);
             }
         });
     }

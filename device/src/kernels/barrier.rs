@@ -19,10 +19,10 @@ pub unsafe fn barrier<L: Lane>(lane: L, args: &Args) {
         for peer in successors(args) {
             if peer == thread {
                 let number = call.sent(peer);
-                let slot = call.reserve(peer, number);
+                let room = call.reserve(peer, number);
                 // `put_units` and `take` step by thread; each peer has a slot of its own, so
                 // every thread can use the first unit.
-                call.put_units(slot, 0, number, [[0; 4]]);
+                call.put_units(room, 0, number, [[0; 4]]);
                 let number = call.received(peer);
                 call.take::<1>(peer, number, 0, phase::BARRIER);
             }

@@ -249,10 +249,10 @@ unsafe fn send_parts<L, E>(
         // SAFETY: passed on to the caller.
         unsafe {
             let number = call.sent(peer).wrapping_add(slot);
-            let address = call.reserve(peer, number);
+            let room = call.reserve(peer, number);
             for_units!(lane, chunk.whole_units(), chunk.units, |N, index| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, index);
-                call.put_units(address, index, number, visible::<E, N>(units));
+                call.put_units(room, index, number, visible::<E, N>(units));
             });
         }
     }

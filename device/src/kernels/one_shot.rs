@@ -49,8 +49,8 @@ unsafe fn single<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
             }
             for peer in successors(args) {
                 let number = call.sent(peer);
-                let slot = call.reserve(peer, number);
-                call.put_units(slot, thread, number, visible::<E, 1>(own));
+                let room = call.reserve(peer, number);
+                call.put_units(room, thread, number, visible::<E, 1>(own));
             }
         }
         // Keeps the polls of early warps out of the way of late warps' stores.
@@ -117,8 +117,8 @@ unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
             let units = own_units::<L, E, F, N>(lane, args, chunk, index);
             for peer in successors(args) {
                 let number = call.sent(peer).wrapping_add(turn);
-                let slot = call.reserve(peer, number);
-                call.put_units(slot, index, number, visible::<E, N>(units));
+                let room = call.reserve(peer, number);
+                call.put_units(room, index, number, visible::<E, N>(units));
             }
         });
     }

@@ -4,13 +4,17 @@
 //! One block of one warp. The pattern of a unit depends on who wrote it, in which round and where,
 //! so a stale, misplaced or zeroed unit is seen. A wrong one is recorded as `state::CORRUPT`.
 
-use crate::abi::{Args, CONTROL_BYTES, PROBE_BYTES, Status, UNIT, phase, probe as mode, state};
+use crate::abi::{
+    Args, CONTROL_BYTES, PROBE_BYTES, Status, TICK_SHIFT, UNIT, phase, probe as mode, state,
+};
 use crate::lane::{Lane, Unit};
-use crate::pipe::{HOST_LOOK_SHIFT, aborted, record, stop};
+use crate::pipe::{Failure, aborted, record, stop};
 use core::mem::offset_of;
 
 /// Units of the pattern.
 const UNITS: u32 = 120;
+/// Binary logarithm of the ticks between two looks at the host's abort word, about 1 ms.
+const LOOK_SHIFT: u32 = 20 - TICK_SHIFT;
 const HALF: u64 = UNITS as u64 * UNIT as u64;
 /// The flag follows two patterns: rounds alternate between them, since a rank may write round r+1
 /// while its peer still reads round r. Round r+2 it writes only after the peer's flag r+1, which
@@ -82,7 +86,7 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, turn: 
     let round = args.rows as u32 + turn;
     // A rank whose peer gave up in the first round, because nothing arrived there, is stopped by it
     // before it could take the same view of the other direction.
-    let deadline = args.deadline_ns.saturating_mul(1 + (turn != 0) as u64);
+    let deadline = args.deadline.saturating_mul(1 + (turn != 0) as u32);
     // SAFETY: both probe areas hold `UNITS` units and the flag.
     unsafe {
         let half = (round & 1) as u64 * HALF;
@@ -110,19 +114,21 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, turn: 
 
 /// Waits for the peer's flag of `round`; false if the deadline or an abort came first.
 #[inline(always)]
-unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32, deadline: u64) -> bool {
-    let since = lane.clock_ns();
+unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32, deadline: u32) -> bool {
+    let now = || (lane.clock_ns() >> TICK_SHIFT) as u32;
+    let since = now();
     let mut host_looks = 0;
     // SAFETY: the flag lies in this rank's mailbox for the peer.
     unsafe {
         while (lane.poll_word(flag).wrapping_sub(round) as i32) < 0 {
             lane.pause();
-            let waited = lane.clock_ns() - since;
-            let due = waited >> HOST_LOOK_SHIFT;
+            let waited = now().wrapping_sub(since);
+            let due = waited >> LOOK_SHIFT;
             let stopped = aborted(lane, args, due > host_looks);
             host_looks = due;
             if stopped || waited > deadline {
-                give_up(lane, args, if stopped { state::ABORTED } else { state::TIMED_OUT });
+                let state = if stopped { state::ABORTED } else { state::TIMED_OUT };
+                give_up(lane, args, state);
                 return false;
             }
         }
@@ -134,9 +140,10 @@ unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32, deadli
 /// Records that the probe failed and stops the peer. No other rank: each pair has its own verdict.
 #[inline(always)]
 unsafe fn give_up<L: Lane>(lane: L, args: &Args, state: u32) {
+    let failure = Failure::new(state, phase::PROBE, args.peer);
     // SAFETY: the status page and both mailboxes are alive.
     unsafe {
-        if record(lane, args, state, args.peer, phase::PROBE) {
+        if record(lane, args, failure, [0; 2]) {
             stop(lane, args.peer);
         }
     }

@@ -11,7 +11,7 @@ use crate::abi::{Args, phase};
 use crate::element::{self, Element};
 use crate::for_units;
 use crate::lane::Lane;
-use crate::pipe::{Call, Full};
+use crate::pipe::{Call, Full, Room};
 use crate::tensor::{Codec, Share};
 
 /// `dst = reduction over ranks of src`, `args.units` units, in as many parts of `args.part_units` as
@@ -104,7 +104,7 @@ unsafe fn sum_step<L: Lane, E: Element + Codec>(
     unsafe {
         let taken = call.received(before).wrapping_add(slot.wrapping_sub(1));
         let number = call.sent(after).wrapping_add(slot);
-        let address = call.reserve(after, number);
+        let room = call.reserve(after, number);
         for_units!(lane, whole, own.units, |N, unit| {
             let mut totals = [element::empty(args.op); N];
             if step != 0 {
@@ -118,7 +118,7 @@ unsafe fn sum_step<L: Lane, E: Element + Codec>(
             if complete && call.ok() {
                 store_units::<L, E, Full, N>(lane, result, unit, units);
             }
-            call.put_units(address, unit, number, units);
+            call.put_units(room, unit, number, units);
         });
     }
 }
@@ -141,14 +141,14 @@ unsafe fn result_step<L: Lane, E: Element + Codec>(
     unsafe {
         let taken = call.received(before).wrapping_add(slot - 1);
         let number = call.sent(after).wrapping_add(slot);
-        let address = if last { 0 } else { call.reserve(after, number) };
+        let room = if last { Room::NOWHERE } else { call.reserve(after, number) };
         for_units!(lane, result.whole_units(), result.units, |N, unit| {
             let units = call.take::<N>(before, taken, unit, phase::RESULT);
             if call.ok() {
                 store_units::<L, E, Full, N>(lane, result, unit, units);
             }
             if !last {
-                call.put_units(address, unit, number, units);
+                call.put_units(room, unit, number, units);
             }
         });
     }

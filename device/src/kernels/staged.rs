@@ -69,10 +69,10 @@ unsafe fn scatter<L: Lane, E: Element + Codec>(
         // SAFETY: passed on to the caller.
         unsafe {
             let number = call.sent(peer).wrapping_add(2 * turn);
-            let slot = call.reserve(peer, number);
+            let room = call.reserve(peer, number);
             for_units!(lane, chunk.whole_units(), chunk.units, |N, unit| {
                 let units = own_units::<L, E, Full, N>(lane, args, chunk, unit);
-                call.put_units(slot, unit, number, visible::<E, N>(units));
+                call.put_units(room, unit, number, visible::<E, N>(units));
             });
             let from = opposite(args, peer);
             let expected = call.received(from).wrapping_add(2 * turn);
@@ -120,13 +120,14 @@ unsafe fn exchange_results<L: Lane, E: Element + Codec>(
         // SAFETY: passed on to the caller. What this thread reads of its own part it has written.
         unsafe {
             let number = call.sent(peer).wrapping_add(2 * turn + 1);
-            let slot = call.reserve(peer, number);
+            let room = call.reserve(peer, number);
             for_units!(lane, mine.whole_units(), mine.units, |N, unit| {
                 let units = load_units::<L, E, Full, N>(lane, mine, unit);
-                call.put_units(slot, unit, number, visible::<E, N>(units));
+                call.put_units(room, unit, number, visible::<E, N>(units));
             });
             let number = call.received(from).wrapping_add(2 * turn + 1);
-            for_units!(lane, theirs.whole_units(), theirs.units, |N, unit| {
+            // One unit at a time: with four, ptxas spills registers on sm_90.
+            for_units!(lane, 0, theirs.units, |N, unit| {
                 let units = call.take::<N>(from, number, unit, phase::RESULT);
                 if call.ok() {
                     store_units::<L, E, Full, N>(lane, theirs, unit, units);

@@ -136,10 +136,10 @@ unsafe fn send_leaves<L: Lane, E: Element + Codec>(
         // SAFETY: passed on to the caller.
         unsafe {
             let number = call.sent(parent).wrapping_add(flow.sum_slot(chunk));
-            let slot = call.reserve(parent, number);
+            let room = call.reserve(parent, number);
             for_units!(lane, own.whole_units(), own.units, |N, unit| {
                 let units = own_units::<L, E, Full, N>(lane, args, own, unit);
-                call.put_units(slot, unit, number, visible::<E, N>(units));
+                call.put_units(room, unit, number, visible::<E, N>(units));
             });
         }
     }
@@ -191,8 +191,8 @@ unsafe fn reduce_inner<L: Lane, E: Element + Codec>(
                 }
                 for peer in members(args, receivers) {
                     let number = call.sent(peer).wrapping_add(offset);
-                    let slot = call.reserve(peer, number);
-                    call.put_units(slot, unit, number, units);
+                    let room = call.reserve(peer, number);
+                    call.put_units(room, unit, number, units);
                 }
             });
         }
@@ -213,18 +213,21 @@ unsafe fn pass_results<L: Lane, E: Element + Codec>(
         let role = role(lane, index);
         let Some(parent) = role.parent() else { continue };
         let result = part::<L, E>(lane, args, args.dst, index).chunk(chunk);
+        // One unit at a time for GPUs before Hopper: with four, ptxas spills registers on sm_80.
+        let older = cfg!(target_arch = "nvptx64") && !cfg!(target_feature = "sm_90");
+        let whole = if older { 0 } else { result.whole_units() };
         // SAFETY: passed on to the caller.
         unsafe {
             let taken = call.received(parent).wrapping_add(flow.result_slot(chunk));
-            for_units!(lane, result.whole_units(), result.units, |N, unit| {
+            for_units!(lane, whole, result.units, |N, unit| {
                 let units = call.take::<N>(parent, taken, unit, phase::RESULT);
                 if call.ok() {
                     store_units::<L, E, Full, N>(lane, result, unit, units);
                 }
                 for peer in members(args, role.children()) {
                     let number = call.sent(peer).wrapping_add(flow.result_slot(chunk));
-                    let slot = call.reserve(peer, number);
-                    call.put_units(slot, unit, number, units);
+                    let room = call.reserve(peer, number);
+                    call.put_units(room, unit, number, units);
                 }
             });
         }
@@ -299,8 +302,8 @@ unsafe fn pass_bytes<L: Lane>(
             hidden |= any_hidden::<Full, N>(&units);
             for peer in children.clone() {
                 let number = call.sent(peer).wrapping_add(slot);
-                let address = call.reserve(peer, number);
-                call.put_units(address, unit, number, units);
+                let room = call.reserve(peer, number);
+                call.put_units(room, unit, number, units);
             }
         });
     }

@@ -100,8 +100,8 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
             }
             for peer in successors(args) {
                 let number = call.sent(peer).wrapping_add(slot);
-                let address = call.reserve(peer, number);
-                call.put_units(address, index, number, units);
+                let room = call.reserve(peer, number);
+                call.put_units(room, index, number, units);
             }
         });
     }

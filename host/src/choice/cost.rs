@@ -81,6 +81,12 @@ impl Links {
         }
     }
 
+    /// Whether they are figures that something could have been measured to have.
+    pub(super) fn are_sound(&self) -> bool {
+        let figures = [self.step_us, self.store_gbps, self.single_gbps, self.copy_gbps];
+        figures.into_iter().all(|figure| figure.is_finite() && figure > 0.0)
+    }
+
     /// The same with the rates of the slowest GPU in `measured`, if every pair has figures.
     ///
     /// The latency stays the class's: a step also polls, reduces and stores.

@@ -48,8 +48,8 @@ impl fmt::Display for Tuning {
 
 impl Config {
     /// The default configuration, as the environment changes it: `PEERLANE_ALGORITHM`,
-    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`. A variable that is
-    /// not set changes nothing.
+    /// `PEERLANE_ROUTE`, `PEERLANE_FIXED`, `PEERLANE_EXACT`, `PEERLANE_TUNING`, `PEERLANE_TRANSPORT`,
+    /// `PEERLANE_SELF_TEST`, `PEERLANE_CHECKED`. A variable that is not set changes nothing.
     ///
     /// # Errors
     /// A variable holds what it cannot mean: which one, and what it may hold.
@@ -77,10 +77,19 @@ fn read(environment: impl Fn(&str) -> Option<OsString>) -> Result<Config> {
     if let Some(exact) = truth("PEERLANE_EXACT", value("PEERLANE_EXACT")?)? {
         config.exact = exact;
     }
+    if let Some(checked) = truth("PEERLANE_CHECKED", value("PEERLANE_CHECKED")?)? {
+        config.checked = checked;
+    }
     if let Some(transport) = value("PEERLANE_TRANSPORT")? {
         config.transport = transport.parse().map_err(|unknown: UnknownName| {
             let (expected, got) = unknown.into_parts();
             wrong("PEERLANE_TRANSPORT", expected, got)
+        })?;
+    }
+    if let Some(mode) = value("PEERLANE_SELF_TEST")? {
+        config.self_test = mode.parse().map_err(|unknown: UnknownName| {
+            let (expected, got) = unknown.into_parts();
+            wrong("PEERLANE_SELF_TEST", expected, got)
         })?;
     }
     if let Some(tuning) = value("PEERLANE_TUNING")? {
@@ -119,8 +128,8 @@ fn wrong(argument: &'static str, expected: String, got: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Transport;
     use crate::algorithm::{Algorithm, Route};
+    use crate::{SelfTest, Transport};
     use std::os::unix::ffi::OsStringExt;
 
     fn from(set: &[(&str, &str)]) -> Result<Config> {
@@ -153,9 +162,14 @@ mod tests {
             let config = from(&[("PEERLANE_TRANSPORT", transport.name())]).unwrap();
             assert_eq!(config.transport, transport);
         }
+        for mode in SelfTest::ALL {
+            let config = from(&[("PEERLANE_SELF_TEST", mode.name())]).unwrap();
+            assert_eq!(config.self_test, mode);
+        }
         for (text, truth) in [("1", true), ("on", true), ("0", false), ("no", false)] {
-            let config = from(&[("PEERLANE_FIXED", text), ("PEERLANE_EXACT", text)]).unwrap();
-            assert_eq!((config.fixed, config.exact), (truth, truth));
+            let names = ["PEERLANE_FIXED", "PEERLANE_EXACT", "PEERLANE_CHECKED"];
+            let config = from(&names.map(|name| (name, text))).unwrap();
+            assert_eq!((config.fixed, config.exact, config.checked), (truth, truth, truth));
         }
         let tuning = |text| from(&[("PEERLANE_TUNING", text)]).unwrap().tuning;
         assert_eq!(tuning("off"), Tuning::Off);
@@ -176,6 +190,8 @@ mod tests {
         assert!(text.contains("PEERLANE_ROUTE: expected one of auto, direct, hub"), "{text}");
         let text = error("PEERLANE_TRANSPORT", "nvlink");
         assert_eq!(text, "environment: PEERLANE_TRANSPORT: expected auto, p2p, host, got nvlink");
+        let text = error("PEERLANE_SELF_TEST", "never");
+        assert!(text.ends_with("PEERLANE_SELF_TEST: expected auto, off, always, got never"));
         let text = error("PEERLANE_FIXED", "maybe");
         assert!(text.contains("PEERLANE_FIXED: expected 1, true, on"), "{text}");
         let raw = read(|name| (name == "PEERLANE_EXACT").then(|| OsString::from_vec(vec![0xff])));

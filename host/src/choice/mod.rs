@@ -89,6 +89,7 @@ impl Choice {
         let links = links.unwrap_or_else(|| Links::of(shape.class));
         let modelled = || Choice::modelled(shape, &links, config.exact);
         let mut notes = known.notes.clone();
+        notes.extend(known.verdicts.all_notes());
         let mut choice = match &known.table {
             _ if config.fixed => Choice::fixed(shape),
             Some(table) => match (table.is_over(shape.host), &config.tuning) {

@@ -8,8 +8,9 @@ use super::cost::{LinkClass, Links};
 use super::environment::Tuning;
 use super::table::{KIND, TuningTable};
 use crate::communicator::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clipped};
 use crate::links::{Cache, Key, LINKS, fingerprint};
+use crate::selftest::Verdicts;
 use crate::topology;
 use serde::{Deserialize, Serialize};
 
@@ -40,9 +41,37 @@ pub(crate) struct Known {
     pub(crate) table: Option<TuningTable>,
     pub(crate) links: Option<Links>,
     pub(crate) notes: Vec<String>,
+    /// Which pairs of ranks must not use their links.
+    pub(crate) verdicts: Verdicts,
 }
 
+/// Most notes, and most characters in one, that rank 0 may tell.
+const MOST_NOTES: (usize, usize) = (8, 4000);
+
 impl Known {
+    /// That what came from rank 0 is what it would have believed itself, had it read it from a file.
+    pub(crate) fn check(&self, world: u32) -> std::result::Result<(), String> {
+        let told = |expected: &str, got: &str| {
+            Err(clipped(&format!("rank 0 tells of tuning: expected {expected}, got {got}")))
+        };
+        if let Some(table) = &self.table {
+            if let Err((expected, got)) = table.check() {
+                return told(&expected, &got);
+            }
+            if table.world != world {
+                return told(&format!("a table for {world} ranks"), &table.world.to_string());
+            }
+        }
+        if self.links.is_some_and(|links| !links.are_sound()) {
+            return told("rates and times above 0", &format!("{:?}", self.links));
+        }
+        let (most, longest) = MOST_NOTES;
+        if self.notes.len() > most || self.notes.iter().any(|note| note.len() > longest) {
+            return told("a few notes", &format!("{}, or a long one", self.notes.len()));
+        }
+        Ok(())
+    }
+
     /// Looks for a table, and for measured links where the model needs them. `gpus` are the UUIDs and PCI addresses of
     /// all ranks; none if the GPUs are simulated. Only rank 0 calls it.
     ///
@@ -108,5 +137,32 @@ impl Known {
             }
         }
         known
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_rank_0_tells_is_checked_as_a_file_is() {
+        let links = Links::of(LinkClass::NvLink);
+        assert_eq!(Known { links: Some(links), ..Known::default() }.check(2), Ok(()));
+        for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            let links = Some(Links { single_gbps: wrong, ..links });
+            let reason = Known { links, ..Known::default() }.check(2).unwrap_err();
+            assert!(reason.contains("rates and times above 0"), "{reason}");
+        }
+        let notes =
+            |count, length| Known { notes: vec!["x".repeat(length); count], ..Known::default() };
+        assert_eq!(notes(8, 4000).check(2), Ok(()));
+        assert!(notes(9, 1).check(2).is_err() && notes(1, 4001).check(2).is_err());
+        let seed = include_str!("../../../fuzz/seeds/tuning_table/two-ranks");
+        let table = TuningTable::parse(seed).unwrap();
+        let known = |table| Known { table: Some(table), ..Known::default() };
+        assert_eq!(known(table.clone()).check(2), Ok(()));
+        assert!(known(table.clone()).check(3).unwrap_err().contains("a table for 3 ranks"));
+        let empty = TuningTable { broadcast: Vec::new(), ..table };
+        assert!(known(empty).check(2).unwrap_err().contains("broadcast: one entry or more"));
     }
 }

@@ -5,6 +5,7 @@
 
 use super::limits::Limits;
 use crate::algorithm::{Algorithm, Route, UnknownName};
+use crate::error::clipped;
 use crate::links::{Cache, Key};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -58,19 +59,22 @@ impl TuningTable {
     /// # Errors
     /// What was expected and what came.
     pub fn parse(text: &str) -> Result<TuningTable, (String, String)> {
-        let wrong = |error: serde_json::Error| ("a tuning table".to_owned(), error.to_string());
+        let wrong =
+            |error: serde_json::Error| ("a tuning table".to_owned(), clipped(&error.to_string()));
         let value: serde_json::Value = serde_json::from_str(text).map_err(wrong)?;
         // The version first: another one has other fields.
         let version = value.get("version").cloned().unwrap_or_default();
         if version != VERSION {
-            return Err((format!("a tuning table of version {VERSION}"), format!("{version}")));
+            let got = clipped(&version.to_string());
+            return Err((format!("a tuning table of version {VERSION}"), got));
         }
         let table: TuningTable = serde_json::from_value(value).map_err(wrong)?;
-        table.check()?;
+        table.check().map_err(|(expected, got)| (clipped(&expected), clipped(&got)))?;
         Ok(table)
     }
 
-    fn check(&self) -> Result<(), Flaw> {
+    /// That every field is sound.
+    pub(super) fn check(&self) -> Result<(), Flaw> {
         let gpus = self.key.ranks();
         if gpus != self.world as usize {
             return Err((
@@ -108,6 +112,7 @@ impl TuningTable {
     /// What was expected and what came.
     pub fn is_for(&self, key: &Key) -> Result<(), (String, String)> {
         self.key.differs(key).map_or(Ok(()), |(expected, got)| {
+            let (expected, got) = (clipped(&expected), clipped(&got));
             Err((format!("a tuning table for {expected}"), format!("one for {got}")))
         })
     }

@@ -16,7 +16,7 @@ use crate::group::Aborter;
 use crate::rendezvous::Processes;
 use peerlane_device::abi::MAX_RANKS;
 use std::ffi::{c_char, c_void};
-use std::ptr::null_mut;
+use std::ptr::{eq, null_mut};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -172,8 +172,9 @@ pub unsafe extern "C" fn peerlane_comm_transport(
     })
 }
 
-/// The first error that a call of this rank met on the GPU. It stays: every later call returns it
-/// too, and what is left to do is to close all ranks and to make a new group. Does not wait.
+/// The first error that a call of this rank met on the GPU. It stays, and every later call returns it too: all ranks
+/// may recover (`peerlane_recover`), go on without the rank that is gone (`peerlane_shrink`), or close. Does not
+/// wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_comm_health(comm: *const peerlane_comm) -> peerlane_status {
     guard("comm_health", |op| {
@@ -208,7 +209,8 @@ pub unsafe extern "C" fn peerlane_comm_synchronize(
     })
 }
 
-/// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on.
+/// Ends every wait of every rank of the group; their calls return PEERLANE_ABORTED from then on,
+/// until they recover.
 /// Any thread may call it at any time before `peerlane_comm_destroy` begins.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_comm_abort(comm: *const peerlane_comm) -> peerlane_status {
@@ -240,4 +242,36 @@ pub unsafe extern "C" fn peerlane_comm_destroy(comm: *mut peerlane_comm) {
         drop(unsafe { Box::from_raw(comm) });
         Ok(())
     });
+}
+
+/// `world_size`, if a group can have so many ranks.
+pub(super) fn size(op: &'static str, world_size: u32) -> Result<usize> {
+    match world_size as usize {
+        world @ 1..=MAX_RANKS => Ok(world),
+        _ => Err(invalid(op, "world_size", format!("1 to {MAX_RANKS}"), world_size)),
+    }
+}
+
+/// Does something with all of a thread's communicators.
+///
+/// # Safety
+/// `comms` is NULL or leads to `world` handles or NULLs.
+pub(super) unsafe fn with_all<T>(
+    op: &'static str,
+    comms: *const *mut peerlane_comm,
+    world: usize,
+    call: impl FnOnce(&mut [&mut Communicator]) -> Result<T>,
+) -> Result<T> {
+    // SAFETY: the caller's contract.
+    let comms = unsafe { items(op, "comms", comms, world)? };
+    // SAFETY: the caller's contract.
+    let comms = comms.iter().map(|comm| unsafe { present(op, "comms", *comm) });
+    let comms = comms.collect::<Result<Vec<_>>>()?;
+    let twice = |at: usize| comms[..at].iter().any(|other| eq(*other, comms[at]));
+    if (0..world).any(twice) {
+        return Err(invalid(op, "comms", "each rank's once".into(), "one of them twice"));
+    }
+    let mut locked: Vec<_> = comms.iter().map(|comm| comm.alone()).collect();
+    let mut ranks: Vec<&mut Communicator> = locked.iter_mut().map(|rank| &mut **rank).collect();
+    call(&mut ranks)
 }

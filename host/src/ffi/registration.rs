@@ -4,18 +4,16 @@
 //! thread are locked in their order, each once.
 
 use super::arguments::{device, items, place, present, stream};
-use super::comm::peerlane_comm;
+use super::comm::{peerlane_comm, size, with_all};
 use super::status::{guard, peerlane_status};
 use super::types::{dtype, peerlane_dtype, peerlane_op, peerlane_reduce_options, reduce_op};
-use crate::collectives::invalid;
 use crate::communicator::Communicator;
 use crate::error::Result;
 use crate::registration::Registration;
 use crate::request::AllReduceRegistered;
-use peerlane_device::abi::MAX_RANKS;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
-use std::ptr::{eq, null_mut};
+use std::ptr::null_mut;
 
 /// A tensor of each rank that all ranks reach.
 pub struct peerlane_registration {
@@ -166,35 +164,4 @@ pub unsafe extern "C" fn peerlane_all_reduce_registered(
         // SAFETY: the header asks of tensors and stream what the communicator asks.
         unsafe { comm.alone().all_reduce_registered(&registration.registration, &call, stream) }
     })
-}
-
-fn size(op: &'static str, world_size: u32) -> Result<usize> {
-    match world_size as usize {
-        world @ 1..=MAX_RANKS => Ok(world),
-        _ => Err(invalid(op, "world_size", format!("1 to {MAX_RANKS}"), world_size)),
-    }
-}
-
-/// Does something with all of a thread's communicators.
-///
-/// # Safety
-/// `comms` is NULL or leads to `world` handles or NULLs.
-unsafe fn with_all<T>(
-    op: &'static str,
-    comms: *const *mut peerlane_comm,
-    world: usize,
-    call: impl FnOnce(&mut [&mut Communicator]) -> Result<T>,
-) -> Result<T> {
-    // SAFETY: the caller's contract.
-    let comms = unsafe { items(op, "comms", comms, world)? };
-    // SAFETY: the caller's contract.
-    let comms = comms.iter().map(|comm| unsafe { present(op, "comms", *comm) });
-    let comms = comms.collect::<Result<Vec<_>>>()?;
-    let twice = |at: usize| comms[..at].iter().any(|other| eq(*other, comms[at]));
-    if (0..world).any(twice) {
-        return Err(invalid(op, "comms", "each rank's once".into(), "one of them twice"));
-    }
-    let mut locked: Vec<_> = comms.iter().map(|comm| comm.alone()).collect();
-    let mut ranks: Vec<&mut Communicator> = locked.iter_mut().map(|rank| &mut **rank).collect();
-    call(&mut ranks)
 }

@@ -163,6 +163,10 @@ pub struct peerlane_config {
     /// Bytes of device memory for one rank's staging area, which algorithms and routes named COPY need.
     /// 0: some 64 MiB if `algorithm` or `route` is one of those, none otherwise.
     pub staging_bytes: usize,
+    /// The deadline of waits in a rank's first call, if that is longer; 0 for six times `deadline_ms`.
+    pub first_deadline_ms: u64,
+    /// If not 0, the ranks compare on the GPU what they call, and checksums of all that travels.
+    pub checked: c_int,
 }
 
 /// What a reduction may be asked for beside its arguments. `peerlane_reduce_options_init` fills it.
@@ -193,7 +197,8 @@ pub struct peerlane_broadcast_options {
 /// Fills a configuration with defaults: a deadline of 10 seconds, mailboxes of 32 MiB, as many
 /// blocks as fit, and algorithms by size and the transport that suits each pair unless the
 /// environment says otherwise (PEERLANE_ALGORITHM, PEERLANE_ROUTE, PEERLANE_FIXED, PEERLANE_EXACT,
-/// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_TUNING, which is read again where `tuning` stays
+/// PEERLANE_TRANSPORT: auto, p2p or host; PEERLANE_CHECKED; PEERLANE_SELF_TEST: auto, off or always, which is
+/// read again in any case; PEERLANE_TUNING, which is read again where `tuning` stays
 /// NULL). `size` is sizeof(peerlane_config).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerlane_config_init(
@@ -348,6 +353,8 @@ impl peerlane_config {
             least_mailbox_bytes: config.sizing.unwrap_or_default().least_mailbox_bytes,
             most_mailbox_bytes: config.sizing.unwrap_or_default().most_mailbox_bytes,
             staging_bytes: config.staging_bytes.unwrap_or(0),
+            first_deadline_ms: config.first_deadline.map_or(0, |time| time.as_millis() as u64),
+            checked: c_int::from(config.checked),
         }
     }
 
@@ -383,8 +390,13 @@ impl peerlane_config {
             exact: config.inexact == 0,
             tuning,
             transport: choose(op, "config.transport", config.transport, &TRANSPORTS)?,
+            self_test: Config::from_environment()?.self_test,
             sizing: Some(sizing).filter(|_| config.adaptive != 0),
             staging_bytes: Some(config.staging_bytes).filter(|bytes| *bytes != 0),
+            first_deadline: Some(config.first_deadline_ms)
+                .filter(|time| *time != 0)
+                .map(Duration::from_millis),
+            checked: config.checked != 0,
             ..Config::default()
         })
     }

@@ -139,6 +139,10 @@ pub trait Gpu: Send + Sync {
     fn backend(&self) -> Backend;
     /// What the GPU is.
     fn properties(&self) -> &Properties;
+    /// What its machine is made from, if it is simulated: another process can make the same.
+    fn simulation(&self) -> Option<sim::Config> {
+        None
+    }
 
     /// Allocates device memory, aligned to 256 bytes or better, with undefined content.
     fn alloc(&self, bytes: usize) -> Result<DevicePtr>;
@@ -279,7 +283,10 @@ pub trait Gpu: Send + Sync {
 
     /// Makes every kernel ready to launch, so that no later launch pays for loading.
     fn load_kernels(&self) -> Result<()>;
-    /// Queues a kernel of `blocks` blocks of `threads` threads.
+    /// Makes the kernels of checked calls ready too. How many blocks of `threads` threads of any of them this GPU
+    /// holds at once.
+    fn load_checked_kernels(&self, threads: u32) -> Result<u32>;
+    /// Queues a kernel of `blocks` blocks of `threads` threads: the checked one, if `args` ask for it.
     ///
     /// # Safety
     /// Every address that `kernel` derives from `args` is what `abi::Args` says it is.

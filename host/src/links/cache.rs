@@ -1,5 +1,5 @@
-//! Measurements that outlive the process: one JSON file per set of GPUs and kind of measurement in the
-//! user's cache.
+//! What is found out once per machine and outlives the process: one JSON file per set of GPUs and kind of
+//! finding (measured links, tuning tables, self-tests) in the user's cache.
 //!
 //! Invariant: a file is believed only if it is the user's own and says in full what was asked for: the
 //! same GPUs in the same order and slots, the same driver, the same Peerlane. Anything else in its
@@ -7,13 +7,15 @@
 //! an old file or a new one, never half of one.
 
 use super::Measurement;
+use crate::error::clipped;
 use crate::gpu::{Backend, GpuRef};
 use peerlane_device::abi::ABI_VERSION;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fmt::Debug;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -93,12 +95,12 @@ pub(crate) fn fingerprint(value: &impl Debug) -> String {
 
 /// What a file holds.
 #[derive(Serialize, Deserialize)]
-struct Entry {
+struct Entry<T> {
     key: Key,
-    measurement: Measurement,
+    value: T,
 }
 
-/// A directory of measurements.
+/// A directory of findings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cache {
     directory: PathBuf,
@@ -157,22 +159,9 @@ impl Cache {
     /// # Errors
     /// There is a file that cannot be believed: what is wrong with it.
     pub fn load(&self, key: &Key) -> Result<Option<Measurement>, String> {
-        let path = self.file(key);
-        let ignored = |reason: String| format!("cache: {} is ignored: {reason}", path.display());
-        let text = match read_file(&path, true) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(ignored(error.to_string())),
-        };
-        let entry: Entry = serde_json::from_str(&text)
-            .map_err(|error| ignored(format!("expected a measurement, got {error}")))?;
-        if entry.key != *key {
-            return Err(ignored(format!("expected {key:?}, got {:?}", entry.key)));
-        }
-        if !entry.measurement.is_sound(key.gpus.len() as u32) {
-            return Err(ignored("expected a figure or a reason for every pair of GPUs".into()));
-        }
-        Ok(Some(entry.measurement))
+        let sound = |measurement: &Measurement| measurement.is_sound(key.gpus.len() as u32);
+        let expected = ("a measurement", "a figure or a reason for every pair of GPUs");
+        self.load_kind(LINKS, key, expected, sound)
     }
 
     /// Keeps a measurement for `key`, in place of what was there.
@@ -180,9 +169,45 @@ impl Cache {
     /// # Errors
     /// It cannot be written: why.
     pub fn store(&self, key: &Key, measurement: &Measurement) -> Result<(), String> {
-        let path = self.file(key);
-        let entry = Entry { key: key.clone(), measurement: measurement.clone() };
-        let written = serde_json::to_string_pretty(&entry)
+        self.store_kind(LINKS, key, measurement)
+    }
+
+    /// What of `kind` is kept for `key`, if it is `sound`. `expected` says what it is, and what makes it sound.
+    pub(crate) fn load_kind<T: DeserializeOwned>(
+        &self,
+        kind: &str,
+        key: &Key,
+        expected: (&str, &str),
+        sound: impl Fn(&T) -> bool,
+    ) -> Result<Option<T>, String> {
+        let path = self.file_of(kind, key);
+        let ignored =
+            |reason: String| format!("cache: {} is ignored: {}", path.display(), clipped(&reason));
+        let text = match read_file(&path, true) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(ignored(error.to_string())),
+        };
+        let entry: Entry<T> = serde_json::from_str(&text)
+            .map_err(|error| ignored(format!("expected {}, got {error}", expected.0)))?;
+        if entry.key != *key {
+            return Err(ignored(format!("expected {key:?}, got {:?}", entry.key)));
+        }
+        if !sound(&entry.value) {
+            return Err(ignored(format!("expected {}", expected.1)));
+        }
+        Ok(Some(entry.value))
+    }
+
+    /// Keeps what is of `kind` for `key`, in place of what was there.
+    pub(crate) fn store_kind<T: Serialize>(
+        &self,
+        kind: &str,
+        key: &Key,
+        value: &T,
+    ) -> Result<(), String> {
+        let path = self.file_of(kind, key);
+        let written = serde_json::to_string_pretty(&Entry { key: key.clone(), value })
             .map_err(io::Error::from)
             .and_then(|text| replace_file(&path, &text));
         written.map_err(|error| format!("cache: cannot write {}: {error}", path.display()))
@@ -211,13 +236,18 @@ pub(crate) fn replace_file(path: &Path, text: &str) -> io::Result<()> {
 
 /// The text of a file; of one that the user owns, if it was not the user who named it.
 pub(crate) fn read_file(path: &Path, own: bool) -> io::Result<String> {
-    let file = File::open(path)?;
+    // A pipe in its place must not make anybody wait.
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let about = file.metadata()?;
     if !about.is_file() {
         return Err(io::Error::other("it is not a file"));
     }
     if own && about.uid() != rustix::process::geteuid().as_raw() {
         return Err(io::Error::other("it is not a file of this user"));
+    }
+    if own && about.mode() & 0o022 != 0 {
+        return Err(io::Error::other("other users may write to it"));
     }
     let mut text = String::new();
     file.take(MOST_BYTES).read_to_string(&mut text)?;
@@ -227,6 +257,7 @@ pub(crate) fn read_file(path: &Path, own: bool) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn environment(set: &[(&str, &str)]) -> Result<Cache, String> {
         let find = |name: &str| set.iter().find(|(key, _)| *key == name);
@@ -265,5 +296,29 @@ mod tests {
         let names: std::collections::BTreeSet<_> =
             others.iter().map(|key| key.file_name(LINKS)).collect();
         assert_eq!(names.len(), others.len());
+    }
+
+    #[test]
+    fn what_others_may_write_or_nobody_can_read_is_left_out_of_account() {
+        let directory = std::env::temp_dir().join(format!("peerlane-mode-{}", std::process::id()));
+        let cache = Cache::at(&directory);
+        let key = Key::new(vec![("GPU-0".into(), "0000:00:00.0".into())], "580.1");
+        fs::create_dir_all(&directory).unwrap();
+        let path = cache.file(&key);
+        fs::write(&path, "{}").unwrap();
+        for mode in [0o666, 0o620, 0o602] {
+            fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            let reason = cache.load(&key).unwrap_err();
+            assert!(reason.contains("other users may write to it"), "{mode:o}: {reason}");
+        }
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        assert!(cache.load(&key).unwrap_err().contains("expected a measurement"));
+        fs::remove_file(&path).unwrap();
+        // A pipe that nobody writes to: opening it must not wait.
+        let fifo = rustix::fs::FileType::Fifo;
+        let mode = rustix::fs::Mode::RUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
+        assert!(cache.load(&key).unwrap_err().contains("it is not a file"));
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

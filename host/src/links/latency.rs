@@ -5,7 +5,7 @@
 
 use super::measure::{Bench, Direction, Mover, calls, median};
 use crate::error::Result;
-use peerlane_device::abi::{Args, Kernel, Operation, probe, state};
+use peerlane_device::abi::{Args, Kernel, Operation, probe, state, ticks};
 use std::time::Duration;
 
 /// How long a probe may take: far more than any link, and more than the host may be held up between
@@ -66,7 +66,7 @@ impl Bench<'_> {
             let (stream, base) = self.rig.probe(mine, other);
             let args = Args {
                 operation: Operation::Probe as u32,
-                deadline_ns: DEADLINE.as_nanos() as u64,
+                deadline: ticks(DEADLINE),
                 mode: probe::PING_PONG,
                 rounds,
                 rows: u64::from(self.round),

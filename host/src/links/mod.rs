@@ -9,7 +9,7 @@ mod cache;
 mod islands;
 mod latency;
 mod measure;
-mod rig;
+pub(crate) mod rig;
 
 pub use cache::{CACHE_VARIABLE, Cache, Key};
 pub(crate) use cache::{LINKS, fingerprint, read_file, replace_file};

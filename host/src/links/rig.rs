@@ -1,4 +1,4 @@
-//! What measuring needs on every GPU: memory, streams, events, and a small mailbox per pair.
+//! What measuring and testing links needs on every GPU: memory, streams, events, and a small mailbox per pair.
 //!
 //! Invariant: everything is allocated before the first measurement and given back after the last work
 //! on any of the GPUs. Nothing here reaches memory that is not its own.
@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Event, GpuRef, HostMemory, Stream};
 use crate::mailbox::OwnStream;
-use peerlane_device::abi::{Args, CONTROL_BYTES, Layout, PROBE_BYTES, Status, UNIT};
+use peerlane_device::abi::{Args, CONTROL_BYTES, Layout, PROBE_BYTES, Status, UNIT, state};
 
 /// What a pair's probe needs of a mailbox: the control words and the probe area.
 const AREA_BYTES: usize = CONTROL_BYTES + PROBE_BYTES;
@@ -19,13 +19,14 @@ const LAYOUT: Layout = Layout::new(1, 1, 1).expect("one slot fits");
 const LEAST_BYTES: usize = 2 * UNIT * 1024;
 
 /// Device memory, freed in the end.
-struct Memory<'a> {
+pub(crate) struct Memory<'a> {
     gpu: &'a GpuRef,
-    at: DevicePtr,
+    /// Its first byte.
+    pub(crate) at: DevicePtr,
 }
 
 impl<'a> Memory<'a> {
-    fn new(gpu: &'a GpuRef, bytes: usize) -> Result<Memory<'a>> {
+    pub(crate) fn new(gpu: &'a GpuRef, bytes: usize) -> Result<Memory<'a>> {
         Ok(Memory { gpu, at: gpu.alloc(bytes)? })
     }
 }
@@ -97,17 +98,17 @@ impl Drop for Path<'_> {
 }
 
 /// All GPUs and all ordered pairs of them.
-pub(super) struct Rig<'a> {
+pub(crate) struct Rig<'a> {
     sites: Vec<Site<'a>>,
     /// `[from * world + to]`; none on the diagonal.
     paths: Vec<Option<Path<'a>>>,
     /// Bytes of one message: half a buffer.
-    pub(super) message: usize,
+    pub(crate) message: usize,
 }
 
 impl<'a> Rig<'a> {
     /// Allocates `bytes` bytes on each GPU; if not all have room, half of that, and so on.
-    pub(super) fn new(gpus: &'a [GpuRef], bytes: usize) -> Result<Rig<'a>> {
+    pub(crate) fn new(gpus: &'a [GpuRef], bytes: usize) -> Result<Rig<'a>> {
         let mut bytes = (bytes / (2 * UNIT) * (2 * UNIT)).max(LEAST_BYTES);
         let buffers = loop {
             let buffers: Result<Vec<Memory<'a>>> =
@@ -150,11 +151,11 @@ impl<'a> Rig<'a> {
         self.sites.iter().try_for_each(|site| site.gpu.stream_synchronize(site.stream.stream))
     }
 
-    pub(super) fn world(&self) -> usize {
+    pub(crate) fn world(&self) -> usize {
         self.sites.len()
     }
 
-    pub(super) fn gpu(&self, position: usize) -> &'a GpuRef {
+    pub(crate) fn gpu(&self, position: usize) -> &'a GpuRef {
         self.sites[position].gpu
     }
 
@@ -169,53 +170,77 @@ impl<'a> Rig<'a> {
     }
 
     /// The stream of an ordered pair.
-    pub(super) fn stream(&self, pair: (usize, usize)) -> Result<Stream> {
+    pub(crate) fn stream(&self, pair: (usize, usize)) -> Result<Stream> {
         Ok(self.path(pair)?.stream.stream)
     }
 
     /// What `position` reads when it sends, and what is written when it is sent to. Senders share
     /// the latter: what ends up there means nothing.
-    pub(super) fn halves(&self, position: usize) -> (DevicePtr, DevicePtr) {
+    pub(crate) fn halves(&self, position: usize) -> (DevicePtr, DevicePtr) {
         let at = self.sites[position].buffer.at;
         (at, at.offset(self.message))
     }
 
     /// Notes on the pair's stream that a measurement begins.
-    pub(super) fn begin(&self, pair: (usize, usize)) -> Result<()> {
+    pub(crate) fn begin(&self, pair: (usize, usize)) -> Result<()> {
         let path = self.path(pair)?;
         path.gpu.event_record(path.start, path.stream.stream)
     }
 
     /// Notes that it ends.
-    pub(super) fn end(&self, pair: (usize, usize)) -> Result<()> {
+    pub(crate) fn end(&self, pair: (usize, usize)) -> Result<()> {
         let path = self.path(pair)?;
         path.gpu.event_record(path.end, path.stream.stream)
     }
 
     /// Waits for the end; the milliseconds between both. The clock of events may stand still for as
     /// long as half a microsecond, so there is no 0.
-    pub(super) fn elapsed_ms(&self, pair: (usize, usize)) -> Result<f64> {
+    pub(crate) fn elapsed_ms(&self, pair: (usize, usize)) -> Result<f64> {
         let path = self.path(pair)?;
         path.gpu.stream_synchronize(path.stream.stream)?;
         Ok(f64::from(path.gpu.event_elapsed_ms(path.start, path.end)?).max(1e-6))
     }
 
     /// Where `mine` finds the status page of its probes with `other`.
-    pub(super) fn status(&self, mine: usize, other: usize) -> *const Status {
+    pub(crate) fn status(&self, mine: usize, other: usize) -> *const Status {
         let pages = self.sites[mine].statuses.memory.host;
         // SAFETY: there is a page for each position.
         unsafe { pages.add(other * STATUS_BYTES) }.cast()
     }
 
+    /// Where `other` writes into the memory of `mine`: control words, then the probe area. `mine` has one for itself
+    /// too, which no probe of a pair uses.
+    pub(crate) fn area(&self, mine: usize, other: usize) -> DevicePtr {
+        self.sites[mine].areas.at.offset(other * AREA_BYTES)
+    }
+
+    /// What `position` runs single steps on.
+    pub(crate) fn own_stream(&self, position: usize) -> Stream {
+        self.sites[position].stream.stream
+    }
+
+    /// Takes back what a failed probe of the pair has left, on both sides. Only while none runs.
+    pub(crate) fn forget_failures(&self, (a, b): (usize, usize)) -> Result<()> {
+        for (mine, other) in [(a, b), (b, a)] {
+            let (gpu, stream) = (self.gpu(mine), self.own_stream(mine));
+            // SAFETY: the area lies in this GPU's memory.
+            unsafe { gpu.fill(self.area(mine, other), 0, CONTROL_BYTES, stream)? };
+            gpu.stream_synchronize(stream)?;
+            let page = self.status(mine, other).cast_mut();
+            // SAFETY: the page lives as long as the rig, and no kernel that writes to it runs.
+            unsafe { (&raw mut (*page).state).write_volatile(state::OK) };
+        }
+        Ok(())
+    }
+
     /// What the probe between `mine` and `other` runs on, and its arguments: ranks 0 and 1 of a
     /// world of two, the lower position first.
-    pub(super) fn probe(&self, mine: usize, other: usize) -> (Stream, Args) {
+    pub(crate) fn probe(&self, mine: usize, other: usize) -> (Stream, Args) {
         let rank = u32::from(mine > other);
         let mut args = Args::new(rank, 2, LAYOUT);
         args.peer = 1 - rank;
-        let area = |of: usize, with: usize| self.sites[of].areas.at.offset(with * AREA_BYTES).0;
-        args.peers[rank as usize] = area(mine, other);
-        args.peers[args.peer as usize] = area(other, mine);
+        args.peers[rank as usize] = self.area(mine, other).0;
+        args.peers[args.peer as usize] = self.area(other, mine).0;
         let page = self.sites[mine].statuses.memory.device.offset(other * STATUS_BYTES);
         args.status = page.0;
         (self.sites[mine].stream.stream, args)

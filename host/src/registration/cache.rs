@@ -93,8 +93,13 @@ impl Registrations {
         self.next
     }
 
+    /// The number of the last assembly.
+    pub(crate) fn last_number(&self) -> u64 {
+        self.next
+    }
+
     /// Makes `number` the one that was used last.
-    pub(super) fn skip_to(&mut self, number: u64) {
+    pub(crate) fn skip_to(&mut self, number: u64) {
         self.next = number;
     }
 

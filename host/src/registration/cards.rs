@@ -3,13 +3,11 @@
 //! Invariant: what is decided here follows from what all ranks brought, so all of them decide the same.
 
 use crate::collectives::invalid;
-use crate::error::{Error, Result};
+use crate::error::{Error, LONGEST_REASON, Result, clipped};
 use crate::gpu::MemoryHandle;
+use peerlane_device::abi::UNIT;
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
-
-/// Most characters of a reason that travels.
-const LONGEST_REASON: usize = 1000;
 
 /// What a rank brings to the first round.
 #[derive(Clone, Serialize, Deserialize)]
@@ -47,6 +45,23 @@ pub(super) struct Offer {
 /// What the others brought, with the files beside it.
 pub(super) type Cards = Vec<(Card, Option<OwnedFd>)>;
 
+impl Offer {
+    /// That a tensor of `bytes` bytes lies in the allocation where tensors may lie.
+    pub(super) fn check(&self, op: &'static str, rank: u32, bytes: usize) -> Result<()> {
+        let ends =
+            self.offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes as u64);
+        let exists = self.base.checked_add(self.bytes as u64).is_some();
+        if ends && exists && self.offset.is_multiple_of(UNIT as u64) {
+            return Ok(());
+        }
+        let expected = format!("a tensor of {bytes} bytes at a multiple of {UNIT} in its memory");
+        let Offer { base, offset, .. } = self;
+        let got =
+            format!("{} bytes at {base:#x} and {offset} into it from rank {rank}", self.bytes);
+        Err(invalid(op, "offer", expected, got))
+    }
+}
+
 impl Card {
     pub(super) fn new(rank: u32, task: Task, outcome: Result<Option<Offer>>) -> Card {
         Card { task, outcome: outcome.map_err(|error| reason(rank, &error)) }
@@ -81,7 +96,27 @@ pub(super) fn settled(
     op: &'static str,
     mut outcomes: impl Iterator<Item = std::result::Result<(), String>>,
 ) -> Result<()> {
-    outcomes.try_for_each(|outcome| outcome).map_err(|reason| Error::Unsupported { op, reason })
+    outcomes
+        .try_for_each(|outcome| outcome)
+        .map_err(|reason| Error::Unsupported { op, reason: clipped(&reason) })
+}
+
+/// What a rank makes of the cards of three, as JSON.
+#[cfg(any(fuzzing, test))]
+pub(crate) fn check_cards(data: &[u8]) -> Result<()> {
+    const OP: &str = "register";
+    let Ok(cards) = serde_json::from_slice::<[Card; 3]>(data) else { return Ok(()) };
+    let cards: Cards = cards.into_iter().map(|card| (card, None)).collect();
+    agree(OP, &cards)?;
+    let Task::Register(bytes) = cards[0].0.task else { return Ok(()) };
+    for (rank, (card, _)) in (0..).zip(&cards) {
+        if let Ok(Some(offer)) = &card.outcome {
+            offer.check(OP, rank, bytes)?;
+            // As the ranks do with what they believe.
+            let _ = offer.base + offer.offset + bytes as u64;
+        }
+    }
+    Ok(())
 }
 
 impl std::fmt::Display for Task {
@@ -89,6 +124,36 @@ impl std::fmt::Display for Task {
         match self {
             Task::Register(bytes) => write!(f, "a new one of {bytes} bytes"),
             Task::Deregister(number) => write!(f, "the end of number {number}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tensor_lies_in_its_allocation() {
+        let check = |base, bytes, offset, tensor| {
+            let process = (1, 2);
+            let offer =
+                Offer { base, bytes, id: 1, offset, handle: None, process, peers_reach: true };
+            offer.check("register", 3, tensor).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(0x1000, 4096, 0, 4096), Ok(()));
+        assert_eq!(check(0x1000, 4096, 4080, 16), Ok(()));
+        let bad = [
+            (0x1000, 4096, 4080, 17),
+            (0x1000, 4096, 8, 16),
+            (0x1000, 4096, u64::MAX - 15, 16),
+            (0x1000, 0, 0, 1),
+            (0x1000, 4096, 16, usize::MAX),
+            (u64::MAX - 4095, 8192, 0, 16),
+        ];
+        for (base, bytes, offset, tensor) in bad {
+            let reason = check(base, bytes, offset, tensor).unwrap_err();
+            assert!(reason.starts_with("register: offer: expected a tensor of"), "{reason}");
+            assert!(reason.ends_with("from rank 3"), "{reason}");
         }
     }
 }

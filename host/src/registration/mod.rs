@@ -12,10 +12,13 @@ use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 use crate::gpu::{DevicePtr, Exported, GpuRef, MemoryHandle};
 use crate::mailbox::this_process;
+use crate::neighbours::{self, Owner, Purpose};
 use crate::rendezvous::{Table, Topic};
 pub use cache::RegistrationStatistics;
 pub(crate) use cache::Registrations;
 use cache::{Key, Mapping};
+#[cfg(any(fuzzing, test))]
+pub(crate) use cards::check_cards;
 use cards::{Card, Cards, Offer, Task, agree, reason, settled};
 use peerlane_device::abi::{MAX_RANKS, UNIT};
 use std::os::fd::OwnedFd;
@@ -95,11 +98,14 @@ impl Communicator {
         // What ails one rank ails all, so nobody is left waiting.
         self.health()?;
         let (number, mut table) = self.sit(OP)?;
-        let among_processes = matches!(table, Table::Processes(_));
+        let among_processes = matches!(table, Table::Processes { .. });
         let (outcome, file) = match self.offer(tensor, bytes, among_processes) {
             Ok((offer, file)) => (Ok(offer), file),
             Err(error) => (Err(error), None),
         };
+        // Until all have mapped it.
+        let owner = self.owner_of_tensor(number, self.rank())?;
+        let _note = owner.map(|owner| neighbours::note(owner, tensor.0, bytes));
         let card = Card::new(self.rank(), Task::Register(bytes), outcome.clone().map(Some));
         let cards = table.exchange(card, file)?;
         // This rank's own mistake in its own words.
@@ -267,6 +273,12 @@ impl Communicator {
         Ok((Offer { base, bytes, id, offset, handle, process, peers_reach }, file))
     }
 
+    /// Whose the tensor of `rank` is to this process's other ranks; none if all ranks are threads of one.
+    fn owner_of_tensor(&self, number: u64, rank: u32) -> Result<Option<Owner>> {
+        let segment = self.group("register")?.segment();
+        Ok(segment.map(|segment| (segment.number(), rank, Purpose::Tensor(number))))
+    }
+
     /// Maps what the ranks offer.
     fn map(
         &mut self,
@@ -279,18 +291,33 @@ impl Communicator {
         let mut addresses = [0; MAX_RANKS];
         let mut mappings = Vec::new();
         for ((rank, address), (card, file)) in (0..).zip(&mut addresses).zip(cards) {
-            let Ok(Some(offer)) = card.outcome else { continue };
+            let Ok(Some(offer)) = card.outcome else {
+                return Err(invalid(
+                    OP,
+                    "offer",
+                    "a tensor".into(),
+                    format!("none from rank {rank}"),
+                ));
+            };
+            offer.check(OP, rank, bytes)?;
             let is_neighbour = offer.process == this_process();
             *address = if rank == me {
                 own.0
             } else if offer.handle.is_none() || is_neighbour && offer.peers_reach && file.is_none()
             {
+                let place = offer.base + offer.offset;
+                let stranger = |owner: &Owner| !neighbours::offers(*owner, place, bytes);
+                if self.owner_of_tensor(number, rank)?.as_ref().is_some_and(stranger) {
+                    let expected = "the tensor of a rank of this process".into();
+                    let got = format!("the address {place:#x} from rank {rank}");
+                    return Err(invalid(OP, "offer", expected, got));
+                }
                 let owner = self.group(OP)?.ordinal(rank);
                 if owner != gpu.properties().ordinal {
                     // Where mailboxes were mapped one by one, this comes first here.
                     gpu.enable_peer(owner)?;
                 }
-                offer.base + offer.offset
+                place
             } else {
                 let owner = self.group(OP)?.ordinal(rank);
                 let key = Key { rank, base: offer.base, bytes: offer.bytes, id: offer.id };

@@ -6,7 +6,7 @@
 
 use super::segment::Segment;
 use super::threads::Meeting;
-use super::{Processes, Seat};
+use super::{Processes, Seat, Terms};
 use crate::error::{Error, Result};
 use rustix::fd::OwnedFd;
 use serde::{Serialize, de::DeserializeOwned};
@@ -22,6 +22,23 @@ pub(crate) enum Topic {
     /// Other sizes. Only meetings of all ranks count: after one that failed, whichever of them came, they may
     /// try again.
     Sizes(u64),
+    /// To recover: all ranks come. What this and the next three are for is done as often as it takes, and ranks
+    /// that were cut off at the end of one meeting may not agree on how many there have been; so they have no number.
+    Recovery,
+    /// To clear the memory, once all have come to recover.
+    Restart,
+    /// To go on without some ranks: the others come.
+    Shrink,
+    /// For a new group, once the survivors have come, who are as many as this.
+    Survivors(u32),
+}
+
+/// Who comes to a meeting.
+#[derive(Clone, Copy)]
+struct Party {
+    world: u32,
+    /// Ranks that do not come, a bit each. All that come say the same.
+    without: u32,
 }
 
 /// Where the ranks of a group meet again.
@@ -53,7 +70,30 @@ impl Assembly {
                 Ok(Table::Threads { meeting, rank, round: 0 })
             }
             Assembly::Processes(segment) => {
-                Ok(Table::Processes(meeting_of(segment, topic, patience).enter(rank)?))
+                let seat = meeting_of(segment, topic, patience).enter(rank)?;
+                Ok(Table::Processes { seat, failed: false })
+            }
+        }
+    }
+
+    /// As `sit`, of ranks that may try again; those in `without` do not come, a bit each.
+    pub(crate) fn sit_without(
+        &self,
+        rank: u32,
+        topic: Topic,
+        without: u32,
+        patience: Duration,
+    ) -> Result<Table> {
+        match self {
+            Assembly::Threads(meetings) => {
+                let party = Party { without, ..meetings.party(topic) };
+                let meeting = meetings.enter_party(rank, topic, party, patience)?;
+                Ok(Table::Threads { meeting, rank, round: 0 })
+            }
+            Assembly::Processes(segment) => {
+                let terms = Terms { without, watched: Some((segment.clone(), without)) };
+                let seat = meeting_of(segment, topic, patience).enter_on(rank, &terms)?;
+                Ok(Table::Processes { seat, failed: false })
             }
         }
     }
@@ -69,30 +109,60 @@ impl Assembly {
     }
 }
 
-/// Where processes meet. A name is used for one meeting only: a rank may come to the next before all have left
-/// the last.
+/// Where processes meet. A rank may come to the next meeting of a name before all have left the last: it waits
+/// until they have.
 pub(crate) fn meeting_of(segment: &Segment, topic: Topic, patience: Duration) -> Processes {
-    let (kind, number) = match topic {
-        Topic::Registration(number) => ("register", number),
-        Topic::Sizes(number) => ("adapt", number),
+    let (kind, number, world) = match topic {
+        Topic::Registration(number) => ("register", number, segment.world()),
+        Topic::Sizes(number) => ("adapt", number, segment.world()),
+        Topic::Recovery => ("recover", 0, segment.world()),
+        Topic::Restart => ("restart", 0, segment.world()),
+        Topic::Shrink => ("shrink", 0, segment.world()),
+        Topic::Survivors(count) => ("survivors", 0, count),
     };
     let name = format!("{kind}/{:016x}/{number}", segment.number());
-    Processes { name, world: segment.world(), patience }
+    Processes { name, world, patience }
 }
 
 impl Meetings {
+    /// Who comes for `topic` if all ranks do that there are then.
+    fn party(&self, topic: Topic) -> Party {
+        let world = if let Topic::Survivors(count) = topic { count } else { self.world };
+        Party { world, without: 0 }
+    }
+
     /// Enters the meeting that waits for `rank`, if there is one, or else a new one.
     pub(crate) fn enter(&self, rank: u32, topic: Topic, patience: Duration) -> Result<Meeting> {
+        self.enter_party(rank, topic, self.party(topic), patience)
+    }
+
+    fn enter_party(
+        &self,
+        rank: u32,
+        topic: Topic,
+        Party { world, without }: Party,
+        patience: Duration,
+    ) -> Result<Meeting> {
         // Every change is one call, so a thread that panicked in here left none half made.
         let mut open = self.open.lock().unwrap_or_else(|poison| poison.into_inner());
-        let again = matches!(topic, Topic::Sizes(_));
-        let awaits = |(of, meeting): &&(Topic, Meeting)| {
-            *of == topic && meeting.awaits(rank) && !(again && meeting.has_failed())
-        };
+        let again = !matches!(topic, Topic::Registration(_));
+        let goes_on =
+            |(of, meeting): &&(Topic, Meeting)| *of == topic && !(again && meeting.has_failed());
+        let odd = open.iter().filter(goes_on).find(|(_, meeting)| meeting.party().0 != without);
+        if let Some((_, meeting)) = odd {
+            let (others, first) = meeting.party();
+            let reason = other_party((first.unwrap_or_default(), others), (rank, without));
+            // Whom the others do not expect takes nobody with it.
+            return Err(match others >> rank & 1 {
+                0 => meeting.fail(reason),
+                _ => Error::Rendezvous { world, reason },
+            });
+        }
+        let awaits = |at: &&(Topic, Meeting)| goes_on(at) && at.1.awaits(rank);
         let meeting = match open.iter().find(awaits) {
             Some((_, meeting)) => meeting.clone(),
             None => {
-                let meeting = Meeting::new(self.world, patience);
+                let meeting = Meeting::without(world, without, patience);
                 // One that failed before is over for all.
                 open.retain(|(of, _)| *of != topic);
                 open.push((topic, meeting.clone()));
@@ -103,6 +173,13 @@ impl Meetings {
         open.retain(|(_, meeting)| !meeting.is_complete());
         Ok(meeting)
     }
+}
+
+/// What two ranks say that want to go on without different ones.
+pub(super) fn other_party(first: (u32, u32), second: (u32, u32)) -> String {
+    let [first, second] = [first, second]
+        .map(|(rank, without)| format!("rank {rank} goes on without {}", super::ranks_in(without)));
+    format!("{first}, {second}")
 }
 
 /// A rank's place in an assembly. Dropping it leaves.
@@ -117,7 +194,12 @@ pub(crate) enum Table {
         round: usize,
     },
     /// Among processes.
-    Processes(Seat),
+    Processes {
+        /// The place.
+        seat: Seat,
+        /// A round has failed: whoever leaves then ends the meeting for all.
+        failed: bool,
+    },
 }
 
 impl Table {
@@ -136,14 +218,16 @@ impl Table {
                 *round += 1;
                 Ok(all.into_iter().map(|value| (value, None)).collect())
             }
-            Table::Processes(seat) => seat.exchange(&value, file),
+            Table::Processes { seat, failed } => {
+                seat.exchange(&value, file).inspect_err(|_| *failed = true)
+            }
         }
     }
 }
 
 impl Drop for Table {
     fn drop(&mut self) {
-        if let Table::Processes(seat) = self {
+        if let Table::Processes { seat, failed: false } = self {
             seat.finish();
         }
     }

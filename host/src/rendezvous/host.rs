@@ -4,14 +4,21 @@
 //! passes their values on and tells all of them the same reason if one fails, is late or ends; once
 //! they have met it notices, by the end of its connection, a process that ends without leaving.
 
-use super::processes::{Reply, Request};
+use super::assembly::other_party;
+use super::processes::{Reply, Request, Terms};
 use super::segment::{Presence, Segment};
 use super::socket::{Connection, Listener, wait};
 use super::{PROTOCOL, ranks};
+use crate::error::clipped;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Most connections that have said nothing: every rank says who it is as soon as it is connected.
+pub(super) const MOST_STRANGERS: usize = 64;
+/// How long the host waits before it tries again to accept a connection.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// A rank, as the host sees it.
 #[derive(Default)]
@@ -25,6 +32,15 @@ struct Guest {
     joined: bool,
     /// It has been told why the meeting failed.
     told: bool,
+    /// It is not waited for.
+    excused: bool,
+}
+
+impl Guest {
+    /// Whether the round waits for it.
+    fn is_awaited(&self) -> bool {
+        self.value.is_none() && !self.excused
+    }
 }
 
 /// The host.
@@ -33,6 +49,10 @@ pub(super) struct Host {
     segment: Arc<Segment>,
     /// The rank whose process this is.
     rank: u32,
+    /// The ranks that do not come, a bit each.
+    without: u32,
+    /// Whether who comes after a failure is told of it, instead of coming to the next meeting.
+    lingers: bool,
     deadline: Instant,
     patience: Duration,
     guests: Vec<Guest>,
@@ -47,14 +67,22 @@ impl Host {
         segment: Arc<Segment>,
         (rank, world): (u32, u32),
         patience: Duration,
+        terms: &Terms,
     ) -> Host {
+        let (without, lingers) = (terms.without, terms.watched.is_none());
+        let guest = |rank| {
+            let excused = without >> rank & 1 != 0;
+            Guest { excused, joined: excused, ..Guest::default() }
+        };
         Host {
             listener,
             segment,
             rank,
+            without,
+            lingers,
             deadline: Instant::now() + patience,
             patience,
-            guests: (0..world).map(|_| Guest::default()).collect(),
+            guests: (0..world).map(guest).collect(),
             strangers: Vec::new(),
         }
     }
@@ -77,16 +105,26 @@ impl Host {
             if Instant::now() >= self.deadline {
                 return Err(self.late());
             }
-            if self.guests.iter().all(|guest| guest.value.is_some()) {
+            if !self.guests.iter().any(Guest::is_awaited) {
                 self.hand_out()?;
             }
         }
         Ok(())
     }
 
+    /// Reacts to what has come, and waits for nothing.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn react(&mut self) -> Result<(), String> {
+        self.turn(Some(Instant::now()))?;
+        if self.guests.iter().all(|guest| guest.value.is_some()) {
+            self.hand_out()?;
+        }
+        Ok(())
+    }
+
     /// Who did not come in time.
     fn late(&self) -> String {
-        let late = |guest: &Guest| guest.value.is_none() && !guest.joined;
+        let late = |guest: &Guest| guest.is_awaited() && !guest.joined;
         let missing =
             (0..).zip(&self.guests).filter(|(_, guest)| late(guest)).map(|(rank, _)| rank);
         format!("waited {:?} in vain for {}", self.patience, ranks(missing))
@@ -102,8 +140,12 @@ impl Host {
         let ready = wait(&ends, deadline).map_err(|error| error.to_string())?;
         let strangers = std::mem::take(&mut self.strangers);
         if ready[0] {
-            // A connection that is gone again by now is nobody's loss.
-            self.strangers.extend(self.listener.accept());
+            match self.listener.accept() {
+                Ok(connection) if connection.is_same_user() => self.strangers.push(connection),
+                Ok(_) => {}
+                // One that is gone again is nobody's loss; for one more descriptor there may be room later.
+                Err(_) => std::thread::sleep(PAUSE),
+            }
         }
         for (stranger, ready) in strangers.into_iter().zip(&ready[1 + present.len()..]) {
             if *ready {
@@ -112,6 +154,8 @@ impl Host {
                 self.strangers.push(stranger);
             }
         }
+        let surplus = self.strangers.len().saturating_sub(MOST_STRANGERS);
+        self.strangers.drain(..surplus);
         let speaking = present.iter().zip(&ready[1..]).filter(|(_, ready)| **ready);
         speaking.into_iter().try_for_each(|(rank, _)| self.hear(*rank))
     }
@@ -119,10 +163,7 @@ impl Host {
     /// Lets a connection take its rank's place. A wrong rank is refused, a wrong world ends the
     /// meeting: it can never be complete.
     fn admit(&mut self, connection: Connection) -> Result<(), String> {
-        if !connection.is_same_user() {
-            return Ok(());
-        }
-        let Ok(Some((Request::Hello { protocol, version, world, rank, process }, _))) =
+        let Ok(Some((Request::Hello { protocol, version, world, without, rank, process }, _))) =
             connection.receive::<Request>()
         else {
             return Ok(());
@@ -130,6 +171,7 @@ impl Host {
         let (pid, namespace) = process;
         let own = (PROTOCOL, env!("CARGO_PKG_VERSION"), self.guests.len() as u32);
         if (protocol, version.as_str(), world) != own {
+            let version = clipped(&version);
             let reason = format!(
                 "rank {} has version {} (protocol {}) and expects {} ranks, rank {rank} has version {version} (protocol {protocol}) and expects {world}",
                 self.rank, own.1, own.0, own.2
@@ -137,10 +179,25 @@ impl Host {
             let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
             return Err(reason);
         }
+        let expected = self.guests.get(rank as usize).is_some_and(|guest| !guest.excused);
+        if without != self.without && expected {
+            let reason = other_party((self.rank, self.without), (rank, without));
+            let _ = connection.send(&Reply::Failed(reason.clone()), &[]);
+            return Err(reason);
+        }
         let refusal = match self.guests.get(rank as usize) {
             None => Some(format!("rank {rank} does not exist; ranks go from 0 to {}", world - 1)),
+            // Whom the others do not expect takes nobody with it.
+            Some(guest) if guest.excused => {
+                Some(other_party((self.rank, self.without), (rank, without)))
+            }
+            // It has all it came for, and comes to the next meeting of this name.
+            Some(guest) if guest.joined => return Ok(()),
             Some(guest) if guest.pid != 0 => {
                 Some(format!("rank {rank} is used twice, first by pid {}", guest.pid))
+            }
+            Some(_) if pid == 0 || i32::try_from(pid).is_err() => {
+                Some(format!("rank {rank} says that its process is number {pid}"))
             }
             Some(_) => None,
         };
@@ -163,6 +220,12 @@ impl Host {
         let Some(connection) = &guest.connection else { return Ok(()) };
         match connection.receive::<Request>() {
             Ok(Some((Request::Bring(value), files))) => {
+                if files.len() > 1 || guest.joined || guest.value.is_some() {
+                    let count = files.len();
+                    return Err(format!(
+                        "rank {rank} brings {count} files, or more than one value"
+                    ));
+                }
                 guest.value = Some((value, files.into_iter().next()));
                 Ok(())
             }
@@ -171,6 +234,9 @@ impl Host {
                 Ok(())
             }
             Ok(Some((Request::Hello { .. }, _))) => Err(format!("rank {rank} came twice")),
+            Err(Errno::BADMSG) if !guest.joined => {
+                Err(format!("rank {rank} says what nobody understands"))
+            }
             Ok(None) | Err(_) => {
                 guest.connection = None;
                 self.segment.lose(rank as u32);
@@ -200,14 +266,20 @@ impl Host {
         for rank in self.own_last() {
             let connection = self.guests[rank].connection.as_ref();
             // One that has gone is noticed when its connection is read.
-            if connection.map(|c| c.send(&reply, &files)) == Some(Err(Errno::MSGSIZE)) {
-                return Err("the ranks bring more than a message holds".into());
+            match connection.map(|c| c.send(&reply, &files)) {
+                Some(Err(Errno::MSGSIZE)) => {
+                    return Err("the ranks bring more than a message holds".into());
+                }
+                Some(Err(Errno::AGAIN)) => {
+                    return Err(format!("rank {rank} does not read what it is told"));
+                }
+                _ => {}
             }
         }
         Ok(())
     }
 
-    /// Tells everybody why the meeting failed: those who are here, and for as long as ranks may
+    /// Tells everybody why the meeting failed: those who are here, and if it lingers, for as long as ranks may
     /// still come, those who come. A rank that comes again starts a new meeting.
     fn fail(&mut self, reason: &str) {
         let reply = Reply::Failed(reason.to_owned());
@@ -218,12 +290,18 @@ impl Host {
                 guest.told = true;
             }
         }
-        while !self.guests.iter().all(|guest| guest.told || guest.joined) {
+        while self.lingers && !self.guests.iter().all(|guest| guest.told || guest.joined) {
             if Instant::now() >= self.deadline {
                 return;
             }
             let Ok(ready) = wait(&[self.listener.as_fd()], Some(self.deadline)) else { return };
-            let Some(Ok(late)) = ready[0].then(|| self.listener.accept()) else { continue };
+            let Some(Ok(late)) = ready[0].then(|| self.listener.accept()) else {
+                std::thread::sleep(PAUSE);
+                continue;
+            };
+            if !late.is_same_user() {
+                continue;
+            }
             let soon = Some(self.deadline.min(Instant::now() + Duration::from_secs(1)));
             if !wait(&[late.as_fd()], soon).is_ok_and(|ready| ready[0]) {
                 continue;

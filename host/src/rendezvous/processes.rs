@@ -9,7 +9,7 @@ use super::host::Host;
 use super::segment::{Presence, Segment};
 use super::socket::{Claim, Connection, Listener, wait};
 use super::{PROTOCOL, life};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clipped};
 use peerlane_device::abi::MAX_RANKS;
 use rustix::fd::{AsFd, OwnedFd};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// Longest name: a socket's address has 107 bytes.
 const LONGEST_NAME: usize = 90;
+/// Longest patience, about 30 years: what is added to it must still be a time.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(1_000_000_000);
 /// How long a guest waits beyond its patience for the host to say who is missing.
 const GRACE: Duration = Duration::from_secs(5);
 /// How often a rank whose host has left looks whether the others' processes are there.
@@ -33,7 +35,7 @@ const LINGER: Duration = Duration::from_secs(60);
 /// Where the processes of a group meet: all of them give the same name and world size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Processes {
-    /// Any text of 1 to 90 bytes that no other group of this user uses at the same time.
+    /// Any text of 1 to 90 bytes that no other group of this machine uses at the same time.
     pub name: String,
     /// Number of ranks.
     pub world: u32,
@@ -41,14 +43,26 @@ pub struct Processes {
     pub patience: Duration,
 }
 
+/// On what terms the ranks of a group meet again.
+#[derive(Clone, Default)]
+pub(crate) struct Terms {
+    /// The ranks that do not come, a bit each. All that come say the same.
+    pub(crate) without: u32,
+    /// The group, and those of its ranks that do not matter any more, a bit each. Nobody waits once another's
+    /// process has ended, and who comes after a failure comes to the next meeting.
+    pub(crate) watched: Option<(Arc<Segment>, u32)>,
+}
+
 /// What a guest says to the host.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Request {
-    /// `process` is its number and the namespace in which that is its number.
+    /// `without` are the ranks that it does not wait for, a bit each; `process` is its number and the namespace in
+    /// which that is its number.
     Hello {
         protocol: u32,
         version: String,
         world: u32,
+        without: u32,
         rank: u32,
         process: (u32, u32),
     },
@@ -78,24 +92,32 @@ pub(crate) struct Seat {
     pub(crate) segment: Arc<Segment>,
     rank: u32,
     world: u32,
+    /// Ranks that do not come, a bit each.
+    without: u32,
     /// The rank whose process hosts the meeting.
     host: u32,
     deadline: Instant,
+    watched: Option<(Arc<Segment>, u32)>,
 }
 
 impl Processes {
     /// Enters the meeting as `rank`, which nobody else may do.
     pub(crate) fn enter(&self, rank: u32) -> Result<Seat> {
+        self.enter_on(rank, &Terms::default())
+    }
+
+    /// As `enter`, for ranks of a group.
+    pub(crate) fn enter_on(&self, rank: u32, terms: &Terms) -> Result<Seat> {
         self.check(rank)?;
         let deadline = Instant::now() + self.patience;
         let fail = |reason: String| Error::Rendezvous { world: self.world, reason };
         let mut pause = Duration::from_micros(200);
         loop {
-            let connection = self.reach(rank).map_err(|error| {
+            let connection = self.reach(rank, terms).map_err(|error| {
                 fail(format!("rank {rank} cannot use sockets of the abstract namespace: {error}"))
             })?;
             if let Some(connection) = connection
-                && let Some(seat) = self.take_seat(rank, connection, deadline)?
+                && let Some(seat) = self.take_seat((rank, terms), connection, deadline)?
             {
                 return Ok(seat);
             }
@@ -121,14 +143,18 @@ impl Processes {
         if rank >= self.world {
             return invalid("rank", format!("0 to {}", self.world - 1), rank.to_string());
         }
+        if self.patience > LONGEST_PATIENCE {
+            let (expected, got) = (LONGEST_PATIENCE, self.patience);
+            return invalid("patience", format!("at most {expected:?}"), format!("{got:?}"));
+        }
         Ok(())
     }
 
     /// A connection to the host, which is this process if nobody else is.
-    fn reach(&self, rank: u32) -> rustix::io::Result<Option<Connection>> {
+    fn reach(&self, rank: u32, terms: &Terms) -> rustix::io::Result<Option<Connection>> {
         if let Claim::Host(listener) = Listener::claim(&self.name)? {
             let segment = Arc::new(Segment::create(self.world)?);
-            let host = Host::new(listener, segment, (rank, self.world), self.patience);
+            let host = Host::new(listener, segment, (rank, self.world), self.patience, terms);
             let thread = thread::Builder::new().name("peerlane-host".into());
             if thread.spawn(life::inherited(move || host.run())).is_err() {
                 return Err(rustix::io::Errno::AGAIN);
@@ -137,26 +163,32 @@ impl Processes {
         Connection::open(&self.name)
     }
 
-    /// Says who it is. `None` if the host has gone meanwhile.
-    fn take_seat(
+    /// Says who it is. `None` if the host has gone meanwhile, or is done with this rank.
+    pub(super) fn take_seat(
         &self,
-        rank: u32,
+        (rank, terms): (u32, &Terms),
         connection: Connection,
         deadline: Instant,
     ) -> Result<Option<Seat>> {
         let fail = |reason: String| Err(Error::Rendezvous { world: self.world, reason });
+        // Anybody may take a name of the abstract namespace.
+        if !connection.is_same_user() {
+            return fail(format!("the name {:?} is taken by another user", self.name));
+        }
         let process = (life::pid(), pid_namespace());
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let world = self.world;
-        let hello = Request::Hello { protocol: PROTOCOL, version, world, rank, process };
+        let (world, without) = (self.world, terms.without);
+        let hello = Request::Hello { protocol: PROTOCOL, version, world, without, rank, process };
         if connection.send(&hello, &[]).is_err() {
             return Ok(None);
         }
         let (host, file) = match answer(&connection, deadline + GRACE) {
-            Ok(Some((Reply::Welcome { host }, mut files))) if files.len() == 1 => {
+            Ok(Some((Reply::Welcome { host }, mut files)))
+                if files.len() == 1 && host < self.world =>
+            {
                 (host, files.remove(0))
             }
-            Ok(Some((Reply::Failed(reason), _))) => return fail(reason),
+            Ok(Some((Reply::Failed(reason), _))) => return fail(clipped(&reason)),
             Ok(Some(_)) => return fail(format!("rank {rank} does not understand the host")),
             Ok(None) => return Ok(None),
             Err(reason) => return fail(format!("rank {rank}: {reason}")),
@@ -165,7 +197,9 @@ impl Processes {
             Ok(segment) => Arc::new(segment),
             Err(reason) => return fail(format!("rank {rank}: {reason}")),
         };
-        Ok(Some(Seat { connection, segment, rank, world: self.world, host, deadline }))
+        let (world, without, watched) = (self.world, terms.without, terms.watched.clone());
+        let seat = Seat { connection, segment, rank, world, without, host, deadline, watched };
+        Ok(Some(seat))
     }
 }
 
@@ -186,7 +220,17 @@ fn answer(
     }
 }
 
+/// Whether the host says something within a moment.
+fn is_due(connection: &Connection) -> rustix::io::Result<bool> {
+    Ok(wait(&[connection.as_fd()], Some(Instant::now() + WATCH))?[0])
+}
+
 impl Seat {
+    /// How long the others wait, at least.
+    pub(crate) fn patience(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
     /// Brings `value`, and a file with it, and waits for everybody else's, in rank order.
     pub(crate) fn exchange<T: Serialize + DeserializeOwned>(
         &self,
@@ -201,24 +245,54 @@ impl Seat {
             fail(format!("the process of rank {} (pid {pid}), which hosts it, ended", self.host))
         };
         self.connection.send(&Request::Bring(text), &files).map_err(|_| gone())?;
+        while self.watched.is_some()
+            && Instant::now() < self.deadline + GRACE
+            && !is_due(&self.connection).map_err(|error| fail(error.to_string()))?
+        {
+            self.nobody_lost().map_err(fail)?;
+        }
         // The host speaks by its own deadline, which may be later than this rank's by as much as
         // this rank came earlier: it never did, having found the host there.
         let reply = answer(&self.connection, self.deadline + GRACE)
             .map_err(|reason| fail(format!("rank {}: {reason}", self.rank)))?;
         let (values, has_file, files) = match reply {
             Some((Reply::All { values, has_file }, files)) => (values, has_file, files),
-            Some((Reply::Failed(reason), _)) => return Err(fail(reason)),
+            Some((Reply::Failed(reason), _)) => return Err(fail(clipped(&reason))),
             Some((Reply::Welcome { .. }, _)) => {
                 return Err(fail(format!("rank {} does not understand the host", self.rank)));
             }
             None => return Err(gone()),
         };
+        let came = (values.len(), has_file.len(), has_file.iter().filter(|has| **has).count());
+        let expected = (self.world - self.without.count_ones()) as usize;
+        if came != (expected, expected, files.len()) {
+            return Err(fail(format!(
+                "rank {}: expected the values of {expected} ranks and their files, got {} values, word of {} files for {} ranks, and {} files",
+                self.rank,
+                came.0,
+                came.2,
+                came.1,
+                files.len()
+            )));
+        }
         let mut files = files.into_iter();
         let parsed = values.iter().zip(has_file).map(|(value, has_file)| {
-            let value = serde_json::from_str(value).map_err(|error| fail(error.to_string()))?;
+            let value = serde_json::from_str(value)
+                .map_err(|error| fail(clipped(&format!("rank {}: {error}", self.rank))))?;
             Ok((value, if has_file { files.next() } else { None }))
         });
         parsed.collect()
+    }
+
+    /// That no rank of the group that meets, beside those that do not matter, has ended.
+    fn nobody_lost(&self) -> std::result::Result<(), String> {
+        let Some((group, without)) = &self.watched else { return Ok(()) };
+        match lost_among(group, *without) {
+            None => Ok(()),
+            Some(lost) => {
+                Err(format!("the process of rank {lost} (pid {}) ended", group.pid(lost)))
+            }
+        }
     }
 
     /// Turns the seat into membership of the group. `mailbox` is dropped once no other rank can
@@ -331,7 +405,7 @@ impl Watch {
         }
         // The host may have left in order. Then nobody tells of the others any more.
         while left.recv_timeout(WATCH) == Err(RecvTimeoutError::Timeout) {
-            self.look_for_lost();
+            look_for_lost(&self.segment);
         }
         let until = Instant::now() + LINGER;
         while !self.segment.is_last(self.rank) {
@@ -340,19 +414,26 @@ impl Watch {
                 std::mem::forget(mailbox);
                 return;
             }
-            self.look_for_lost();
+            look_for_lost(&self.segment);
             thread::sleep(LOOK);
         }
     }
+}
 
-    /// Finds processes that ended after the host had left.
-    fn look_for_lost(&self) {
-        life::look();
-        let (count, namespace) = (self.segment.world(), pid_namespace());
-        for rank in (0..count).filter(|rank| self.segment.presence(*rank) == Presence::Joined) {
-            if self.segment.is_gone(rank, namespace) {
-                self.segment.lose(rank);
-            }
+/// Finds processes that have ended and that no host has missed: it may have left.
+fn look_for_lost(segment: &Segment) {
+    life::look();
+    let (count, namespace) = (segment.world(), pid_namespace());
+    for rank in (0..count).filter(|rank| segment.presence(*rank) == Presence::Joined) {
+        if segment.is_gone(rank, namespace) {
+            segment.lose(rank);
         }
     }
+}
+
+/// The first rank beside those in `without`, a bit each, whose process has ended before it left.
+pub(crate) fn lost_among(segment: &Segment, without: u32) -> Option<u32> {
+    look_for_lost(segment);
+    let mut present = (0..segment.world()).filter(|rank| without >> rank & 1 == 0);
+    present.find(|rank| segment.presence(*rank) == Presence::Lost)
 }

@@ -15,14 +15,14 @@
 use crate::call_log::{self, Entry};
 use crate::mailbox::Board;
 use crate::sealed;
-use peerlane_device::abi::Status;
+use peerlane_device::abi::{MAX_RANKS, Status};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::Pid;
 use std::ffi::c_void;
 use std::hash::BuildHasher;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// Says that the memory is a segment of this layout.
 const MAGIC: u32 = 0x5045_4552;
@@ -126,6 +126,12 @@ impl Segment {
         word(3) | word(4) << 32
     }
 
+    /// Its size.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn bytes(&self) -> usize {
+        bytes(self.world)
+    }
+
     /// Number of ranks.
     pub(super) fn world(&self) -> u32 {
         self.world
@@ -159,8 +165,11 @@ impl Segment {
         self.word(Self::offset(rank) + HOST).store(presence as u32, Ordering::Release);
     }
 
-    /// The process of `rank`.
+    /// The process of `rank`; 0 if there is no such rank.
     pub(crate) fn pid(&self, rank: u32) -> u32 {
+        if rank >= self.world {
+            return 0;
+        }
         self.word(Self::offset(rank) + HOST + 4).load(Ordering::Relaxed)
     }
 
@@ -168,7 +177,9 @@ impl Segment {
     /// is gone.
     pub(super) fn is_gone(&self, rank: u32, namespace: u32) -> bool {
         let theirs = self.word(Self::offset(rank) + HOST + 8).load(Ordering::Relaxed);
-        let pid = Pid::from_raw(self.pid(rank) as i32).filter(|_| theirs == namespace);
+        // Any process may have written it, and a negative number would mean a group of processes.
+        let number = i32::try_from(self.pid(rank)).unwrap_or_default();
+        let pid = Pid::from_raw(number).filter(|_| theirs == namespace);
         pid.map(rustix::process::test_kill_process) == Some(Err(rustix::io::Errno::SRCH))
     }
 
@@ -185,11 +196,22 @@ impl Segment {
         let (from, to) = (Presence::Joined as u32, Presence::Lost as u32);
         let changed = presence.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
         if changed.is_ok() {
+            // A rank that takes its abort word back looks at this after that, or its word is seen here.
+            fence(Ordering::SeqCst);
             for rank in 0..self.world {
                 // The first reason is the one to report.
                 let abort = self.word(Self::offset(rank) + std::mem::offset_of!(Status, abort));
                 let _ = abort.compare_exchange(0, LOST + lost, Ordering::AcqRel, Ordering::Relaxed);
             }
+        }
+    }
+
+    /// Tells `rank` that `lost` is gone, whoever has stopped its waits meanwhile.
+    pub(crate) fn tell_lost(&self, rank: u32, lost: u32) {
+        let abort = self.word(Self::offset(rank) + std::mem::offset_of!(Status, abort));
+        for before in [0, ABORTED] {
+            let _ =
+                abort.compare_exchange(before, LOST + lost, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 
@@ -202,7 +224,7 @@ impl Segment {
 
 /// The rank that is gone, if that is why `abort` was stored in a status page.
 pub(crate) fn lost_rank(abort: u32) -> Option<u32> {
-    (abort >= LOST).then(|| abort - LOST)
+    abort.checked_sub(LOST).filter(|rank| *rank < MAX_RANKS as u32)
 }
 
 impl AsFd for Segment {

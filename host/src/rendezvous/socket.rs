@@ -8,8 +8,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, Result};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
+    SocketType,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{IoSlice, IoSliceMut};
@@ -105,7 +106,7 @@ impl Connection {
         peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid())
     }
 
-    /// Sends a message.
+    /// Sends a message, or fails with `AGAIN` if the other end has left so many unread that it does not fit.
     pub(super) fn send(&self, message: &impl Serialize, files: &[BorrowedFd<'_>]) -> Result<()> {
         let bytes = serde_json::to_vec(message).map_err(|_| Errno::INVAL)?;
         if bytes.len() > LONGEST || files.len() > MOST_FILES {
@@ -118,10 +119,12 @@ impl Connection {
         }
         let parts = [IoSlice::new(&bytes)];
         life::message();
-        rustix::net::sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL).map(drop)
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        rustix::net::sendmsg(&self.socket, &parts, &mut control, flags).map(drop)
     }
 
-    /// Receives a message that has come or is about to; `None` if the other end is closed.
+    /// Receives a message that has come or is about to; `None` if the other end is closed. One that is
+    /// larger than a message may be, brings too many files or does not say a `T` is `BADMSG`.
     pub(super) fn receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>> {
         let mut bytes = vec![0; LONGEST];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
@@ -129,12 +132,13 @@ impl Connection {
         let mut parts = [IoSliceMut::new(&mut bytes)];
         let flags = RecvFlags::CMSG_CLOEXEC;
         let received = match rustix::net::recvmsg(&self.socket, &mut parts, &mut control, flags) {
-            Ok(received) => received.bytes,
+            Ok(received) => received,
             // What a process that is killed leaves unread resets the connection.
-            Err(Errno::CONNRESET) => 0,
+            Err(Errno::CONNRESET) => return Ok(None),
             Err(error) => return Err(error),
         };
         life::look();
+        let (received, flags) = (received.bytes, received.flags);
         if received == 0 {
             return Ok(None);
         }
@@ -144,6 +148,9 @@ impl Connection {
             _ => None,
         });
         let files = files.flatten().collect();
+        if flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+            return Err(Errno::BADMSG);
+        }
         let message = serde_json::from_slice(&bytes[..received]).map_err(|_| Errno::BADMSG)?;
         Ok(Some((message, files)))
     }

@@ -1,7 +1,8 @@
 //! How the ranks of one process meet when each has a thread of its own.
 //!
 //! A [`Meeting`] carries rounds of an exchange: every rank brings a value and leaves with all of
-//! them. A rank that gives up takes the others with it, by name; so does one that never comes.
+//! them. A rank that gives up takes the others with it, by name; so does one that never comes, unless the
+//! ranks have agreed to meet without it.
 //! What was brought is dropped once all have it: a meeting keeps no group alive.
 
 use crate::error::{Error, Result};
@@ -16,6 +17,8 @@ pub struct Meeting {
 
 struct Shared {
     world: u32,
+    /// Ranks that are not waited for, a bit each.
+    without: u32,
     patience: Duration,
     state: Mutex<State>,
     changed: Condvar,
@@ -27,6 +30,8 @@ type Values = Vec<Option<Box<dyn std::any::Any + Send>>>;
 #[derive(Default)]
 struct Round {
     values: Values,
+    /// All came before the meeting failed. What is wrong with what they brought, each sees for itself.
+    complete: bool,
     /// Ranks that have left with them.
     taken: u32,
 }
@@ -42,10 +47,17 @@ struct State {
 impl Meeting {
     /// A meeting of `world` ranks that wait `patience` for each other.
     pub fn new(world: u32, patience: Duration) -> Meeting {
-        let state = State { joined: vec![false; world as usize], ..State::default() };
+        Meeting::without(world, 0, patience)
+    }
+
+    /// One that the ranks in `without` do not come to, a bit each.
+    pub(super) fn without(world: u32, without: u32, patience: Duration) -> Meeting {
+        let joined = (0..world).map(|rank| without >> rank & 1 != 0).collect();
+        let state = State { joined, ..State::default() };
         Meeting {
             shared: Arc::new(Shared {
                 world,
+                without,
                 patience,
                 state: Mutex::new(state),
                 changed: Condvar::new(),
@@ -56,6 +68,11 @@ impl Meeting {
     /// Number of ranks.
     pub fn world(&self) -> u32 {
         self.shared.world
+    }
+
+    /// How long the ranks wait for each other.
+    pub(crate) fn patience(&self) -> Duration {
+        self.shared.patience
     }
 
     /// Enters the meeting as `rank`, which nobody else may do.
@@ -86,30 +103,33 @@ impl Meeting {
         let mut state = self.lock();
         while state.rounds.len() <= round {
             let values = (0..self.shared.world).map(|_| None).collect();
-            state.rounds.push(Round { values, taken: 0 });
+            state.rounds.push(Round { values, complete: false, taken: 0 });
         }
-        state.rounds[round].values[rank as usize] = Some(Box::new(value));
+        let failed = state.failed.is_some();
+        let at = &mut state.rounds[round];
+        at.values[rank as usize] = Some(Box::new(value));
+        let expected = self.shared.world - self.shared.without.count_ones();
+        at.complete |= !failed && at.values.iter().flatten().count() == expected as usize;
         self.shared.changed.notify_all();
         loop {
-            if let Some(reason) = &state.failed {
-                return Err(self.error(reason.clone()));
-            }
             let at = &mut state.rounds[round];
-            let values: Vec<T> = at
-                .values
-                .iter()
-                .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
-                .collect();
-            if values.len() == self.shared.world as usize {
+            if at.complete {
+                let values = at.values.iter();
+                let values = values
+                    .filter_map(|value| value.as_ref()?.downcast_ref::<T>().cloned())
+                    .collect();
                 at.taken += 1;
-                if at.taken == self.shared.world {
+                if at.taken == expected {
                     at.values.clear();
                 }
                 return Ok(values);
             }
+            if let Some(reason) = &state.failed {
+                return Err(self.error(reason.clone()));
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let missing = missing(&state.rounds[round].values);
+                let missing = missing(&state.rounds[round].values, self.shared.without);
                 let reason =
                     format!("rank {rank} waited {:?} in vain for {missing}", self.shared.patience);
                 state.failed = Some(reason.clone());
@@ -127,11 +147,24 @@ impl Meeting {
 
     /// Ends the meeting for everybody because `rank` failed with `error`.
     pub(crate) fn give_up(&self, rank: u32, error: &Error) {
+        self.fail(format!("rank {rank} failed: {error}"));
+    }
+
+    /// Ends the meeting for everybody; returns the error that all get.
+    pub(super) fn fail(&self, reason: String) -> Error {
         let mut state = self.lock();
-        if state.failed.is_none() {
-            state.failed = Some(format!("rank {rank} failed: {error}"));
-        }
+        let reason = state.failed.get_or_insert(reason).clone();
         self.shared.changed.notify_all();
+        self.error(reason)
+    }
+
+    /// The ranks that are not waited for, and the first of the others that has come.
+    pub(super) fn party(&self) -> (u32, Option<u32>) {
+        let without = self.shared.without;
+        let state = self.lock();
+        let came =
+            (0..).zip(&state.joined).filter(|(rank, joined)| **joined && without >> rank & 1 == 0);
+        (without, came.map(|(rank, _)| rank).next())
     }
 
     /// Whether `rank` has not entered.
@@ -160,8 +193,9 @@ impl Meeting {
 }
 
 /// The ranks that have not brought a value, as text.
-fn missing(values: &Values) -> String {
-    super::ranks((0..).zip(values).filter(|(_, value)| value.is_none()).map(|(rank, _)| rank))
+fn missing(values: &Values, without: u32) -> String {
+    let missing = (0..).zip(values).filter(|(_, value)| value.is_none()).map(|(rank, _)| rank);
+    super::ranks(missing.filter(|rank| without >> rank & 1 == 0))
 }
 
 #[cfg(test)]
@@ -193,6 +227,19 @@ mod tests {
         let error = meeting.exchange(2, 0, ()).unwrap_err().to_string();
         assert!(error.contains("rank 1"), "{error}");
         assert!(first.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn a_round_that_was_complete_is_handed_out_after_a_failure() {
+        let meeting = Meeting::new(2, Duration::from_secs(10));
+        let other = meeting.clone();
+        let late = std::thread::spawn(move || other.exchange(1, 0, "b"));
+        assert_eq!(meeting.exchange(0, 0, "a").unwrap(), ["a", "b"]);
+        // The other may still be on its way out of that round.
+        meeting.give_up(0, &Error::Stopped { rank: 0 });
+        assert_eq!(late.join().unwrap().unwrap(), ["a", "b"]);
+        let reason = meeting.exchange(1, 1, "c").unwrap_err().to_string();
+        assert!(reason.contains("rank 0 failed"), "{reason}");
     }
 
     #[test]

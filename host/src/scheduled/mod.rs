@@ -23,7 +23,7 @@ use crate::plan::staging::{self, Cut, UP};
 use crate::plan::steps::{self, Steps};
 use crate::plan::{Shape, roles};
 use lane::Lane;
-use peerlane_device::abi::{Args, DType, MAX_RANKS, flags, phase};
+use peerlane_device::abi::{Args, DType, MAX_RANKS, Operation, flags, phase};
 use std::mem::offset_of;
 
 /// The stream of the reductions. Every call begins and ends on it.
@@ -141,13 +141,23 @@ impl Scheduled {
             fork: gpu.event_create()?,
             steps: vec![None; Scheme::COUNT],
             calls: 0,
-            monitor: Monitor::new(gpu, rank, group, config.deadline)?,
+            monitor: Monitor::new(gpu, rank, group, config)?,
         })
     }
 
+    /// The operation of the calls that were captured, if any were.
+    pub(crate) fn captured(&self) -> Option<Operation> {
+        self.monitor.captured()
+    }
+
+    /// Gives calls that were captured before, with other streams and events, their deadline.
+    pub(crate) fn watch_graphs(&mut self, operation: Operation) -> Result<()> {
+        self.monitor.watch_graphs(operation)
+    }
+
     /// See [`Communicator::set_deadline`](crate::Communicator::set_deadline).
-    pub(crate) fn set_deadline(&self, deadline: std::time::Duration) {
-        self.monitor.set_deadline(deadline);
+    pub(crate) fn set_deadline(&self, config: &Config) {
+        self.monitor.set_deadline(config);
     }
 
     /// How a tensor of `units` units, the last of `tail` bytes, is cut.

@@ -11,7 +11,8 @@ Invariants:
   the same error on every rank, and every rank then hands all calls to a `TPBackendNative`. The
   helper process starts later and finds the verdict in its environment.
 - A failed wait is an exception, before the pass returns, on the rank that waited (`check="late"`:
-  at a later call); on the others at their next pass at the latest. It repeats until `close`.
+  at a later call). The ranks recover together at the first call of their next pass, which then
+  runs as if nothing had been; a rank whose process is gone cannot come back, and the error repeats.
 - The extension checks tensors: a call that raises has launched nothing.
 """
 
@@ -80,6 +81,8 @@ class TPBackendP2P:
         self.native: Any = None
         self._ranks = {device: rank for rank, device in enumerate(sorted(active_devices))}
         self._first_pass = True
+        # Calls made until the end of the last pass.
+        self._calls_before = 0
         self._last_gather: tuple[Any, int, list[int], int] | None = None
 
         native = {
@@ -114,7 +117,10 @@ class TPBackendP2P:
             self._fall_back(native, reason)
             return
         # One call from ExLlamaV3 into the extension, with no Python frame between.
-        self.all_reduce = self.communicator.prepare_all_reduce(wire=self.options.wire).run
+        prepared = self.communicator.prepare_all_reduce(
+            wire=self.options.wire, retry=self._may_repeat
+        )
+        self.all_reduce = prepared.run
         if master:
             wire = self.options.wire
             travel = "fp32" if wire == "native" else wire
@@ -124,7 +130,7 @@ class TPBackendP2P:
 
     def broadcast(self, tensor: torch.Tensor, src_device: int) -> None:
         """Overwrites `tensor` with that of `src_device`, byte by byte."""
-        self.communicator.broadcast(tensor, self._rank("src_device", src_device))
+        self._call(self.communicator.broadcast, tensor, self._rank("src_device", src_device))
 
     def gather(
         self,
@@ -157,7 +163,8 @@ class TPBackendP2P:
             return
         else:
             out_tensor = None
-        self.communicator.gather(tensor if width else None, out_tensor, root, widths)
+        source = tensor if width else None
+        self._call(self.communicator.gather, source, out_tensor, root, widths)
 
     def _plan_gather(
         self, gather_devices: Sequence[int], out_device: int, ldims: Sequence[int]
@@ -196,7 +203,7 @@ class TPBackendP2P:
 
     def fwd_barrier(self) -> None:
         """Holds this rank's stream until all ranks' streams have come here."""
-        self.communicator.barrier()
+        self._call(self.communicator.barrier)
 
     def run_cpu_reduce_jobs(self) -> None:
         """The helper process has nothing to do."""
@@ -205,13 +212,56 @@ class TPBackendP2P:
         """Ends a pass: raises if one of its waits failed."""
         if self.communicator is None:
             return
-        if self.options.check == "sync":
-            self.communicator.synchronize()
-        else:
-            self.communicator.health()
+        try:
+            if self.options.check == "sync":
+                self.communicator.synchronize()
+            else:
+                self.communicator.health()
+        except peerlane.Error:
+            self._pass_failed()
+            raise
+        self._calls_before = self.communicator.calls
         if self._first_pass:
             self._first_pass = False
             self.communicator.set_deadline(self.options.deadline)
+
+    def _call(self, method: Callable[..., None], *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except peerlane.Error as error:
+            if not self._may_repeat(error):
+                raise
+            method(*arguments)
+
+    def _may_repeat(self, error: Exception) -> bool:
+        """Whether the call that raised `error` can be made again: it was the first of its pass, what
+        failed was an earlier pass, and all ranks have recovered from that. Otherwise this pass has
+        failed."""
+        if not isinstance(error, peerlane.Error):
+            return False  # A wrong argument: nothing has happened.
+        first = self.communicator.calls == self._calls_before
+        if not first or self._is_well():
+            self._pass_failed()
+            return False
+        try:
+            self.communicator.recover()
+        except peerlane.Error as again:
+            self._pass_failed()
+            raise again from error
+        log.warning("device %d: recovered after: %s", self.device, error)
+        return True
+
+    def _is_well(self) -> bool:
+        try:
+            self.communicator.health()
+        except peerlane.Error:
+            return False
+        return True
+
+    def _pass_failed(self) -> None:
+        """Tells the other ranks, so that each knows at its next call that all have to recover."""
+        self._calls_before = self.communicator.calls
+        self.communicator.abort()
 
     def close(self) -> None:
         """Leaves the other ranks. Does not raise for what failed earlier: ExLlamaV3 has its other

@@ -209,6 +209,11 @@ def idle(rank: Rank) -> None:
     rank.backend.end_cpu_reduce_jobs()
 
 
+def abort(rank: Rank) -> None:
+    """What somebody outside the pass may do."""
+    rank.backend.communicator.abort()
+
+
 def leave(rank: Rank) -> None:
     rank.backend.close()
     rank.backend.close()

@@ -43,7 +43,7 @@ def topology(
 class Prepares:
     """A prepared all-reduce is an all-reduce."""
 
-    def prepare_all_reduce(self, *, wire: str = "native") -> Any:
+    def prepare_all_reduce(self, *, wire: str = "native", retry: Any = None) -> Any:
         def run(tensor: Any, contribution: bool = True) -> None:
             self.all_reduce(tensor, wire=wire, contribution=contribution)  # type: ignore[attr-defined]
 
@@ -96,6 +96,7 @@ class FileCommunicator(Prepares):
         self.deadline = deadline
         self.failure: Exception | None = None
         self.closed = False
+        self.calls = 0
         self.counts: dict[tuple[int, int], int] = {}
         refusal = os.environ.get("PEERLANE_TEST_REFUSAL")
         self._write(f"join-{rank}", np.array([os.getpid()]))
@@ -167,6 +168,12 @@ class FileCommunicator(Prepares):
 
     synchronize = health
 
+    def abort(self) -> None:
+        """The others find out by themselves."""
+
+    def recover(self) -> None:
+        raise self.failure or peerlane.Error("nothing to recover from")
+
     def set_deadline(self, seconds: float) -> None:
         self.deadline = seconds
 
@@ -190,6 +197,7 @@ class FileCommunicator(Prepares):
             raise peerlane.ClosedError(f"the communicator of rank {self.rank} is closed")
         if self.failure is not None:
             raise self.failure
+        self.calls += 1
 
     def _peers(self) -> list[int]:
         return [peer for peer in range(self.world_size) if peer != self.rank]

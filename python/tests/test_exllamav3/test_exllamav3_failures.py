@@ -65,6 +65,26 @@ def test_a_rank_that_makes_no_call(transport: str) -> None:
         team.send(0, cases.idle)
         (again,) = failures_of(team, [0])
         assert again.kind == "DeadlineError"
+        # The next pass that both make is right: they recover at its first call, again and again.
+        for _ in range(2):
+            team.run(cases.all_reduce, (1, 1, 4096), "float32")
+            team.run(cases.forward, 2, 4096, {0: 128, 1: 128})
+            team.send(0, cases.barrier)
+            (failed,) = failures_of(team, [0])
+            assert failed.kind == "DeadlineError"
+        team.run(cases.leave)
+
+
+def test_a_pass_that_was_aborted_is_made_again(transport: str) -> None:
+    with Team([0, 2, 1], 1, transport) as team:
+        team.ready().run(cases.forward, 2, 4096, {0: 128, 1: 128, 2: 128})
+        for device in (0, 1):
+            team.send(device, cases.forward, 2, 4096, {0: 128, 1: 128, 2: 128})
+        time.sleep(0.3)
+        team.send(2, cases.abort)
+        team.reply(2)
+        assert {failed.kind for failed in failures_of(team, [0, 1])} == {"AbortedError"}
+        team.run(cases.forward, 4, 4096, {0: 128, 1: 128, 2: 128})
         team.run(cases.leave)
 
 

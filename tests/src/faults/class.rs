@@ -2,18 +2,9 @@
 //!
 //! Invariant: a class that keeps its promise never ends in a wrong result without an error.
 
-use super::scene::Kind;
+use super::scene::{Kind, Scene};
 use crate::job::{Call, Job};
-use peerlane::Config;
 use peerlane::cases::Values;
-
-/// Whether the ranks check what they receive: then lost and changed data must be noticed, wherever they are.
-pub const CHECKED: bool = false;
-
-/// The configuration with checks switched on, if [`CHECKED`] says so.
-pub fn with_checks(config: Config) -> Config {
-    config
-}
 
 /// Slots about whose numbers seals are renewed.
 const RENEWAL: u32 = 1 << 29;
@@ -99,17 +90,19 @@ impl Class {
     /// Everything at full width through host memory is sealed; among GPUs, moves of what looks free are, and
     /// calls where seals are renewed. And in registered tensors nothing says what has come. `rest` are the call that went
     /// wrong and all after it.
-    pub fn is_promised(self, kind: Kind, first_slot: u32, rest: &[Job]) -> bool {
+    pub fn is_promised(self, scene: &Scene, rest: &[Job]) -> bool {
         let seals = |job: &Job| {
             let reduces = matches!(job.call, Call::AllReduce { .. } | Call::ReduceScatter { .. });
             !reduces && job.values != Values::Ordinary
         };
         match self {
-            _ if CHECKED => true,
+            _ if scene.config.checked => true,
             Class::BitFlipped | Class::HostBitFlipped | Class::HostStoreLost => false,
+            // A copy that lands after what its stream does next is beyond what flags can order.
+            Class::StoreLate => scene.kind != Kind::Scheduled,
             Class::StoreLost => {
-                let renews = first_slot.abs_diff(RENEWAL) < 1 << 16;
-                kind == Kind::Fused && !renews && !rest.iter().any(seals)
+                let renews = scene.config.first_slot.abs_diff(RENEWAL) < 1 << 16;
+                scene.kind == Kind::Fused && !renews && !rest.iter().any(seals)
             }
             _ => true,
         }

@@ -13,7 +13,7 @@ mod scene;
 mod table;
 mod tensors;
 
-pub use class::{CHECKED, Class, with_checks};
+pub use class::Class;
 pub use play::{Ending, Verdict, judge, try_fault};
 pub use recovery::After;
 pub use scene::{Kind, Place, Scene};

@@ -17,7 +17,7 @@ use peerlane::{Communicator, Error};
 
 /// A lane looks at the clock in every 128th turn of a wait, and the second look is the first that can end it. For how long
 /// nothing has happened may nearly triple between two looks.
-const OVERSHOOT: u64 = 10;
+const OVERSHOOT: u64 = 20;
 /// Simulated time within which waits end because of an abort word, which is looked at once a millisecond.
 const TOLD_NS: u64 = 5_000_000;
 
@@ -37,6 +37,8 @@ pub enum Ending {
 pub struct Verdict {
     /// The scene's class.
     pub class: Class,
+    /// Whether calls were checked.
+    pub checked: bool,
     /// Whether the fault struck.
     pub struck: bool,
     /// How it ended.
@@ -61,7 +63,6 @@ struct Played {
     group: Group,
     ends: Vec<End>,
     world: World,
-    gpus: Vec<GpuRef>,
     took_ns: u64,
     _memory: (Vec<Memory>, Option<Registered>),
 }
@@ -83,6 +84,7 @@ pub fn judge(scene: &Scene) -> Result<Vec<Verdict>, String> {
     drop(dry);
     let right = Verdict {
         class: Class::None,
+        checked: scene.config.checked,
         struck: false,
         ending: Ending::Right,
         errors: Vec::new(),
@@ -133,11 +135,12 @@ pub fn try_fault(scene: &Scene, place: &Place, took_ns: u64) -> Result<Verdict, 
         }
     }
     if ending == Ending::Detected {
-        let Played { group, world, gpus, _memory, .. } = played;
-        after = recovers(group, &gpus, stopped, scene.seed)?;
+        let Played { group, world, _memory, .. } = played;
+        after = recovers(group, stopped, scene.seed)?;
         drop((_memory, world));
     }
-    Ok(Verdict { class: scene.class, struck, ending, errors, after })
+    let checked = scene.config.checked;
+    Ok(Verdict { class: scene.class, checked, struck, ending, errors, after })
 }
 
 /// The number of the turn or store at which a fault strikes.
@@ -171,7 +174,7 @@ fn play(scene: &Scene, faults: &[Fault], place: &Place) -> Result<Played, Error>
         // One that made only some of its calls has no right result to be compared with.
         ends[rank] = std::mem::replace(&mut ends[rank], Ok(None)).map(|_| None);
     }
-    Ok(Played { group, ends, world, gpus, took_ns, _memory: (memory, registered) })
+    Ok(Played { group, ends, world, took_ns, _memory: (memory, registered) })
 }
 
 /// What the calls work on.
@@ -291,7 +294,7 @@ fn check_ends(
             Ok(None) => {}
             Ok(Some(Wrong { job, reason })) => {
                 let rest = job.map_or(&[][..], |job| &jobs[job..]);
-                if !scene.class.is_promised(scene.kind, scene.config.first_slot, rest) {
+                if !scene.class.is_promised(scene, rest) {
                     continue;
                 }
                 return Err(format!("wrong without an error: {reason}; {}", describe(ends)));

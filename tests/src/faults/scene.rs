@@ -1,7 +1,8 @@
 //! What a seed draws: a machine, a group, calls, and what is to go wrong.
 
-use super::class::{Class, with_checks};
+use super::class::Class;
 use super::tensors::Tensors;
+use crate::group::with_room_for_checks;
 use crate::job::{Call, Job, random_jobs};
 use crate::machine::{Links, small};
 use peerlane::cases::Rng;
@@ -104,7 +105,10 @@ impl Scene {
         };
         let one_way = links.missing(devices);
         let machine = sim::Config { devices, seed, one_way, ..sim::Config::default() };
-        let config = config(kind, world, transport, &mut rng);
+        let mut config = config(kind, world, transport, &mut rng);
+        if Rng::new(seed, "checks").below(3) == 0 {
+            config = with_room_for_checks(Config { checked: true, ..config }, world);
+        }
         let jobs = [2 + rng.below(6), 2].map(|calls| jobs(kind, world, calls as usize, &mut rng));
         let tensors = (kind == Kind::Registered).then(|| Tensors::random(world, &mut rng));
         Scene { seed, class, kind, world, machine, config, jobs, tensors, mute: false }
@@ -185,7 +189,7 @@ fn config(kind: Kind, world: u32, transport: Transport, rng: &mut Rng) -> Config
     };
     let max_blocks = Some(1 + rng.below(2) as u32);
     let config = Config { first_slot, max_blocks, transport, deadline: DEADLINE, ..small(world) };
-    with_checks(match kind {
+    match kind {
         Kind::Scheduled => Config {
             staging_bytes: Some(96 << 10),
             chunk_bytes: Some(256),
@@ -193,7 +197,7 @@ fn config(kind: Kind, world: u32, transport: Transport, rng: &mut Rng) -> Config
             ..config
         },
         _ => config,
-    })
+    }
 }
 
 fn jobs(kind: Kind, world: u32, calls: usize, rng: &mut Rng) -> Vec<Job> {

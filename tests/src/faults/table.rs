@@ -1,6 +1,6 @@
 //! The table of fault classes that a run fills in, and the page that shows it.
 
-use super::class::{CHECKED, Class};
+use super::class::Class;
 use super::play::{Ending, Verdict};
 use super::recovery::After;
 use std::collections::BTreeMap;
@@ -18,6 +18,7 @@ struct Row {
     detected: u64,
     errors: BTreeMap<&'static str, u64>,
     recovered: u64,
+    shrunk: u64,
     closed: u64,
     wrong: u64,
 }
@@ -25,13 +26,13 @@ struct Row {
 /// What became of all scenes.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    rows: BTreeMap<Class, Row>,
+    rows: BTreeMap<(Class, bool), Row>,
 }
 
 impl Tally {
     /// Counts a scene.
     pub fn add(&mut self, verdict: &Verdict) {
-        let row = self.rows.entry(verdict.class).or_default();
+        let row = self.rows.entry((verdict.class, verdict.checked)).or_default();
         row.tries += 1;
         row.struck += u64::from(verdict.struck);
         match verdict.ending {
@@ -45,6 +46,7 @@ impl Tally {
         match verdict.after {
             After::Unneeded => {}
             After::Recovered => row.recovered += 1,
+            After::Shrunk => row.shrunk += 1,
             After::Closed => row.closed += 1,
         }
     }
@@ -58,6 +60,7 @@ impl Tally {
             row.right += from.right;
             row.detected += from.detected;
             row.recovered += from.recovered;
+            row.shrunk += from.shrunk;
             row.closed += from.closed;
             row.wrong += from.wrong;
             for (name, count) in &from.errors {
@@ -73,24 +76,23 @@ impl Tally {
 
     /// The table. `seeds` is how many there were.
     pub fn markdown(&self, seeds: u64) -> String {
-        let mut text = format!(
-            "{seeds} seeds, checks {}. A fault that came too late to strike is not counted.\n\n",
-            if CHECKED { "on" } else { "off" }
-        );
-        text += "| fault | struck | right result anyway | error on some rank | which errors (runs) | recovered | closed and made anew | wrong, no error |\n";
-        text += "|---|---:|---:|---:|---|---:|---:|---:|\n";
-        for (class, row) in &self.rows {
+        let mut text =
+            format!("{seeds} seeds. A fault that came too late to strike is not counted.\n\n");
+        text += "| fault | checked | struck | right result anyway | error on some rank | which errors (runs) | recovered | went on without some | nobody left | wrong, no error |\n";
+        text += "|---|---|---:|---:|---:|---|---:|---:|---:|---:|\n";
+        for ((class, checked), row) in &self.rows {
             let errors: Vec<_> = row.errors.iter().map(|(name, n)| format!("{name} {n}")).collect();
             // Those whose place was not reached are like those without a fault.
             let (struck, right) = match class {
                 Class::None => (row.tries, row.right),
                 _ => (row.struck, row.right - (row.tries - row.struck).min(row.right)),
             };
-            let Row { detected, recovered, closed, wrong, .. } = row;
+            let Row { detected, recovered, shrunk, closed, wrong, .. } = row;
             let (name, errors) = (class.name(), errors.join(", "));
+            let checked = if *checked { "yes" } else { "no" };
             let _ = writeln!(
                 text,
-                "| {name} | {struck} | {right} | {detected} | {errors} | {recovered} | {closed} | {wrong} |"
+                "| {name} | {checked} | {struck} | {right} | {detected} | {errors} | {recovered} | {shrunk} | {closed} | {wrong} |"
             );
         }
         text

@@ -133,3 +133,60 @@ pub fn mailboxes_grow_and_shrink_between_calls(machine: &Machine) {
         }
     }
 }
+
+/// Lets all ranks but the last wait in vain, for a moment.
+fn wait_in_vain(group: &mut Group) {
+    let last = group.ranks.len() - 1;
+    for rank in &mut group.ranks[..last] {
+        rank.communicator.set_deadline(Duration::from_millis(50));
+        rank.communicator.barrier(rank.stream).expect("the call is right");
+    }
+    let outcomes: Vec<_> = group.ranks[..last].iter().map(|rank| rank.finish()).collect();
+    assert!(outcomes.iter().all(Result::is_err), "{outcomes:?}");
+    for rank in &mut group.ranks {
+        rank.communicator.set_deadline(Duration::from_secs(10));
+    }
+}
+
+pub fn groups_recover_and_their_graphs_too(machine: &Machine) {
+    for world in [2, 3] {
+        let mut group = Group::connect(machine, world, &small(world));
+        group.check(&jobs(world), 1);
+        let script = Script::new(world, &jobs(world), 2);
+        let memory = group.load(&script).expect("there is memory");
+        let graphs = group.capture(&script, &memory).expect("it can be captured");
+        for round in 1..=3 {
+            wait_in_vain(&mut group);
+            let mut ranks: Vec<_> = group.ranks.iter_mut().map(|r| &mut r.communicator).collect();
+            Communicator::recover_all(&mut ranks).expect("all ranks are there");
+            for ((rank, memory), image) in group.ranks.iter().zip(&memory).zip(&script.images) {
+                memory.write(&image.before, rank.stream).expect("it fits");
+            }
+            for (rank, graph) in group.ranks.iter().zip(&graphs) {
+                rank.gpu.graph_launch(*graph, rank.stream).expect("it runs");
+            }
+            let found = group.collect(&memory, &script).expect("nobody waits in vain");
+            script.verify(&found).unwrap_or_else(|reason| panic!("{world} ranks: {reason}"));
+            group.check(&jobs(world), round);
+        }
+        for (rank, graph) in group.ranks.iter().zip(graphs) {
+            // SAFETY: it has run, and does not again.
+            unsafe { rank.gpu.graph_destroy(graph).expect("it is there") };
+        }
+    }
+}
+
+pub fn groups_shrink(machine: &Machine) {
+    for (world, gone) in [(2, 0), (3, 1), (5, 4)] {
+        let mut group = Group::connect(machine, world, &small(world));
+        group.check(&jobs(world), 1);
+        wait_in_vain(&mut group);
+        let mut other = group.ranks.remove(gone);
+        let mut ranks: Vec<_> = group.ranks.iter_mut().map(|r| &mut r.communicator).collect();
+        Communicator::shrink_all(&mut ranks, &[gone as u32]).expect("all survivors are there");
+        group.check(&jobs(world - 1), 2);
+        assert!(other.communicator.barrier(other.stream).is_err());
+        let _ = other.communicator.close();
+        group.check(&jobs(world - 1), 3);
+    }
+}

@@ -39,6 +39,8 @@ macro_rules! for_each_test {
             lifetimes::communicators_end_in_any_order;
             lifetimes::a_closed_group_makes_room_for_another;
             lifetimes::mailboxes_grow_and_shrink_between_calls;
+            lifetimes::groups_recover_and_their_graphs_too;
+            lifetimes::groups_shrink;
         }
     };
 }

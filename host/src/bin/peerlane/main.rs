@@ -11,6 +11,7 @@ mod drawing;
 mod model;
 mod output;
 mod parse;
+mod selftest;
 mod topo;
 mod tune;
 
@@ -37,6 +38,8 @@ struct Program {
 enum Command {
     /// Shows the GPUs and how they reach each other, as the driver says and as measured.
     Topo(topo::Options),
+    /// Tests every way in which kernels use the links between the GPUs.
+    SelfTest(selftest::Options),
     /// Checks every collective against a CPU reference.
     Check(check::Options),
     /// Measures collectives the way nccl-tests does.
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
     };
     let outcome = match program.command {
         Command::Topo(options) => topo::run(&options),
+        Command::SelfTest(options) => selftest::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Tune(options) => tune::run(&options),

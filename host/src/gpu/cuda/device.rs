@@ -21,6 +21,8 @@ pub struct CudaGpu {
     /// A wait for a word can also wait for what a peer wrote before the word.
     pub(super) can_flush: bool,
     pub(super) kernels: OnceLock<Kernels>,
+    /// Those of checked calls, once one may be made.
+    pub(super) checked: OnceLock<Kernels>,
     /// The contexts of the GPUs whose memory is mapped here. They are kept alive because a mapping
     /// ends with the context it leads to. Held while kernels are loaded, too.
     peers: Mutex<Vec<Context>>,
@@ -38,6 +40,7 @@ impl CudaGpu {
             properties,
             can_flush,
             kernels: OnceLock::new(),
+            checked: OnceLock::new(),
             peers: Mutex::default(),
             shared: Mutex::default(),
             context,
@@ -74,19 +77,46 @@ impl CudaGpu {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The loaded kernel.
+    /// The loaded kernel, that of checked calls if `checked`.
     #[inline]
-    pub(super) fn function(&self, op: &'static str, kernel: Kernel) -> Result<sys::CUfunction> {
-        match self.kernels.get() {
+    pub(super) fn function(
+        &self,
+        op: &'static str,
+        kernel: Kernel,
+        checked: bool,
+    ) -> Result<sys::CUfunction> {
+        let kernels = if checked { &self.checked } else { &self.kernels };
+        match kernels.get() {
             Some(kernels) => Ok(kernels.function(kernel)),
             None => Err(Error::Unsupported {
                 op,
                 reason: format!(
-                    "the kernels of GPU {} are not loaded; load_kernels comes first",
-                    self.ordinal()
+                    "the{} kernels of GPU {} are not loaded; load_{}kernels comes first",
+                    if checked { " checked" } else { "" },
+                    self.ordinal(),
+                    if checked { "checked_" } else { "" }
                 ),
             }),
         }
+    }
+
+    /// How many blocks of `threads` threads of a kernel this GPU holds at once.
+    pub(super) fn blocks_of(&self, function: sys::CUfunction, threads: u32) -> Result<u32> {
+        let _entered = self.enter()?;
+        let mut blocks = 0;
+        // SAFETY: `blocks` outlives the call and `function` belongs to the current context.
+        unsafe {
+            cu!(
+                self.ordinal(),
+                cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &mut blocks,
+                    function,
+                    threads as i32,
+                    0
+                )
+            )
+        }?;
+        Ok(blocks as u32 * self.properties.multiprocessors)
     }
 
     /// Refuses what cannot be recorded. The driver would refuse it as well, and end the recording.
@@ -165,12 +195,11 @@ impl CudaGpu {
 
 impl Drop for CudaGpu {
     fn drop(&mut self) {
-        let Some(kernels) = self.kernels.get() else {
-            return;
-        };
-        if let Ok(_entered) = self.enter() {
-            // SAFETY: the context is current, and who queued a kernel holds the GPU until it ends.
-            unsafe { kernels.unload() };
+        for kernels in self.kernels.get().into_iter().chain(self.checked.get()) {
+            if let Ok(_entered) = self.enter() {
+                // SAFETY: the context is current, and who queued a kernel holds the GPU until it ends.
+                unsafe { kernels.unload() };
+            }
         }
     }
 }

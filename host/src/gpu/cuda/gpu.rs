@@ -18,7 +18,7 @@ use crate::gpu::{
     Properties, Stream,
 };
 use cust::sys::{self, CUdevice_P2PAttribute as P2p};
-use peerlane_device::abi::{Args, Kernel};
+use peerlane_device::abi::{Args, Kernel, flags};
 use std::ptr::null_mut;
 
 impl Gpu for CudaGpu {
@@ -330,6 +330,20 @@ impl Gpu for CudaGpu {
         Ok(())
     }
 
+    fn load_checked_kernels(&self, threads: u32) -> Result<u32> {
+        const OP: &str = "load_checked_kernels";
+        {
+            let _one_at_a_time = self.lock();
+            if self.checked.get().is_none() {
+                let kernels = Kernels::load_checked(&self.context)?;
+                self.checked.get_or_init(|| kernels);
+            }
+        }
+        let blocks = |kernel: &Kernel| self.blocks_of(self.function(OP, *kernel, true)?, threads);
+        let fewest = |least: u32, blocks: Result<u32>| Ok(least.min(blocks?));
+        Kernel::ALL.iter().map(blocks).try_fold(u32::MAX, fewest)
+    }
+
     #[inline]
     unsafe fn launch(
         &self,
@@ -339,7 +353,8 @@ impl Gpu for CudaGpu {
         args: &Args,
         stream: Stream,
     ) -> Result<()> {
-        let function = self.function("launch", kernel)?;
+        let checked = args.flags & flags::CHECKED != 0;
+        let function = self.function("launch", kernel, checked)?;
         let _entered = self.enter()?;
         let mut parameters = [std::ptr::from_ref(args).cast_mut().cast()];
         // SAFETY: every kernel takes one `Args` by value, which the driver copies before it
@@ -365,22 +380,7 @@ impl Gpu for CudaGpu {
     }
 
     fn resident_blocks(&self, kernel: Kernel, threads: u32) -> Result<u32> {
-        let function = self.function("resident_blocks", kernel)?;
-        let _entered = self.enter()?;
-        let mut blocks = 0;
-        // SAFETY: `blocks` outlives the call and `function` belongs to the current context.
-        unsafe {
-            cu!(
-                self.ordinal(),
-                cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    &mut blocks,
-                    function,
-                    threads as i32,
-                    0
-                )
-            )
-        }?;
-        Ok(blocks as u32 * self.properties.multiprocessors)
+        self.blocks_of(self.function("resident_blocks", kernel, false)?, threads)
     }
 
     fn capture_begin(&self, stream: Stream) -> Result<()> {

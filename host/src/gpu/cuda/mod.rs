@@ -35,9 +35,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// What tells the driver how many hardware queues each GPU gets.
-const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+pub(crate) const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
 /// The most that it understands.
-const MOST_CONNECTIONS: usize = 32;
+pub(crate) const MOST_CONNECTIONS: usize = 32;
 /// What it takes by itself.
 const USUAL_CONNECTIONS: usize = 8;
 

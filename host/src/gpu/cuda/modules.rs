@@ -11,10 +11,12 @@ use crate::error::{Error, Result};
 use crate::gpu::Properties;
 use cust::sys;
 use peerlane_device::abi::Kernel;
+use std::borrow::Cow;
 use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
 
-/// The environment variable that names the one variant to load.
+/// The environment variable that names the one variant to load, or a file of PTX to load instead: one that
+/// was built to be measured.
 pub const VARIANT_VARIABLE: &str = "PEERLANE_PTX";
 
 const KERNELS: usize = Kernel::ALL.len();
@@ -23,10 +25,11 @@ const KERNELS: usize = Kernel::ALL.len();
 const LOG_BYTES: usize = 4096;
 
 /// All kernels as PTX for one architecture.
+#[derive(Clone)]
 struct Variant {
     name: &'static str,
     compute_capability: (u32, u32),
-    ptx: &'static str,
+    ptx: Cow<'static, str>,
 }
 
 macro_rules! variant {
@@ -34,7 +37,7 @@ macro_rules! variant {
         Variant {
             name: $name,
             compute_capability: ($major, $minor),
-            ptx: include_str!(concat!(env!("OUT_DIR"), "/kernels_", $name, ".ptx")),
+            ptx: Cow::Borrowed(include_str!(concat!(env!("OUT_DIR"), "/kernels_", $name, ".ptx"))),
         }
     };
 }
@@ -42,6 +45,9 @@ macro_rules! variant {
 /// What host/build.rs had compiled, lowest first.
 static VARIANTS: [Variant; 3] =
     [variant!("sm_75", 7, 5), variant!("sm_80", 8, 0), variant!("sm_90", 9, 0)];
+
+/// The kernels of checked calls, which come for the oldest devices only.
+static CHECKED: Variant = variant!("sm_75_checked", 7, 5);
 
 /// The kernels of one device, ready to launch.
 pub(super) struct Kernels {
@@ -76,6 +82,15 @@ impl Kernels {
         Err(none_left(properties, &refusals))
     }
 
+    /// Loads the kernels of checked calls into `context`.
+    pub(super) fn load_checked(context: &Context) -> Result<Kernels> {
+        let _entered = context.enter()?;
+        match load_module(context, &CHECKED)? {
+            Ok(module) => find_functions(context, &CHECKED, module),
+            Err(refusal) => Err(Error::Unsupported { op: "load_checked_kernels", reason: refusal }),
+        }
+    }
+
     /// The driver's handle of a kernel.
     #[inline]
     pub(super) fn function(&self, kernel: Kernel) -> sys::CUfunction {
@@ -103,18 +118,26 @@ impl Kernels {
 }
 
 /// The variants to try on a device, best first.
-fn candidates(capability: (u32, u32), forced: Option<&str>) -> Result<Vec<&'static Variant>> {
-    if let Some(name) = forced {
-        let variant = VARIANTS.iter().find(|variant| variant.name == name);
-        return variant.map(|variant| vec![variant]).ok_or_else(|| Error::InvalidArgument {
-            op: "load_kernels",
-            argument: VARIANT_VARIABLE,
-            expected: format!("one of {}", names(&VARIANTS)),
-            got: format!("{name:?}"),
-        });
+fn candidates(capability: (u32, u32), forced: Option<&str>) -> Result<Vec<Variant>> {
+    let Some(name) = forced else {
+        let runs = |variant: &&Variant| variant.compute_capability <= capability;
+        return Ok(VARIANTS.iter().rev().filter(runs).cloned().collect());
+    };
+    if let Some(variant) = VARIANTS.iter().find(|variant| variant.name == name) {
+        return Ok(vec![variant.clone()]);
     }
-    let runs = |variant: &&Variant| variant.compute_capability <= capability;
-    Ok(VARIANTS.iter().rev().filter(runs).collect())
+    let wrong = |got: String| Error::InvalidArgument {
+        op: "load_kernels",
+        argument: VARIANT_VARIABLE,
+        expected: format!("one of {}, or a file that ends in .ptx", names(&VARIANTS)),
+        got,
+    };
+    if !name.ends_with(".ptx") {
+        return Err(wrong(format!("{name:?}")));
+    }
+    let ptx = std::fs::read_to_string(name).map_err(|error| wrong(format!("{name}: {error}")))?;
+    let ptx = Cow::Owned(ptx);
+    Ok(vec![Variant { name: "a file's", compute_capability: capability, ptx }])
 }
 
 fn names<'a>(variants: impl IntoIterator<Item = &'a Variant>) -> String {
@@ -127,7 +150,7 @@ fn load_module(
     context: &Context,
     variant: &Variant,
 ) -> Result<std::result::Result<sys::CUmodule, String>> {
-    let image = CString::new(variant.ptx).map_err(|_| Error::Unsupported {
+    let image = CString::new(&*variant.ptx).map_err(|_| Error::Unsupported {
         op: "load_kernels",
         reason: format!("the PTX for {} holds a zero byte", variant.name),
     })?;
@@ -264,7 +287,7 @@ mod tests {
     use super::*;
 
     fn order(capability: (u32, u32), forced: Option<&str>) -> String {
-        names(candidates(capability, forced).unwrap())
+        names(&candidates(capability, forced).unwrap())
     }
 
     #[test]
@@ -280,10 +303,12 @@ mod tests {
     #[test]
     fn a_forced_variant_is_the_only_one() {
         assert_eq!(order((9, 0), Some("sm_80")), "sm_80");
+        let error = candidates((9, 0), Some("/nowhere/k.ptx")).err().unwrap().to_string();
+        assert!(error.contains("got /nowhere/k.ptx: No such file"), "{error}");
         let error = candidates((9, 0), Some("sm_42")).err().unwrap();
         assert_eq!(
             error.to_string(),
-            "load_kernels: PEERLANE_PTX: expected one of sm_75, sm_80, sm_90, got \"sm_42\""
+            "load_kernels: PEERLANE_PTX: expected one of sm_75, sm_80, sm_90, or a file that ends in .ptx, got \"sm_42\""
         );
     }
 

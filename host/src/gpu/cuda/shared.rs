@@ -255,7 +255,9 @@ impl CudaGpu {
         }
         let entered = self.enter()?;
         let (memory, made) = match (&exported.handle, &exported.file) {
-            (MemoryHandle::Ipc(handle), _) => (self.open_handle(handle, owner)?, Made::Opened),
+            (MemoryHandle::Ipc(handle), _) => {
+                (self.open_handle(handle, bytes, owner)?, Made::Opened)
+            }
             (MemoryHandle::File, Some(file)) => {
                 let bytes = self.physical_bytes(bytes, owner)?;
                 (self.map_file(file, bytes)?, Made::Mapped { bytes })
@@ -269,7 +271,7 @@ impl CudaGpu {
         Ok(memory)
     }
 
-    fn open_handle(&self, handle: &[u8], owner: u32) -> Result<DevicePtr> {
+    fn open_handle(&self, handle: &[u8], bytes: usize, owner: u32) -> Result<DevicePtr> {
         let Ok(handle) = <[u8; HANDLE_BYTES]>::try_from(handle) else {
             return Err(bad_handle("a handle of 64 bytes", format!("{} bytes", handle.len())));
         };
@@ -282,9 +284,27 @@ impl CudaGpu {
                 Err(self.unreachable(owner, error_name(code)))
             }
             code => {
-                check(self.ordinal(), "cuIpcOpenMemHandle_v2", code).map(|()| DevicePtr(memory))
+                check(self.ordinal(), "cuIpcOpenMemHandle_v2", code)?;
+                self.check_range(memory, bytes).inspect_err(|_| {
+                    // SAFETY: opened above, and nobody else knows of it. The first error is the one to report.
+                    unsafe { code!(cuIpcCloseMemHandle(memory)) };
+                })?;
+                Ok(DevicePtr(memory))
             }
         }
+    }
+
+    /// That what a handle has opened holds `bytes` bytes: the handle says nothing of its size, and who sent it
+    /// could say anything.
+    fn check_range(&self, memory: u64, bytes: usize) -> Result<()> {
+        let (mut base, mut size) = (0, 0);
+        // SAFETY: both places outlive the call. The address is looked up, not followed.
+        unsafe { cu!(self.ordinal(), cuMemGetAddressRange_v2(&mut base, &mut size, memory)) }?;
+        let left = base.checked_add(size as u64).and_then(|end| end.checked_sub(memory));
+        if left.is_some_and(|left| left >= bytes as u64) {
+            return Ok(());
+        }
+        Err(bad_handle(&format!("memory of {bytes} bytes"), format!("{size} bytes")))
     }
 
     fn map_file(&self, file: &OwnedFd, bytes: usize) -> Result<DevicePtr> {

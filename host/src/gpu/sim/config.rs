@@ -6,7 +6,8 @@ use super::fault::Fault;
 use peerlane_device::abi::MAX_RANKS;
 
 /// A simulated machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// GPUs in the machine.
     pub devices: u32,

@@ -10,7 +10,7 @@ use super::memory::Memory;
 use std::cell::{Cell, RefCell};
 
 /// Something that goes wrong, once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Fault {
     /// The GPU hangs for good at the end of a turn of one of its lanes: none of them takes another, and nothing
     /// that is queued on it starts. Once nothing else runs, every call that waits for it fails.
@@ -47,7 +47,7 @@ pub enum Fault {
 }
 
 /// Whether a store goes to a GPU's own memory or to pinned host memory that was allocated for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Target {
     /// Its own memory.
     Device,
@@ -56,7 +56,7 @@ pub enum Target {
 }
 
 /// What becomes of a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Harm {
     /// It never lands.
     Lost,

@@ -3,6 +3,7 @@
 //! Invariant: what a call can refuse it refuses before it changes anything, as the driver does;
 //! what only the running kernel shows makes the device unusable, as an illegal access does.
 
+use super::config::Config;
 use super::device::SimGpu;
 use super::fail;
 use super::memory::Origin;
@@ -26,6 +27,10 @@ impl Gpu for SimGpu {
 
     fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    fn simulation(&self) -> Option<Config> {
+        Some(self.world.config.clone())
     }
 
     fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
@@ -308,6 +313,11 @@ impl Gpu for SimGpu {
 
     fn load_kernels(&self) -> Result<()> {
         self.world.enter().engine.check(self.ordinal())
+    }
+
+    fn load_checked_kernels(&self, threads: u32) -> Result<u32> {
+        // The same ones: they look whether they are asked for it.
+        self.resident_blocks(Kernel::Barrier, threads)
     }
 
     unsafe fn launch(

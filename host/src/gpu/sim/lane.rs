@@ -172,6 +172,8 @@ impl SimLane {
 
 impl Lane for SimLane {
     const BREAKABLE: bool = true;
+    const CHECKED: bool = true;
+    const BOUNDED: bool = true;
 
     fn thread(self) -> u32 {
         self.context().thread

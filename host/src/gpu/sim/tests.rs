@@ -92,5 +92,5 @@ fn read(gpu: &dyn Gpu, at: DevicePtr, stream: Stream) -> u32 {
 
 fn args() -> Args {
     let layout = Layout::new(1, 1, 1).unwrap();
-    Args { deadline_ns: 0, chunk_units: 0, ..Args::new(0, 1, layout) }
+    Args { deadline: 0, chunk_units: 0, ..Args::new(0, 1, layout) }
 }

@@ -8,6 +8,7 @@ mod plot;
 mod text;
 
 use crate::devices::Devices;
+use crate::selftest::{Tested, Wish};
 use crate::{Common, Outcome, drawing, output};
 use peerlane::links::{self, Cache, Found, Key, Settings, transport};
 use peerlane::topology::Topology;
@@ -19,10 +20,10 @@ use std::path::PathBuf;
 pub(crate) struct Options {
     #[command(flatten)]
     common: Common,
-    /// Show what the driver says and measure nothing.
+    /// Show what the driver says and what the cache holds of self-tests, and measure nothing.
     #[arg(long)]
     no_measure: bool,
-    /// Measure anew, whatever the cache holds.
+    /// Measure and test anew, whatever the cache holds.
     #[arg(long, conflicts_with = "no_measure")]
     refresh: bool,
     /// Draw heat maps of the measured links into this file, .svg or .png.
@@ -51,11 +52,18 @@ pub(crate) fn run(options: &Options) -> Outcome {
         println!("{}", text::measured(found));
     }
     println!("{}", text::transports(&topology, found.as_ref().map(|found| &found.measurement)));
+    // Simulated GPUs have no cache, and their test takes a while: only who asks for it gets it.
+    let only_cached = options.no_measure || devices.simulated_only();
+    let wish = Wish::of(options.refresh, only_cached);
+    let tested = Tested::find(&devices, &topology, wish);
+    println!("{}", tested.text());
     for note in topology.notes.iter().chain(found.iter().flat_map(|found| &found.notes)) {
         println!("note: {note}");
     }
     if let Some(path) = &options.common.json {
-        output::write_json(path, &report(&devices, &topology, found.as_ref())?)?;
+        let mut value = report(&devices, &topology, found.as_ref())?;
+        value["self_test"] = tested.json();
+        output::write_json(path, &value)?;
     }
     if let (Some(path), Some(found)) = (&options.plot, &found) {
         plot::draw(path, &format!("{devices}, {}", devices.selection), &found.measurement)?;
