@@ -139,6 +139,13 @@ impl Host {
         ends.extend(guests.chain(&self.strangers).map(AsFd::as_fd));
         let ready = wait(&ends, deadline).map_err(|error| error.to_string())?;
         let strangers = std::mem::take(&mut self.strangers);
+        for (stranger, ready) in strangers.into_iter().zip(&ready[1 + present.len()..]) {
+            if *ready {
+                self.admit(stranger)?;
+            } else {
+                self.strangers.push(stranger);
+            }
+        }
         if ready[0] {
             match self.listener.accept() {
                 Ok(connection) if connection.is_same_user() => self.strangers.push(connection),
@@ -147,13 +154,7 @@ impl Host {
                 Err(_) => std::thread::sleep(PAUSE),
             }
         }
-        for (stranger, ready) in strangers.into_iter().zip(&ready[1 + present.len()..]) {
-            if *ready {
-                self.admit(stranger)?;
-            } else {
-                self.strangers.push(stranger);
-            }
-        }
+        // The oldest come first.
         let surplus = self.strangers.len().saturating_sub(MOST_STRANGERS);
         self.strangers.drain(..surplus);
         let speaking = present.iter().zip(&ready[1..]).filter(|(_, ready)| **ready);
