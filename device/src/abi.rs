@@ -548,7 +548,7 @@ pub mod flags {
     /// seal. Such calls use the upper half of the lanes. Full format only.
     pub const SEAL_ALL: u32 = 4;
     /// Ranks compare their signatures before a call and checksums of what travelled after it. Only in
-    /// kernels that were compiled for it, with a [`Layout`] that has room for it.
+    /// kernels that were compiled for it, with a [`Layout`](super::Layout) that has room for it.
     pub const CHECKED: u32 = 8;
     /// Test only: skip the wait for a credit before a slot is reused.
     pub const BREAK_CREDIT: u32 = 1 << 16;

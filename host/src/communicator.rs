@@ -556,7 +556,14 @@ impl Communicator {
         self.scheduled.is_some()
     }
 
-    /// Stops what gives scheduled calls their deadline, once all are done. Returns what was captured, if anything was.
+    /// Stops the thread that aborts if a scheduled call takes too long, once all are done.
+    pub(crate) fn stop_watching(&mut self) {
+        if let Some(scheduled) = &mut self.scheduled {
+            scheduled.stop_watching();
+        }
+    }
+
+    /// Forgets what scheduled calls need, once all are done. Returns what was captured, if anything was.
     pub(crate) fn stop_scheduled(&mut self) -> Option<Operation> {
         self.scheduled.take().and_then(|scheduled| scheduled.captured())
     }

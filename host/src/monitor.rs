@@ -163,14 +163,15 @@ impl Watch {
             if board != seen || board.waits().is_none() || board.busy == 0 {
                 (seen, since) = (board, Instant::now());
             }
-            if !aborted && since.elapsed() >= deadline {
-                self.record(&board, state::TIMED_OUT, since.elapsed());
-                self.aborter.abort();
-                self.raise();
-            } else if aborted && board.busy != 0 {
-                self.record(&board, state::ABORTED, since.elapsed());
-                self.raise();
-            }
+            let reason = match aborted {
+                true if board.busy != 0 => state::ABORTED,
+                false if since.elapsed() >= deadline => state::TIMED_OUT,
+                _ => continue,
+            };
+            self.record(&board, reason, since.elapsed());
+            // Also if a kernel of this rank has failed: it has told the kernels of others, not their hosts.
+            self.aborter.abort();
+            self.raise();
         }
     }
 

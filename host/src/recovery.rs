@@ -57,7 +57,7 @@ impl Communicator {
         self.abort();
         let agreed = self.arrive(OP, Topic::Recovery, 0)?;
         let mut circle = self.circle(OP, Topic::Restart, 0, agreed.patience())?;
-        circle.share(self.drain_gpu())?;
+        circle.share(self.come_to_rest())?;
         circle.share(self.clear())?;
         // An abort that began before all had cleared has stored all its words when this round ends, and is found
         // at the last; one that begins later finds every rank's word cleared, and stays.
@@ -66,6 +66,13 @@ impl Communicator {
         self.probe_again(&mut circle)?;
         circle.share(self.health())?;
         self.begin_generation(agreed);
+        Ok(())
+    }
+
+    /// Waits until nothing of this rank runs. Its monitor ends too, before any rank clears the words that it stores.
+    fn come_to_rest(&mut self) -> Result<()> {
+        self.drain_gpu()?;
+        self.stop_watching();
         Ok(())
     }
 
@@ -110,7 +117,7 @@ impl Communicator {
 
 fn recover_each(ranks: &mut [&mut Communicator]) -> Result<()> {
     ranks.iter().for_each(|rank| rank.abort());
-    ranks.iter().try_for_each(|rank| rank.drain_gpu())?;
+    ranks.iter_mut().try_for_each(|rank| rank.come_to_rest())?;
     ranks.iter_mut().try_for_each(|rank| rank.clear())?;
     ranks.iter().for_each(|rank| rank.aborter.settle());
     ranks.iter().try_for_each(|rank| rank.health())?;

@@ -31,6 +31,8 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (1196, "a rank that had failed sealed a later call, over slots that it had left empty"),
     (5250, "a rank in the middle of a broadcast failed and sealed what it had not passed on"),
     (5765, "the same in a double tree"),
+    (19363, "a monitor raised flags because a kernel had failed, and no other host knew"),
+    (72218, "the same in a hierarchical schedule"),
 ];
 
 /// What all workers share.

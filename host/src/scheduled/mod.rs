@@ -160,6 +160,11 @@ impl Scheduled {
         self.monitor.set_deadline(config);
     }
 
+    /// Ends the monitor, now that all calls are done. There are no others.
+    pub(crate) fn stop_watching(&mut self) {
+        self.monitor.stop();
+    }
+
     /// How a tensor of `units` units, the last of `tail` bytes, is cut.
     pub(crate) fn cut(
         &mut self,

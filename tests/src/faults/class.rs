@@ -2,7 +2,7 @@
 //!
 //! Invariant: a class that keeps its promise never ends in a wrong result without an error.
 
-use super::scene::{Kind, Scene};
+use super::scene::Scene;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -88,8 +88,6 @@ impl Class {
             _ if scene.config.checked => true,
             Class::BitFlipped | Class::HostBitFlipped => false,
             Class::StoreLost | Class::HostStoreLost => false,
-            // A copy that lands after what its stream does next is beyond what flags can order.
-            Class::StoreLate => scene.kind != Kind::Scheduled,
             _ => true,
         }
     }
