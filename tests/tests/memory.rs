@@ -79,4 +79,37 @@ fn calls_and_communicators_leave_nothing_behind() {
     assert!(free.iter().all(|bytes| *bytes == free[0]), "{free:?}");
     drop(group);
     assert_eq!(free_bytes(&gpu), empty, "memory that was replaced is given back");
+    recovery_leaves_nothing_behind(&machine, &gpu, empty);
+}
+
+/// Files that this process has open.
+fn open_files() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("Linux has it").count()
+}
+
+/// Groups that fail and recover again and again, and lose a rank in the end.
+fn recovery_leaves_nothing_behind(machine: &Machine, gpu: &GpuRef, empty: usize) {
+    let jobs = random_jobs(3, 10, 2000, &mut Rng::new(2, "memory"));
+    let mut round = |script: &Script| {
+        let mut group = Group::connect(machine, 3, &small(3));
+        for _ in 0..5 {
+            group.run(script).expect("the calls are right");
+            group.ranks[0].communicator.abort();
+            let mut ranks: Vec<_> =
+                group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
+            Communicator::recover_all(&mut ranks).expect("all are there");
+        }
+        group.ranks.remove(1);
+        let mut ranks: Vec<_> = group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
+        Communicator::shrink_all(&mut ranks, &[1]).expect("two are left");
+        drop(group);
+        (free_bytes(gpu), open_files(), resident_bytes())
+    };
+    let script = Script::new(3, &jobs, 2);
+    let (device, files, host) = round(&script);
+    assert_eq!(device, empty, "recovering and shrinking give everything back");
+    let (device, files_after, _) = (0..10).map(|_| round(&script)).last().expect("ten rounds");
+    assert_eq!((device, files_after), (empty, files));
+    let grown = resident_bytes().saturating_sub(host);
+    assert!(grown < 1 << 20, "10 groups that recovered took {grown} bytes of host memory");
 }

@@ -106,9 +106,9 @@ fn chapter(gpus: &[GpuRef], seed: u64, done: &mut Done) -> Result<(), String> {
         1 => (128, 20_000),
         _ => (512, 1500),
     };
-    let config = match rng.below(4) {
+    let config = match rng.below(6) {
         0 => Config { deadline: Duration::from_secs(20), first_deadline: None, ..small(world) },
-        _ => Config { deadline: Duration::from_secs(20), ..Config::default() },
+        n => Config { deadline: Duration::from_secs(20), checked: n == 1, ..Config::default() },
     };
     let mut group = Group::on(gpus, &config);
     let jobs = random_jobs(world, calls, most, &mut rng);
