@@ -1,8 +1,25 @@
-//! What a rank that is a process does with registered tensors, when its test tells it to.
+//! Registered tensors: of a whole group, and of a rank that is a process and does what its test tells it to.
 
-use crate::group::Rank;
+use crate::group::{Group, Memory, Rank};
 use peerlane::gpu::{Backend, DevicePtr};
-use peerlane::{AllReduceRegistered, Communicator, DType, Error};
+use peerlane::{AllReduceRegistered, Communicator, DType, Error, Registration};
+
+/// Registers a tensor of zeros on every rank of a group in one thread. The memory comes with it, to be dropped after
+/// the group's last call.
+///
+/// # Panics
+/// If they cannot be registered.
+pub fn register_all(group: &mut Group, bytes: usize) -> (Vec<Memory>, Vec<Registration>) {
+    let image = vec![0; bytes];
+    let memory: Vec<Memory> = (group.ranks.iter())
+        .map(|rank| Memory::with_image(&rank.gpu, rank.stream, &image).expect("memory"))
+        .collect();
+    let tensors: Vec<_> = memory.iter().map(|memory| (memory.base, bytes)).collect();
+    let mut ranks: Vec<_> = group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
+    // SAFETY: the caller keeps the memory for as long as the group makes calls.
+    let registered = unsafe { Communicator::register_all(&mut ranks, &tensors) };
+    (memory, registered.expect("all ranks bring a tensor"))
+}
 
 /// Memory that other processes can map.
 fn allocate(rank: &Rank, bytes: usize) -> Result<DevicePtr, Error> {

@@ -422,47 +422,45 @@ fn killed_while_others_recover(gpus: &Gpus) {
     end(ranks);
 }
 
-/// Kills a rank at a random moment while all recover. Each time the others have recovered or lost it, and go on.
-fn killed_at_any_moment(gpus: &Gpus) {
-    let mut rng = Rng::new(number_from_environment("PEERLANE_SEED", 1), "recover");
-    for turn in 0..number_from_environment("PEERLANE_MOMENTS", 8) {
-        let mut ranks = joined(&start(gpus, few(gpus)));
-        let gone = turn as usize % ranks.len();
-        ranks.iter_mut().for_each(|rank| rank.tell("recover"));
-        std::thread::sleep(Duration::from_micros(rng.below(8000)));
-        ranks.remove(gone).kill();
-        for rank in &ranks {
-            let answer = rank.answer();
-            let lost = answer.contains(&format!(" lost rank {gone}"));
-            assert!(answer == "ok generation 1" || lost, "{answer}");
-        }
-        let answers = ask_all(&mut ranks, &format!("shrink {gone}"));
-        assert!(answers.iter().all(|answer| answer.starts_with("ok rank")), "{answers:?}");
-        all_agree(&mut ranks, "script 2 5 2000");
-        all_agree(&mut ranks, "recover");
-        end(ranks);
-    }
-}
-
-/// Kills a rank at a random moment while all close: the others close, whether they hear of it or not.
-fn killed_while_all_close(gpus: &Gpus) {
-    let mut rng = Rng::new(number_from_environment("PEERLANE_SEED", 1), "close");
+/// Tells all ranks to do something, and kills one of them, in turns, at a random moment of it. The others answer `well` or
+/// that they have lost it; then they are given to `go_on`, with its number.
+fn killed_while_all(
+    gpus: &Gpus,
+    (command, well): (&str, &str),
+    within_us: u64,
+    go_on: impl Fn(&mut [Process], usize),
+) {
+    let mut rng = Rng::new(number_from_environment("PEERLANE_SEED", 1), command);
     for turn in 0..number_from_environment("PEERLANE_MOMENTS", 8) {
         let mut ranks = joined(&start(gpus, few(gpus)));
         let gone = turn as usize % ranks.len();
         all_agree(&mut ranks, "script 1 5 2000");
         let begin = Instant::now();
-        ranks.iter_mut().for_each(|rank| rank.tell("close"));
-        std::thread::sleep(Duration::from_micros(rng.below(3000)));
+        ranks.iter_mut().for_each(|rank| rank.tell(command));
+        std::thread::sleep(Duration::from_micros(rng.below(within_us)));
         ranks.remove(gone).kill();
         for rank in &ranks {
             let answer = rank.answer();
             let lost = answer.contains(&format!(" lost rank {gone}"));
-            assert!(answer == "ok closed" || lost, "{answer}");
+            assert!(answer == well || lost, "{answer}");
         }
         assert!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
+        go_on(&mut ranks, gone);
         end(ranks);
     }
+}
+
+fn killed_at_any_moment(gpus: &Gpus) {
+    killed_while_all(gpus, ("recover", "ok generation 1"), 8000, |ranks, gone| {
+        let answers = ask_all(ranks, &format!("shrink {gone}"));
+        assert!(answers.iter().all(|answer| answer.starts_with("ok rank")), "{answers:?}");
+        all_agree(ranks, "script 2 5 2000");
+        all_agree(ranks, "recover");
+    });
+}
+
+fn killed_while_all_close(gpus: &Gpus) {
+    killed_while_all(gpus, ("close", "ok closed"), 3000, |_, _| ());
 }
 
 fn killed_while_others_shrink(gpus: &Gpus) {

@@ -9,6 +9,7 @@ use peerlane::{
     Algorithm, AllReduce, AllReduceRegistered, BREAK_DRAIN, Chunk, Communicator, Config, DType,
     Error, Format, Pattern, ReduceOp, Wire,
 };
+use peerlane_tests::registered::register_all;
 use peerlane_tests::{
     Call, Group, Job, Links, Machine, Memory, Script, number_from_environment, random_jobs, run,
     small, threads,
@@ -195,20 +196,14 @@ fn works_say_what_cut_them_short_and_only_that() {
 #[test]
 fn registered_tensors_stay_registered() {
     let mut group = Group::connect(&Machine::sim(3, 4), 3, &config(3));
-    let memory: Vec<Memory> = (group.ranks.iter())
-        .map(|rank| Memory::with_image(&rank.gpu, rank.stream, &[0; 4096]).expect("memory"))
-        .collect();
-    let tensors: Vec<_> = memory.iter().map(|memory| (memory.base, 4096)).collect();
-    let mut ranks: Vec<_> = group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
-    // SAFETY: the memory outlives the group's calls.
-    let registered = unsafe { Communicator::register_all(&mut ranks, &tensors) }.expect("it goes");
+    let (memory, registered) = register_all(&mut group, 4096);
     let call = AllReduceRegistered::new(1024, DType::F32);
     for turn in 0..3 {
         for (number, (rank, memory)) in (1..).zip(group.ranks.iter_mut().zip(&memory)) {
             let image = (number as f32).to_le_bytes().repeat(1024);
             memory.write(&image, rank.stream).expect("it fits");
             let registration = &registered[number as usize - 1];
-            // SAFETY: as above.
+            // SAFETY: the memory outlives the group's calls.
             unsafe { rank.communicator.all_reduce_registered(registration, &call, rank.stream) }
                 .expect("the call is right");
         }

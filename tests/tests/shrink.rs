@@ -3,6 +3,7 @@
 use peerlane::cases::Rng;
 use peerlane::gpu::DevicePtr;
 use peerlane::{Algorithm, Communicator, Config, DType, Error, Meeting, Pattern, ReduceOp, Wire};
+use peerlane_tests::registered::register_all;
 use peerlane_tests::{
     Call, Group, Job, Links, Machine, Memory, Rank, Script, random_jobs, run, small,
 };
@@ -125,24 +126,19 @@ fn islands_and_hubs_follow_the_ranks() {
 #[test]
 fn what_belongs_to_the_old_memory_ends_with_it() {
     let mut group = Group::connect(&Machine::sim(3, 1), 3, &config(3));
-    let memory: Vec<Memory> = (group.ranks.iter())
-        .map(|rank| Memory::with_image(&rank.gpu, rank.stream, &[0; 4096]).expect("memory"))
-        .collect();
-    let tensors: Vec<_> = memory.iter().map(|memory| (memory.base, 4096)).collect();
-    let mut ranks: Vec<_> = group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
-    // SAFETY: the memory outlives the group's calls.
-    let registered = unsafe { Communicator::register_all(&mut ranks, &tensors) }.expect("it goes");
+    let (memory, registered) = register_all(&mut group, 4096);
     let call = peerlane::AllReduce::in_place(memory[0].base, 1000, DType::F32);
     let own = &mut group.ranks[0];
-    // SAFETY: as above.
+    // SAFETY: the memory outlives the group's calls.
     let cut = unsafe { own.communicator.all_reduce_async(&call, own.stream) }.expect("it is right");
     let _others = take(&mut group, &[2]);
     shrink(&mut group, &[2]).expect("all survivors are here");
     let mut ranks: Vec<_> = group.ranks.iter_mut().map(|rank| &mut rank.communicator).collect();
     let error = Communicator::deregister_all(&mut ranks, &registered[..2]).expect_err("it ended");
     assert!(error.to_string().contains("which has been deregistered"), "{error}");
+    let tensors = [0, 1].map(|rank: usize| (memory[rank].base, 4096));
     // SAFETY: as above.
-    let again = unsafe { Communicator::register_all(&mut ranks, &tensors[..2]) }.expect("it goes");
+    let again = unsafe { Communicator::register_all(&mut ranks, &tensors) }.expect("it goes");
     Communicator::deregister_all(&mut ranks, &again).expect("they are in use");
     assert!(matches!(cut.wait(), Err(Error::Aborted { .. } | Error::Stopped { .. })));
     check(&mut group, 1);
