@@ -1,7 +1,11 @@
-"""The tables of docs/reliability.md that compare variants of the kernels, from the result files beside this program.
+"""The tables of docs/reliability.md that compare variants of the kernels, and the result files that they are made from.
 
-`variants.py ../docs/reliability.md` renews what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` for
-every NAME below. Invariant: a figure is the median over the rounds of each round's median.
+  variants.py table ../docs/reliability.md     renews what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`
+                                               for every NAME below, from the result files beside this program
+  variants.py collect RESULT "with deadlines=out/cost_?.json" "without=out/cost_unbounded_?.json"
+                                               makes a result file of what `peerlane bench --json` has written
+
+Invariant: a figure is the median over the rounds of each round's median, and its results were compared.
 """
 
 from __future__ import annotations
@@ -42,8 +46,29 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    page = Path(sys.argv[1])
+def collect(result: Path, sources: list[str]) -> None:
+    runs, head = [], {}
+    for variant, _, pattern in (source.partition("=") for source in sources):
+        found = sorted(Path().glob(pattern)) if not pattern.startswith("/") else sorted(Path("/").glob(pattern[1:]))
+        if not found:
+            raise SystemExit(f"{pattern}: no such file")
+        for turn, path in enumerate(found, 1):
+            report = json.loads(path.read_text())
+            head = head or {
+                "date": report["date"],
+                "driver": report["driver"],
+                "devices": [device["name"] for device in report["devices"]],
+                "command": report["command"].partition(" --json")[0],
+            }
+            rows = [
+                {"bytes": row["bytes"], "checked": row["checked"], **{k: v for k, v in row["ours"].items() if k[-3:] == "_us"}}
+                for row in report["series"][0]["rows"]
+            ]
+            runs.append({"variant": variant, "round": turn, "rows": rows})
+    result.write_text(json.dumps({**head, "runs": runs}, indent=1) + "\n")
+
+
+def renew(page: Path) -> None:
     text = page.read_text()
     for name, file in TABLES.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
@@ -53,6 +78,16 @@ def main() -> None:
             raise SystemExit(f"{page} has no {begin.strip()} ... {end}")
         text = before + begin + table(RESULTS / file) + "\n" + end + after
     page.write_text(text)
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["table", page]:
+            renew(Path(page))
+        case ["collect", result, *sources] if sources:
+            collect(Path(result), sources)
+        case _:
+            raise SystemExit(__doc__)
 
 
 if __name__ == "__main__":
