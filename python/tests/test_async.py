@@ -163,7 +163,7 @@ def test_a_work_outlives_the_closing(group: Group) -> None:
 
 
 def test_a_rank_that_does_not_come(group: Group) -> None:
-    ranks = group(2, deadline=0.05)
+    ranks = group(2, deadline=0.05, first_deadline=0.05)
     work = ranks[0].all_reduce_async(ones(ranks[0]))
     for _ in range(2):
         with pytest.raises(peerlane.DeadlineError, match="^all_reduce: rank 0 waited 50ms for"):

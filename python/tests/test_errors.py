@@ -362,7 +362,7 @@ def test_exceptions_are_what_python_programs_expect() -> None:
     assert issubclass(peerlane.Error, RuntimeError)
     assert issubclass(peerlane.DeadlineError, TimeoutError)
     named = [getattr(peerlane, name) for name in peerlane.__all__ if name.endswith("Error")]
-    assert len(named) == 11
+    assert len(named) == 12
     for kind in named:
         assert issubclass(kind, peerlane.Error)
         assert str(kind("why")) == "why"

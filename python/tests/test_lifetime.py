@@ -184,9 +184,10 @@ def test_two_communicators_at_once(group: Group) -> None:
 
 
 def test_a_rank_that_does_not_come(group: Group) -> None:
+    # A first call is given six times as long.
     ranks = group(2, deadline=0.05)
     ranks[0].all_reduce(store(ranks[0], integers(0, (10,)), "float32"))
-    message = "^all_reduce: rank 0 waited 50ms for rank 1 "
+    message = "^all_reduce: rank 0 waited 300ms for rank 1 "
     with pytest.raises(peerlane.DeadlineError, match=message):
         ranks[0].synchronize()
     with pytest.raises(TimeoutError, match=message):
@@ -199,7 +200,7 @@ def test_a_rank_that_does_not_come(group: Group) -> None:
 
 
 def test_a_deadline_can_be_changed(group: Group) -> None:
-    ranks = group(2)
+    ranks = group(2, first_deadline=0.01)
     ranks[0].set_deadline(0.02)
     ranks[0].barrier()
     with pytest.raises(peerlane.DeadlineError, match="rank 0 waited 20ms"):

@@ -110,6 +110,8 @@ class TPBackendP2P:
                 f"exllamav3-{uuid}",
                 self.options.device_format.format(device=device),
                 deadline=max(self.options.first_deadline, self.options.deadline),
+                # No more for the first call alone: `end_cpu_reduce_jobs` knows when the first pass is done.
+                first_deadline=self.options.deadline,
                 patience=self.options.patience,
                 transport=self.options.transport,
             )

@@ -87,13 +87,14 @@ class FileCommunicator(Prepares):
         device: str,
         *,
         deadline: float = 10,
+        first_deadline: float | None = None,
         patience: float = 120,
         transport: str = "auto",
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.folder = Path(os.environ["PEERLANE_TEST_FOLDER"]) / name
         self.folder.mkdir(exist_ok=True)
-        self.deadline = deadline
+        self.deadline, self.first_deadline = deadline, first_deadline
         self.failure: Exception | None = None
         self.closed = False
         self.calls = 0
