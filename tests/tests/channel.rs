@@ -181,7 +181,7 @@ fn stream(writer: &mut Writer, count: u64) -> [u64; 3] {
     for number in 0..count {
         let (mask, payload) = message(number, 3, most);
         writer.stage(mask, (most as u16, 3), &payload, LONG).expect("readers read");
-        if draw(number + 3_000_000) % 3 == 0 {
+        if draw(number + 3_000_000).is_multiple_of(3) {
             writer.publish();
         }
         (0..3).filter(|r| mask >> r & 1 == 1).for_each(|r| sent[r] += 1);

@@ -6,6 +6,10 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// Least time between two looks at one process: less than a wait sleeps without a look.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// A process, in one word: its number (22 bits, as many as Linux gives them), when it started (40 bits of clock ticks), and
 /// two bits that say it is there and whether it has closed.
@@ -44,9 +48,15 @@ impl Process {
         there.then_some(Process { pid, started: word >> 22 & TIME })
     }
 
-    fn is_there(self) -> bool {
-        look(self.pid)
-            .is_some_and(|(state, started)| started == self.started && !matches!(state, 'Z' | 'X'))
+    /// Whether its number is still its own.
+    fn is_listed(self) -> bool {
+        look(self.pid).is_some_and(|(_, started)| started == self.started)
+    }
+
+    /// Whether it is listed and runs. One whose first thread has ended and others not looks as if it did not.
+    fn is_running(self) -> bool {
+        let own = look(self.pid).filter(|(_, started)| *started == self.started);
+        own.is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
     }
 }
 
@@ -65,6 +75,7 @@ fn look(pid: u32) -> Option<(char, u64)> {
 pub(super) struct Watch {
     pub(super) process: Process,
     how: How,
+    looked: Option<Instant>,
 }
 
 enum How {
@@ -78,24 +89,31 @@ enum How {
 
 impl Watch {
     pub(super) fn new(process: Process) -> Watch {
-        if process.pid == std::process::id() && process.is_there() {
-            return Watch { process, how: How::Own };
+        let looked = None;
+        if process.pid == std::process::id() && process.is_listed() {
+            return Watch { process, how: How::Own, looked };
         }
         let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
         let opened = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         // Looked at after it was opened: if the number is the process's own now, so is the descriptor.
-        let how = match opened.filter(|_| process.is_there()) {
+        let how = match opened.filter(|_| process.is_listed()) {
             Some(descriptor) => How::Descriptor(descriptor),
             None => How::Look,
         };
-        Watch { process, how }
+        Watch { process, how, looked }
     }
 
-    /// Whether it has ended.
-    pub(super) fn is_gone(&self) -> bool {
+    /// Whether it has ended, or had when it was looked last, a moment ago: who polls in a loop does not pay for a look
+    /// each time.
+    pub(super) fn is_gone(&mut self) -> bool {
+        let now = Instant::now();
+        if self.looked.is_some_and(|looked| now - looked < AGAIN) {
+            return false;
+        }
+        self.looked = Some(now);
         match &self.how {
             How::Own => false,
-            How::Look => !self.process.is_there(),
+            How::Look => !self.process.is_running(),
             How::Descriptor(descriptor) => {
                 let mut polled = [PollFd::new(descriptor, PollFlags::IN)];
                 let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -20,7 +20,7 @@ use super::state::State;
 use super::{CAPACITY, MAX_READERS};
 use crate::error::clipped;
 use crate::sealed;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::fmt;
 use std::hash::BuildHasher;
@@ -96,6 +96,9 @@ impl Segment {
     pub(super) fn create(capacity: u64, readers: u32) -> Result<Segment, String> {
         let bytes = data_at(readers) + capacity as usize;
         let file = sealed::create("peerlane-channel", bytes).map_err(|e| e.to_string())?;
+        // Now, where it is an error, and not when it is written to, where it would be a signal.
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)
+            .map_err(|error| format!("{bytes} bytes of shared memory: {error}"))?;
         let writer = Process::this()?;
         let token = std::hash::RandomState::new().hash_one(std::process::id());
         let segment = Segment::map(file, (readers, capacity, token), writer)?;

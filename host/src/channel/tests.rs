@@ -82,6 +82,14 @@ fn arguments_are_named() {
 }
 
 #[test]
+fn ends_go_to_other_threads() {
+    fn is_send<T: Send>() {}
+    fn is_shared<T: Send + Sync>() {}
+    is_send::<(Writer, Reader, Message)>();
+    is_shared::<Poisoner>();
+}
+
+#[test]
 fn an_index_is_taken_once() {
     let (writer, reader) = pair();
     let handle = writer.handle();
@@ -398,7 +406,7 @@ proptest! {
                 2 => old.wrapping_add(64),
                 3 => old.wrapping_sub(64),
                 4 => old ^ 1 << (value % 64),
-                _ => u64::MAX & !63,
+                _ => !63,
             };
             word.store(new, Ordering::Relaxed);
             for _ in 0..3 {

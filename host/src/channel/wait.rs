@@ -42,10 +42,12 @@ pub(super) fn wait<T>(
     loop {
         let left = patience.limit.saturating_sub(begin.elapsed());
         let mut found = Ok(None);
-        bell.sleep(bit, left.min(SLICE), || {
-            found = poll();
-            left.is_zero() || !matches!(found, Ok(None))
-        });
+        if !left.is_zero() {
+            bell.sleep(bit, left.min(SLICE), || {
+                found = poll();
+                !matches!(found, Ok(None))
+            });
+        }
         // What came during the sleep, before anybody is found dead or late.
         let found = if matches!(found, Ok(None)) { poll()? } else { found? };
         if let Some(found) = found {

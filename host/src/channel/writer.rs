@@ -224,7 +224,7 @@ fn alive(
     if watch.as_ref().is_none_or(|watch| watch.process != process) {
         *watch = Some(Watch::new(process));
     }
-    if watch.as_ref().is_some_and(Watch::is_gone) {
+    if watch.as_mut().is_some_and(Watch::is_gone) {
         let (who, pid) = (Side::Reader(reader), process.pid());
         return Err(fault(op, Fault::Died { who, pid }));
     }
