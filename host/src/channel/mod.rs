@@ -24,6 +24,8 @@ mod consumer;
 mod peer;
 mod primitive;
 mod producer;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod raw;
 mod reader;
 mod ring;
 mod segment;

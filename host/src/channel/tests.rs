@@ -356,7 +356,7 @@ fn files_that_are_none_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Against a model: what was sent and not received, for each of three readers.
     #[test]
