@@ -3,6 +3,7 @@
 //! Invariant: an error names the argument or the call, what was expected and what came. An error
 //! that a call returns before it launches has changed nothing: no tensor, no counter, no peer.
 
+use crate::channel::Fault;
 use peerlane_device::abi::{Operation, phase};
 use std::time::Duration;
 
@@ -171,6 +172,15 @@ pub enum Error {
         op: &'static str,
         /// This rank.
         rank: u32,
+    },
+
+    /// Something is wrong between the ends of a channel.
+    #[error("{op}: {fault}")]
+    Channel {
+        /// The call.
+        op: &'static str,
+        /// What it is.
+        fault: Fault,
     },
 
     /// The simulator found a kernel doing what hardware would not forgive.

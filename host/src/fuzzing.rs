@@ -4,6 +4,7 @@
 //! Invariant: no function here panics, waits or touches memory that is not its own, whatever the bytes. This module exists
 //! under `cfg(fuzzing)` and in this crate's tests only.
 
+use crate::channel::raw as raw_channel;
 use crate::choice::{Choice, Known, TuningTable};
 use crate::communicator::Config;
 use crate::error::LONGEST_REASON;
@@ -99,6 +100,11 @@ pub fn guest_hears(data: &[u8]) {
 /// The memory that processes share.
 pub fn segment(data: &[u8]) {
     raw::segment(data);
+}
+
+/// The memory of a channel.
+pub fn channel(data: &[u8]) {
+    raw_channel::channel(data, bounded);
 }
 
 /// What ranks show and offer each other when they join.

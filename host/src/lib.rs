@@ -4,6 +4,7 @@ mod adapt;
 pub mod algorithm;
 mod call_log;
 pub mod cases;
+pub mod channel;
 pub mod choice;
 mod collectives;
 pub mod communicator;

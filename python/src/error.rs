@@ -5,6 +5,7 @@
 //! raised.
 
 use peerlane::Error;
+use peerlane::channel::Fault;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -27,6 +28,14 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
         Error::Corrupt { .. } => "CorruptError",
         Error::Rendezvous { .. } => "RendezvousError",
         Error::Closed { .. } => "ClosedError",
+        Error::Channel { fault, .. } => match fault {
+            Fault::Timeout { .. } => "DeadlineError",
+            Fault::Died { .. } => "PeerLostError",
+            Fault::Closed { .. } => "ClosedError",
+            Fault::Poisoned { .. } => "AbortedError",
+            Fault::Corrupt { .. } => "CorruptError",
+            _ => "Error",
+        },
         _ => "Error",
     };
     instance(py, class, error.to_string())

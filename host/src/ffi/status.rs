@@ -3,6 +3,7 @@
 //! Invariant: every function that returns a status runs inside [`guard`], so whatever is not
 //! `PEERLANE_OK` has left its message with the calling thread.
 
+use crate::channel::Fault;
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::cell::RefCell;
@@ -146,6 +147,13 @@ fn code(error: &Error) -> peerlane_status {
         Error::Rendezvous { .. } => PEERLANE_RENDEZVOUS,
         Error::Closed { .. } => PEERLANE_CLOSED,
         Error::Simulated { .. } => PEERLANE_SIMULATED,
+        Error::Channel { fault, .. } => match fault {
+            Fault::Timeout { .. } => PEERLANE_TIMEOUT,
+            Fault::Died { .. } => PEERLANE_PEER_LOST,
+            Fault::Closed { .. } => PEERLANE_CLOSED,
+            Fault::Poisoned { .. } => PEERLANE_ABORTED,
+            Fault::Corrupt { .. } => PEERLANE_CORRUPT,
+        },
     }
 }
 

@@ -7,12 +7,13 @@ use std::path::Path;
 type Target = fn(&[u8]);
 
 /// The targets, by the names that they have in `fuzz/`.
-const TARGETS: [(&str, Target); 7] = [
+const TARGETS: [(&str, Target); 8] = [
     ("tuning_table", super::tuning_table),
     ("cached_measurement", super::cached_measurement),
     ("host_hears", super::host_hears),
     ("guest_hears", super::guest_hears),
     ("segment", super::segment),
+    ("channel", super::channel),
     ("offers", super::offers),
     ("tensor_cards", super::tensor_cards),
 ];

@@ -16,6 +16,7 @@
 //! [`World`] is memory, [`Scene`] runs the kernels, or programs in the verbs that kernels are made of.
 
 mod block;
+pub mod channel;
 mod lane;
 mod scene;
 mod world;
