@@ -1,6 +1,6 @@
 //! The ring of `host/src/channel/`, the shipping code, under loom: cursors, skips and the bell.
 //!
-//! Invariant: nothing of the protocol is written a second time here. [`primitive`] has loom's atomics and a futex made of
+//! Invariant: nothing of the protocol is written a second time here. `primitive` has loom's atomics and a futex made of
 //! a mutex and a condition variable, which never times out: a wake-up that is lost is a deadlock, which loom reports.
 
 #[allow(dead_code, reason = "the host uses all of it")]
