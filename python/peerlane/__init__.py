@@ -4,6 +4,9 @@ import os
 import sys
 
 from ._peerlane import (
+    ChannelMessage,
+    ChannelReader,
+    ChannelWriter,
     Communicator,
     Event,
     PreparedAllReduce,
@@ -34,6 +37,9 @@ _set_self_test_program(sys.executable, os.path.dirname(os.path.dirname(os.path.a
 
 __all__ = [
     "AbortedError",
+    "ChannelMessage",
+    "ChannelReader",
+    "ChannelWriter",
     "ClosedError",
     "Communicator",
     "CorruptError",

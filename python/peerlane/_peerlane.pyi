@@ -393,3 +393,109 @@ class Event:
     @property
     def cuda_event(self) -> int:
         """The CUDA event."""
+
+class ChannelMessage:
+    """A message of a channel."""
+
+    @property
+    def payload(self) -> bytes:
+        """Its bytes."""
+
+    @property
+    def kind(self) -> int:
+        """What the writer calls it."""
+
+    @property
+    def flags(self) -> int:
+        """More of that."""
+
+    @property
+    def sequence(self) -> int:
+        """Its number among all messages of the channel, counted from 1."""
+
+class ChannelWriter:
+    """The end of a channel that sends: one writer, up to 32 readers, a ring in shared memory.
+
+    capacity is the ring's bytes, 4096 to 2**32, rounded up to a power of two; spin is for how many
+    seconds waits spin before they sleep (20e-6). Waits release the GIL. ValueError names a wrong
+    argument; DeadlineError, PeerLostError, ClosedError, AbortedError (poisoned) and CorruptError
+    say what became of the channel.
+    """
+
+    def __init__(self, capacity: int, readers: int, *, spin: float | None = None) -> None: ...
+    @property
+    def handle(self) -> str:
+        """The text by which a reader opens the channel, in any process of this user."""
+
+    @property
+    def max_payload(self) -> int:
+        """Most bytes of a payload."""
+
+    @property
+    def readers(self) -> int:
+        """Number of readers."""
+
+    def send(
+        self,
+        payload: Any,
+        *,
+        kind: int | None = None,
+        flags: int | None = None,
+        readers: Iterable[int] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Sends the bytes of payload, and what was staged, to readers (their indices; all that are
+        not forgotten if None). kind and flags are 16 bits for the caller (0). Waits for space for
+        up to timeout seconds (10). Returns the message's sequence number."""
+
+    def stage(
+        self,
+        payload: Any,
+        *,
+        kind: int | None = None,
+        flags: int | None = None,
+        readers: Iterable[int] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """As send, but readers see it with the next publish or send."""
+
+    def publish(self) -> None:
+        """Lets the readers see what was staged, with one wake-up at most for all of them."""
+
+    def attached(self, reader: int) -> bool:
+        """Whether this reader has opened the channel."""
+
+    def forget(self, reader: int) -> None:
+        """Goes on without a reader, dead or alive."""
+
+    def poison(self, reason: int = 0) -> None:
+        """Ends the channel at once, and every wait on every side. May be called by any thread."""
+
+    def close(self) -> None:
+        """Closes the channel: readers receive what was sent before, then ClosedError."""
+
+    def __enter__(self) -> ChannelWriter: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+class ChannelReader:
+    """The end of a channel that receives, as reader index of the ChannelWriter whose handle it is."""
+
+    def __init__(self, handle: str, index: int, *, spin: float | None = None) -> None: ...
+    @property
+    def index(self) -> int:
+        """Which reader it is."""
+
+    def recv(self, timeout: float | None = None) -> ChannelMessage:
+        """The next message; waits for up to timeout seconds (10)."""
+
+    def try_recv(self) -> ChannelMessage | None:
+        """The next message, or None if there is none yet."""
+
+    def poison(self, reason: int = 0) -> None:
+        """Ends the channel at once, and every wait on every side. May be called by any thread."""
+
+    def close(self) -> None:
+        """Closes this end: sending to it is an error from then on."""
+
+    def __enter__(self) -> ChannelReader: ...
+    def __exit__(self, *_exception: object) -> None: ...

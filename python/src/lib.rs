@@ -6,6 +6,7 @@
 
 mod arrays;
 mod beside;
+mod channel;
 mod collectives;
 mod communicator;
 mod device;
@@ -24,6 +25,8 @@ use pyo3::prelude::*;
 /// The collectives' extension module; `peerlane/__init__.py` is its public face.
 #[pymodule]
 mod _peerlane {
+    #[pymodule_export]
+    use crate::channel::{ChannelMessage, ChannelReader, ChannelWriter};
     #[pymodule_export]
     use crate::communicator::Communicator;
     #[pymodule_export]
