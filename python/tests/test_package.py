@@ -94,7 +94,7 @@ def compare_classes(described: ast.ClassDef, real: type) -> None:
     for name in there:
         member = inspect.getattr_static(real, name)
         decorators = [decorator.id for decorator in methods[name].decorator_list]
-        if inspect.isgetsetdescriptor(member):
+        if inspect.isgetsetdescriptor(member) or inspect.ismemberdescriptor(member):
             assert decorators == ["property"]
         else:
             assert decorators == (["staticmethod"] if isinstance(member, staticmethod) else [])
