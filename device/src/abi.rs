@@ -511,25 +511,25 @@ impl Role {
     }
 
     /// The place that `bits` holds.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn from_bits(bits: u64) -> Role {
         Role(bits)
     }
 
     /// The rank above; `None` for the root.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn parent(self) -> Option<u32> {
         if self.0 >> 40 != 0 { Some((self.0 >> 32) as u32 & 0xff) } else { None }
     }
 
     /// The ranks below, a bit each.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn children(self) -> u32 {
         self.0 as u32
     }
 
     /// The ranks above and below, a bit each.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn neighbours(self) -> u32 {
         match self.parent() {
             Some(rank) => self.children() | 1 << rank,
@@ -685,19 +685,19 @@ impl Layout {
     }
 
     /// Offset of the counters of `lane`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn words(self, lane: u32) -> u32 {
         (CONTROL_BYTES + PROBE_BYTES) as u32 + lane * LANE_WORD_BYTES as u32
     }
 
     /// Offset of the part of the checks that belongs to `lane`, in a layout for checked calls.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn checks(self, lane: u32) -> u32 {
         self.words(self.lanes) + lane * CHECK_LANE_BYTES as u32
     }
 
     /// Offset of slot number `number` of `lane` in the region where the `source`-th peer writes.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn slot(self, source: u32, lane: u32, number: u32) -> u32 {
         let slot = (number & (self.slots - 1)) * (self.slot_units * UNIT as u32);
         self.first_slot + source * self.source_bytes + lane * self.lane_bytes + slot
@@ -710,7 +710,7 @@ impl Layout {
 
     /// Which region of `receiver`'s mailbox `sender` writes: 0 for the rank after the receiver.
     /// A rank has no region for itself, so `world - 1` regions are enough.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub const fn source(sender: u32, receiver: u32, world: u32) -> u32 {
         let distance = sender + world - receiver - 1;
         if distance >= world { distance - world } else { distance }

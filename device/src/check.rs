@@ -18,7 +18,7 @@ use crate::pipe::{Call, Failure, Form, Packet, Patience, record, stop_all};
 use crate::unrolled;
 
 /// The checksum of one unit's payload, which lies at `index` of slot number `number`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn checksum(payload: Unit, number: u32, index: u32) -> u32 {
     let place = number.wrapping_mul(0x9e37_79b9) ^ index.wrapping_mul(0x85eb_ca6b) | 1;
     let [a, b, c, d] = payload;
@@ -34,14 +34,14 @@ fn checksum(payload: Unit, number: u32, index: u32) -> u32 {
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, stated on the impl")]
 impl<L: Lane, F: Form> Call<'_, L, F> {
     /// Whether this call is checked. Never, at no cost, in kernels that were not compiled for it.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) fn is_checked(&self) -> bool {
         L::CHECKED && self.args.flags & flags::CHECKED != 0
     }
 
     /// Address of `rank`'s entry of `size` bytes at `offset` in this lane's part of the checks of the mailbox at
     /// `mailbox`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn entry(&self, mailbox: u64, offset: usize, size: usize, rank: u32) -> u64 {
         mailbox
             + self.args.layout.checks(self.number) as u64
@@ -49,13 +49,13 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
     }
 
     /// Address of one of this rank's own words.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn own_entry(&self, offset: usize, rank: u32) -> u64 {
         self.entry(self.lane.peer(self.args.rank), offset, 4, rank)
     }
 
     /// Adds units to what was sent to `peer` or taken from it.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) unsafe fn note<const N: usize>(
         &self,
         sum: usize,
@@ -77,7 +77,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
     }
 
     /// The number of this call between this block and that of the rank of this thread's number.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn call_number(&self) -> u32 {
         let at = self.own_entry(check_words::CALLS, self.lane.thread());
         // SAFETY: a word of this rank's own.
@@ -85,7 +85,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
     }
 
     /// Waits for the packet with the number `call` at `address`, from the rank of this thread's number.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn receive(&mut self, address: u64, call: u32, phase: u32) -> Unit {
         let (lane, peer) = (self.lane, self.lane.thread());
         let mut patience = Patience::new();
@@ -101,7 +101,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
     }
 
     /// Exchanges signatures. Where one differs no thread of the block goes on.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) unsafe fn compare_signatures(&mut self) {
         let (lane, thread, rank) = (self.lane, self.lane.thread(), self.args.rank);
         // SAFETY: units of the peer's mailbox that only this rank writes, and the other way round.
@@ -128,7 +128,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
     }
 
     /// Exchanges checksums, if no wait of the block has failed, and then that they were right.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) unsafe fn compare_sums(&mut self) {
         let (lane, thread, rank) = (self.lane, self.lane.thread(), self.args.rank);
         // SAFETY: as above.
@@ -160,7 +160,7 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
     }
 
     /// Leaves the record at once and stops every rank.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn refuse(&mut self, failure: Failure, theirs: [u64; 2]) {
         // SAFETY: passed on to the caller.
         unsafe {
@@ -173,13 +173,13 @@ impl<L: Lane, F: Form> Call<'_, L, F> {
 }
 
 /// A word as the payload of a packet.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn halves(word: u64) -> Unit {
     [word as u32, (word >> 32) as u32, 0, 0]
 }
 
 /// The word whose halves these are.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn whole(low: u32, high: u32) -> u64 {
     low as u64 | (high as u64) << 32
 }

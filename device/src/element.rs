@@ -20,7 +20,7 @@ pub trait Element: Copy {
     fn narrow<L: Lane>(lane: L, values: [f32; 2]) -> u32;
 
     /// What a rank that contributes nothing sends.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn neutral(op: u32) -> u32 {
         if is_sum(op) { Self::ZERO } else { Self::NAN }
     }
@@ -43,12 +43,12 @@ impl Element for F32 {
     const ZERO: u32 = 0x8000_0000;
     const NAN: u32 = 0x7fff_ffff;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn widen<L: Lane>(_: L, word: u32) -> [f32; 2] {
         [f32::from_bits(word), 0.0]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn narrow<L: Lane>(_: L, values: [f32; 2]) -> u32 {
         values[0].to_bits()
     }
@@ -58,12 +58,12 @@ impl Element for F16 {
     const ZERO: u32 = 0x8000_8000;
     const NAN: u32 = 0x7fff_7fff;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn widen<L: Lane>(lane: L, word: u32) -> [f32; 2] {
         [lane.f16_to_f32(word & 0xffff), lane.f16_to_f32(word >> 16)]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn narrow<L: Lane>(lane: L, values: [f32; 2]) -> u32 {
         lane.f16_from_f32(values[0]) | lane.f16_from_f32(values[1]) << 16
     }
@@ -73,12 +73,12 @@ impl Element for Bf16 {
     const ZERO: u32 = 0x8000_8000;
     const NAN: u32 = 0x7fff_7fff;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn widen<L: Lane>(_: L, word: u32) -> [f32; 2] {
         [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn narrow<L: Lane>(lane: L, values: [f32; 2]) -> u32 {
         lane.bf16x2_from_f32(values[0], values[1])
     }
@@ -88,12 +88,12 @@ impl Element for F32AsBf16 {
     const ZERO: u32 = Bf16::ZERO;
     const NAN: u32 = Bf16::NAN;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn widen<L: Lane>(lane: L, word: u32) -> [f32; 2] {
         Bf16::widen(lane, word)
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn narrow<L: Lane>(lane: L, values: [f32; 2]) -> u32 {
         Bf16::narrow(lane, values)
     }
@@ -109,7 +109,7 @@ pub fn bf16_round(value: f32) -> u32 {
 }
 
 /// Whether `op` adds: a sum or an average.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub fn is_sum(op: u32) -> bool {
     op == ReduceOp::Sum as u32 || op == ReduceOp::Avg as u32
 }
@@ -118,13 +118,13 @@ pub fn is_sum(op: u32) -> bool {
 pub type Accumulator = [[f32; 2]; 4];
 
 /// An accumulator that holds nothing yet.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub fn empty(op: u32) -> Accumulator {
     [[if is_sum(op) { -0.0 } else { f32::NAN }; 2]; 4]
 }
 
 /// Adds the first `words` words of `unit` to `total`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub fn accumulate<L: Lane, E: Element>(
     lane: L,
     op: u32,
@@ -156,7 +156,7 @@ pub fn accumulate<L: Lane, E: Element>(
 }
 
 /// The reduction as wire words: scaled, then rounded once.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub fn finish<L: Lane, E: Element>(
     lane: L,
     scale: f32,

@@ -14,7 +14,7 @@ macro_rules! entries {
             struct Parameter;
 
             impl Parameters for Parameter {
-                #[inline(always)]
+                #[cfg_attr(target_arch = "nvptx64", inline(always))]
                 fn load_u64(offset: u64) -> u64 {
                     let value: u64;
                     // SAFETY: reads the parameter bank within the entry's parameter, which

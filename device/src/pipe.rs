@@ -47,7 +47,7 @@ pub struct Packet;
 pub struct Full;
 
 /// The flag of slot number `number`: never `FREE`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn tag(number: u32) -> u32 {
     number & (FREE >> 1)
 }
@@ -56,22 +56,22 @@ impl Form for Packet {
     const FORMAT: Format = Format::Packet;
     const WORDS: usize = 2;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn encode(payload: Unit, number: u32) -> Unit {
         [payload[0], tag(number), payload[1], tag(number)]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn arrived(unit: Unit, number: u32) -> bool {
         unit[1] == tag(number) && unit[3] == tag(number)
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn decode(unit: Unit) -> Unit {
         [unit[0], unit[2], 0, 0]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn hidden(_: Unit) -> bool {
         false
     }
@@ -81,22 +81,22 @@ impl Form for Full {
     const FORMAT: Format = Format::Full;
     const WORDS: usize = 4;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn encode(payload: Unit, _: u32) -> Unit {
         payload
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn arrived(unit: Unit, _: u32) -> bool {
         !Full::hidden(unit)
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn decode(unit: Unit) -> Unit {
         unit
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn hidden(payload: Unit) -> bool {
         // FREE is the largest word, so one comparison of the maximum looks at all four.
         payload[0].max(payload[1]).max(payload[2].max(payload[3])) == FREE
@@ -132,33 +132,33 @@ impl Failure {
     pub(crate) const ELSEWHERE: Failure = Failure(1);
 
     /// A wait for `peer` in `phase` that ended in `state`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn new(state: u32, phase: u32, peer: u32) -> Failure {
         Failure(state << 16 | phase << 8 | peer)
     }
 
     /// The same, knowing whether it was the rank's first.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn noted(self, first: bool) -> Failure {
         Failure(self.0 | (first as u32) << 31)
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn is_first(self) -> bool {
         self.0 >> 31 != 0
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn state(self) -> u32 {
         self.0 >> 16 & 0x7fff
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn phase(self) -> u32 {
         self.0 >> 8 & 0xff
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn peer(self) -> u32 {
         self.0 & 0xff
     }
@@ -184,7 +184,7 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) const fn new() -> Patience {
         Patience { turns: 0, since: 0 }
     }
@@ -216,7 +216,7 @@ const HOST_POLL_NS: u32 = 100;
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, stated on the impl")]
 impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Begins a call that uses the pipes to and from the ranks in `peers` (a bit each).
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn begin(lane: L, args: &'a Args, peers: u32) -> Self {
         // Calls that seal all have the upper half of the lanes to themselves: nobody looks for FREE
         // there, so what came through host memory need not be cleaned.
@@ -252,7 +252,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// That it is not the end of those calls needs no fence where the slots lie in this GPU's memory:
     /// a kernel's stores are complete there before the next kernel of the stream begins. Stores
     /// to host memory are then on their way, and the credit may take another.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) unsafe fn return_credits(&mut self) {
         if self.books && !self.returned {
             self.returned = true;
@@ -275,7 +275,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Ends the call, once this thread has taken all it needed. The thread whose number is a peer's
     /// rank says how many slots went to that peer and came from it; other threads' numbers are
     /// not looked at.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn end(mut self, sent: u32, received: u32) {
         let (lane, thread) = (self.lane, self.lane.thread());
         if self.is_checked() {
@@ -312,26 +312,26 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// The thread itself.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn lane(&self) -> L {
         self.lane
     }
 
     /// Whether this thread may still write results: no wait of it has failed.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn ok(&self) -> bool {
         self.failure == Failure::NONE
     }
 
     /// The number of the first slot that goes to `peer` in this call.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn sent(&self, peer: u32) -> u32 {
         // SAFETY: a counter of this rank's mailbox.
         unsafe { self.lane.load_u32(self.words + (lane_words::SENT + 4 * peer as usize) as u64) }
     }
 
     /// The number of the first slot that comes from `peer` in this call.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn received(&self, peer: u32) -> u32 {
         // SAFETY: a counter of this rank's mailbox.
         unsafe {
@@ -340,26 +340,26 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// Whether `peer` writes into this rank's host mailbox.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) fn by_host(&self, peer: u32) -> bool {
         self.args.host_senders >> peer & 1 != 0
     }
 
     /// Address of this rank's mailbox that `peer` writes to.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) fn inbox(&self, peer: u32) -> u64 {
         if self.by_host(peer) { self.args.host_mailbox } else { self.lane.peer(self.args.rank) }
     }
 
     /// Address of `peer`'s word among this rank's words at `offset`, in this lane.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn inbox_word(&self, peer: u32, offset: usize) -> u64 {
         let lane = self.args.layout.words(self.number) as usize;
         self.inbox(peer) + (lane + offset + 4 * peer as usize) as u64
     }
 
     /// Whether every chunk of this call is sealed, so that one word tells of its arrival.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn seals_all(&self) -> bool {
         seals_all::<F>(self.args)
     }
@@ -371,7 +371,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// The barrier orders the other threads' accesses before this thread's fence, the fence orders them before the
     /// packet; at the other end the same in reverse. Without the first, peers would see old data or have theirs
     /// overwritten while they are still read; without the second, this block would read ahead.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn meet(&mut self, index: u32, phase: u32, without: u32) -> bool {
         let (lane, thread) = (self.lane, self.lane.thread());
         if self.broken(without) {
@@ -402,7 +402,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// Waits until `peer` has freed slot number `number`, and returns where that lies.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn reserve(&mut self, peer: u32, number: u32) -> Room {
         let (lane, args) = (self.lane, self.args);
         // SAFETY: the credit is a word of this rank's mailbox.
@@ -424,7 +424,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Stores units of slot number `number`, in `room`: the `index`-th and those `threads` apart after it. Relaxed: only what each unit itself carries tells the receiver
     /// that it is there.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn put_units<const N: usize>(
         &self,
         room: Room,
@@ -449,7 +449,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Ends the only turn of sending: as [`Call::turn`], but without a barrier where there is nothing
     /// to tell.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn seal(&mut self, to: u32, sent: u32, hidden: bool) {
         // SAFETY: passed on to the caller.
         unsafe {
@@ -469,7 +469,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     ///
     /// The barrier orders the other threads' stores before this thread's fence, and the fence orders
     /// them before the words.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn turn(&mut self, to: u32, sent: u32, hidden: bool, from: u32, taken: u32) {
         let (lane, thread) = (self.lane, self.lane.thread());
         // SAFETY: words of the peers' mailboxes that only this rank writes.
@@ -510,7 +510,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// The last turns leave returning their slots to the next call: the fence waits for everything
     /// that was just sent. The barrier stays: warps that drift apart use up the slots unevenly, and
     /// 16 MiB took 66 us instead of 55.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn release_taken(&mut self, peers: u32, turn: u32, needed: bool) {
         // SAFETY: passed on to the caller.
         unsafe { self.turn(peers, turn + 1, false, peers, if needed { turn } else { 0 }) };
@@ -519,7 +519,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     /// Waits for `N` units of slot number `number` from `peer`: the `index`-th and those `threads`
     /// apart after it. Cleans them if anybody polls such slots, and returns their payloads, which mean nothing once `ok` is
     /// false.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn take<const N: usize>(
         &mut self,
         peer: u32,
@@ -572,7 +572,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Waits for the `index`-th unit of slot number `number` from `peer` and leaves it where it is. Only for
     /// payload that is never hidden.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn wait_unit(&mut self, peer: u32, number: u32, index: u32, phase: u32) {
         let slot = self.inbox(peer) + self.slot(self.args.rank, peer, number);
         let at = slot + index as u64 * UNIT as u64;
@@ -588,7 +588,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Whether `peer` has sealed slot number `number`: what is there is all there, whatever it looks
     /// like.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn sealed(&self, peer: u32, number: u32) -> bool {
         if F::FORMAT as u32 == Format::Packet as u32 {
             return false;
@@ -601,7 +601,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
         (seal.wrapping_sub(number) as i32) > 0
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn all_arrived<const N: usize>(&self, units: &[Unit; N], number: u32) -> bool {
         let mut all = true;
         unrolled!(N, |u| {
@@ -616,7 +616,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
 
     /// Whether no wait of this rank has failed, in this call or before. A seal speaks for all slots before it, and who
     /// has failed has left some of them as they were.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn may_seal(&self) -> bool {
         let own = self.lane.peer(self.args.rank);
         // SAFETY: a word of this rank's mailbox.
@@ -624,14 +624,14 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// Offset in `receiver`'s mailbox of slot number `number` of the pipe from `sender` to it.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn slot(&self, receiver: u32, sender: u32, number: u32) -> u64 {
         let source = Layout::source(sender, receiver, self.args.world);
         self.args.layout.slot(source, self.number, number) as u64
     }
 
     /// Address of this rank's word among `peer`'s words at `offset`, in the same lane.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) fn peer_word(&self, peer: u32, offset: usize) -> u64 {
         let lane = self.args.layout.words(self.number) as usize;
         let word = lane + offset + 4 * self.args.rank as usize;
@@ -639,20 +639,20 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// Tells `peer` how many of its slots this rank has consumed and cleaned.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn return_credit(&self, peer: u32, consumed: u32) {
         // SAFETY: a word of the peer's mailbox that only this rank writes.
         unsafe { self.lane.put_word(self.peer_word(peer, lane_words::CREDIT), consumed) };
     }
 
     /// Whether the test-only switch `flag` is on. Never on a GPU.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn broken(&self, flag: u32) -> bool {
         L::BREAKABLE && self.args.flags & flag != 0
     }
 
     /// Another turn of a wait for `peer`; false once a wait has failed, this one or one before.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub(crate) fn keep_waiting(&mut self, patience: &mut Patience, peer: u32, phase: u32) -> bool {
         // SAFETY: a word of the peer's mailbox that only this rank writes.
         unsafe { self.return_credits() };
@@ -675,7 +675,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 
     /// The slow part of a wait: clock and abort words. Says how the wait fails, if it does.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn look_up(&self, patience: &mut Patience) -> u32 {
         let (lane, args) = (self.lane, self.args);
         // Never 0, which says that there was no look yet.
@@ -695,7 +695,7 @@ impl<'a, L: Lane, F: Form> Call<'a, L, F> {
     }
 }
 
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn seals_all<F: Form>(args: &Args) -> bool {
     F::FORMAT as u32 == Format::Full as u32 && args.flags & flags::SEAL_ALL != 0
 }
@@ -704,7 +704,7 @@ fn seals_all<F: Form>(args: &Args) -> bool {
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn epoch<L: Lane>(lane: L, args: &Args) -> u32 {
     // SAFETY: a word of this rank's own.
     unsafe { lane.load_u32(lane.peer(args.rank) + offset_of!(Control, epoch) as u64) }
@@ -715,7 +715,7 @@ unsafe fn epoch<L: Lane>(lane: L, args: &Args) -> u32 {
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn aborted<L: Lane>(lane: L, args: &Args, host: bool) -> bool {
     const ABORT: u64 = offset_of!(Control, abort) as u64;
     // SAFETY: the words are alive as long as the communicator.
@@ -731,7 +731,7 @@ pub unsafe fn aborted<L: Lane>(lane: L, args: &Args, host: bool) -> bool {
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -747,7 +747,7 @@ pub unsafe fn stop_all<L: Lane>(lane: L, args: &Args) {
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn claim<L: Lane>(lane: L, args: &Args) -> bool {
     // SAFETY: a word of this rank's mailbox.
     unsafe { lane.claim_word(lane.peer(args.rank) + offset_of!(Control, claim) as u64) }
@@ -757,7 +757,7 @@ unsafe fn claim<L: Lane>(lane: L, args: &Args) -> bool {
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
     // SAFETY: all mailboxes are alive as long as the communicator.
     unsafe { lane.put_word(lane.peer(rank) + offset_of!(Control, abort) as u64, 1) };
@@ -768,7 +768,7 @@ pub unsafe fn stop<L: Lane>(lane: L, rank: u32) {
 ///
 /// # Safety
 /// `args` is what [`Args`] says it is.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u64; 2]) -> bool {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -784,7 +784,7 @@ pub unsafe fn record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u
 ///
 /// # Safety
 /// As for [`record`], by the thread whose [`claim`] was the first.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn leave_record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: [u64; 2]) {
     // SAFETY: the status page and all mailboxes are alive as long as the communicator.
     unsafe {
@@ -818,7 +818,7 @@ unsafe fn leave_record<L: Lane>(lane: L, args: &Args, failure: Failure, theirs: 
 }
 
 /// A bit for every rank but `rank`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub fn everyone_else(world: u32, rank: u32) -> u32 {
     const { assert!(MAX_RANKS <= 16) };
     ((1 << world) - 1) & !(1 << rank)

@@ -45,7 +45,7 @@ impl<P: Parameters> PtxLane<P> {
     /// # Safety
     /// Only the entry that `P` belongs to may call this, and everything that uses the lane must be
     /// inlined into it.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub unsafe fn current() -> Self {
         PtxLane(PhantomData)
     }
@@ -64,53 +64,53 @@ impl<P: Parameters> Lane for PtxLane<P> {
     const CHECKED: bool = cfg!(feature = "checked");
     const BOUNDED: bool = !cfg!(feature = "unbounded");
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn thread(self) -> u32 {
         // SAFETY: reads a special register.
         unsafe { tid_x() }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn threads(self) -> u32 {
         // SAFETY: reads a special register.
         unsafe { ntid_x() }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn block(self) -> u32 {
         // SAFETY: reads a special register.
         unsafe { ctaid_x() }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn blocks(self) -> u32 {
         // SAFETY: reads a special register.
         unsafe { nctaid_x() }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn peer(self, rank: u32) -> u64 {
         P::load_u64((offset_of!(Args, peers) + 8 * rank as usize) as u64)
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn table(self, index: u32) -> u64 {
         P::load_u64((offset_of!(Args, table) + 8 * index as usize) as u64)
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn sync_threads(self) {
         // SAFETY: every thread of the block comes here (contract of `Lane`).
         unsafe { barrier_sync(0) }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn sync_threads_or(self, value: bool) -> bool {
         // SAFETY: every thread of the block comes here (contract of `Lane`).
         unsafe { barrier_or(value as i32) != 0 }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load_u8(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
@@ -120,7 +120,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load_u16(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
@@ -130,7 +130,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load_u32(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
@@ -140,7 +140,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load_u32x2(self, address: u64) -> [u32; 2] {
         let (a, b): (u32, u32);
         // SAFETY: the caller vouches for the address.
@@ -150,7 +150,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         [a, b]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load_u32x4(self, address: u64) -> Unit {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller vouches for the address.
@@ -160,7 +160,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         [a, b, c, d]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store_u8(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -168,7 +168,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store_u16(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -176,7 +176,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store_u32(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -184,7 +184,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store_u32x2(self, address: u64, value: [u32; 2]) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -192,7 +192,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store_u32x4(self, address: u64, value: Unit) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -200,7 +200,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn put_unit(self, address: u64, value: Unit) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -208,7 +208,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn poll_unit(self, address: u64) -> Unit {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller vouches for the address.
@@ -218,7 +218,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         [a, b, c, d]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn put_word(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -226,7 +226,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn poll_word(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
@@ -236,7 +236,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn poll_word_acquire(self, address: u64) -> u32 {
         let value: u32;
         // SAFETY: the caller vouches for the address.
@@ -246,7 +246,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn add_word(self, address: u64, value: u32) {
         // SAFETY: the caller vouches for the address.
         unsafe {
@@ -254,7 +254,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn claim_word(self, address: u64) -> bool {
         let old: u32;
         // SAFETY: the caller vouches for the address.
@@ -264,13 +264,13 @@ impl<P: Parameters> Lane for PtxLane<P> {
         old == 0
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn fence_system(self) {
         // SAFETY: a fence has no operand.
         unsafe { asm!("fence.acq_rel.sys;", options(nostack, preserves_flags)) };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn clock_ns(self) -> u64 {
         let value: u64;
         // SAFETY: reads a special register; volatile, since it changes.
@@ -280,16 +280,16 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn pause(self) {}
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn sleep(self, ns: u32) {
         // SAFETY: suspends this thread only.
         unsafe { asm!("nanosleep.u32 {0};", in(reg32) ns, options(nostack, preserves_flags)) };
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn f16_from_f32(self, value: f32) -> u32 {
         let bits: u16;
         // SAFETY: works on registers alone.
@@ -299,7 +299,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         bits as u32
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn f16_to_f32(self, bits: u32) -> f32 {
         let value: f32;
         // SAFETY: works on registers alone.
@@ -310,7 +310,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
     }
 
     #[cfg(target_feature = "sm_80")]
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn bf16x2_from_f32(self, low: f32, high: f32) -> u32 {
         let bits: u32;
         // SAFETY: works on registers alone.
@@ -321,12 +321,12 @@ impl<P: Parameters> Lane for PtxLane<P> {
     }
 
     #[cfg(not(target_feature = "sm_80"))]
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn bf16x2_from_f32(self, low: f32, high: f32) -> u32 {
         crate::element::bf16_round(low) | crate::element::bf16_round(high) << 16
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn max_f32(self, a: f32, b: f32) -> f32 {
         let value: f32;
         // SAFETY: works on registers alone.
@@ -336,7 +336,7 @@ impl<P: Parameters> Lane for PtxLane<P> {
         value
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn min_f32(self, a: f32, b: f32) -> f32 {
         let value: f32;
         // SAFETY: works on registers alone.

@@ -39,7 +39,7 @@ pub trait Codec: Copy {
 impl Codec for Bytes {
     const EXPANSION: usize = 1;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load<L: Lane, const WHOLE: bool>(lane: L, words: usize, at: u64, valid: u32) -> Unit {
         let bytes = 4 * words as u32;
         // SAFETY: the caller vouches for `valid` bytes at `at`.
@@ -55,7 +55,7 @@ impl Codec for Bytes {
         }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store<L: Lane, const WHOLE: bool>(
         lane: L,
         words: usize,
@@ -76,13 +76,13 @@ impl Codec for Bytes {
         }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit {
         // SAFETY: the same contract.
         unsafe { lane.poll_unit(at) }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit) {
         // SAFETY: the same contract.
         unsafe { lane.put_unit(at, unit) };
@@ -92,7 +92,7 @@ impl Codec for Bytes {
 impl Codec for F32AsBf16 {
     const EXPANSION: usize = 2;
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn load<L: Lane, const WHOLE: bool>(lane: L, words: usize, at: u64, valid: u32) -> Unit {
         // SAFETY: the caller vouches for `valid` bytes at `at`.
         unsafe {
@@ -107,7 +107,7 @@ impl Codec for F32AsBf16 {
         }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store<L: Lane, const WHOLE: bool>(
         lane: L,
         words: usize,
@@ -131,7 +131,7 @@ impl Codec for F32AsBf16 {
         }
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit {
         // SAFETY: the same contract; the unit has 32 tensor bytes.
         let (first, second) = unsafe { (lane.poll_unit(at), lane.poll_unit(at + 16)) };
@@ -139,7 +139,7 @@ impl Codec for F32AsBf16 {
         [a, b, c, d]
     }
 
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit) {
         // SAFETY: the same contract; the unit has 32 tensor bytes.
         unsafe {
@@ -150,7 +150,7 @@ impl Codec for F32AsBf16 {
 }
 
 /// Four f32 as two words of bf16.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn round_pairs<L: Lane>(lane: L, values: Unit) -> [u32; 2] {
     let [a, b, c, d] = values;
     [
@@ -160,7 +160,7 @@ fn round_pairs<L: Lane>(lane: L, values: Unit) -> [u32; 2] {
 }
 
 /// Two words of bf16 as four f32.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn widen_pairs<L: Lane>(lane: L, low: u32, high: u32) -> Unit {
     let ([a, b], [c, d]) = (Bf16::widen(lane, low), Bf16::widen(lane, high));
     [a.to_bits(), b.to_bits(), c.to_bits(), d.to_bits()]
@@ -171,25 +171,25 @@ macro_rules! as_bytes {
         impl Codec for $element {
             const EXPANSION: usize = 1;
 
-            #[inline(always)]
+            #[cfg_attr(target_arch = "nvptx64", inline(always))]
             unsafe fn load<L: Lane, const WHOLE: bool>(lane: L, words: usize, at: u64, valid: u32) -> Unit {
                 // SAFETY: the same contract.
                 unsafe { Bytes::load::<L, WHOLE>(lane, words, at, valid) }
             }
 
-            #[inline(always)]
+            #[cfg_attr(target_arch = "nvptx64", inline(always))]
             unsafe fn store<L: Lane, const WHOLE: bool>(lane: L, words: usize, at: u64, valid: u32, unit: Unit) {
                 // SAFETY: the same contract.
                 unsafe { Bytes::store::<L, WHOLE>(lane, words, at, valid, unit) }
             }
 
-            #[inline(always)]
+            #[cfg_attr(target_arch = "nvptx64", inline(always))]
             unsafe fn pull<L: Lane>(lane: L, at: u64) -> Unit {
                 // SAFETY: the same contract.
                 unsafe { Bytes::pull(lane, at) }
             }
 
-            #[inline(always)]
+            #[cfg_attr(target_arch = "nvptx64", inline(always))]
             unsafe fn push<L: Lane>(lane: L, at: u64, unit: Unit) {
                 // SAFETY: the same contract.
                 unsafe { Bytes::push(lane, at, unit) };
@@ -200,7 +200,7 @@ macro_rules! as_bytes {
 as_bytes!(F32, F16, Bf16);
 
 /// The widest access, of 4, 2 or 1 bytes, that `at` is aligned for and `left` bytes allow.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn step(at: u64, left: u32) -> u32 {
     if left >= 4 && at.is_multiple_of(4) {
         4
@@ -212,7 +212,7 @@ fn step(at: u64, left: u32) -> u32 {
 }
 
 /// The first `valid` bytes at `at`. A loop rather than 16 cases: it is the rare path, in every kernel.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn load_narrow<L: Lane>(lane: L, at: u64, valid: u32) -> Unit {
     let (mut low, mut high) = (0u64, 0u64);
     let mut done = 0;
@@ -242,7 +242,7 @@ unsafe fn load_narrow<L: Lane>(lane: L, at: u64, valid: u32) -> Unit {
 }
 
 /// Stores the first `valid` bytes of `unit`, as [`load_narrow`] loads them.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn store_narrow<L: Lane>(lane: L, at: u64, valid: u32, unit: Unit) {
     let mut done = 0;
     while done < valid {
@@ -262,7 +262,7 @@ unsafe fn store_narrow<L: Lane>(lane: L, at: u64, valid: u32, unit: Unit) {
 }
 
 /// The bytes of `unit` from number `first` on, as many as fit in a word.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub fn byte_run(unit: Unit, first: u32) -> u32 {
     let low = unit[0] as u64 | (unit[1] as u64) << 32;
     let high = unit[2] as u64 | (unit[3] as u64) << 32;
@@ -288,14 +288,14 @@ pub struct Message {
 
 impl Message {
     /// The message that `args.units` and `args.tail` describe, at `address`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn of(args: &Args, address: u64, format: Format, expansion: usize) -> Message {
         let stride = (format.payload() * expansion) as u32;
         Message { address, units: args.units, tail: args.tail, stride }
     }
 
     /// A message of `bytes` bytes at `address`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn of_bytes(address: u64, bytes: u64, format: Format) -> Message {
         let stride = format.payload() as u32;
         let units = bytes.div_ceil(stride as u64) as u32;
@@ -304,7 +304,7 @@ impl Message {
     }
 
     /// The part of `units` units that begins at unit `first`; shorter or empty where the message ends.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn part(self, first: u32, units: u32) -> Message {
         let left = self.units.saturating_sub(first);
         let tail = if left > units { self.stride } else { self.tail };
@@ -313,7 +313,7 @@ impl Message {
     }
 
     /// What `lane`'s block moves of the message: a run of `args.block_units` units.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn share<L: Lane>(self, lane: L, args: &Args) -> Share {
         let first = lane.block() * args.block_units;
         let Message { address, units, tail, stride } = self.part(first, args.block_units);
@@ -337,13 +337,13 @@ pub struct Share {
 
 impl Share {
     /// Whether there is a chunk number `turn`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn has(self, turn: u32) -> bool {
         turn * self.chunk_units < self.units
     }
 
     /// Chunk number `turn`; empty beyond the end.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn chunk(self, turn: u32) -> Chunk {
         let first = turn * self.chunk_units;
         let left = self.units.saturating_sub(first);
@@ -354,7 +354,7 @@ impl Share {
     }
 
     /// Offset of chunk number `turn` from the message's first byte.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn chunk_offset(self, turn: u32) -> u64 {
         self.offset + (turn * self.chunk_units) as u64 * self.stride as u64
     }
@@ -375,25 +375,25 @@ pub struct Chunk {
 
 impl Chunk {
     /// The same chunk of a tensor at `base`, if this one is counted from a tensor's first byte.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn from(self, base: u64) -> Chunk {
         Chunk { address: base + self.address, ..self }
     }
 
     /// Bytes of the unit at `index` that exist.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn valid(self, index: u32) -> u32 {
         if index + 1 == self.units { self.tail } else { self.stride }
     }
 
     /// Address of the unit at `index`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn at(self, index: u32) -> u64 {
         self.address + index as u64 * self.stride as u64
     }
 
     /// Units that vector accesses reach: those that exist completely, if the chunk is aligned.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     pub fn whole_units(self) -> u32 {
         let aligned = self.address.is_multiple_of(UNIT as u64);
         let short = self.tail != self.stride;

@@ -13,7 +13,7 @@ use crate::tensor::{Bytes, Chunk, Message};
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
     let message = |address| Message::of(args, address, F::FORMAT, 1).share(lane, args);
     let part = |rank: u32| message(args.dst + rank as u64 * args.shard_bytes);
@@ -53,7 +53,7 @@ pub unsafe fn all_gather<L: Lane, F: Form>(lane: L, args: &Args) {
 
 /// Sends a chunk to every peer as slot number `turn` of this call, and copies it to this rank's own
 /// part unless it lies there already.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn send_and_keep<L: Lane, F: Form>(
     call: &mut Call<'_, L, F>,
     args: &Args,
@@ -83,7 +83,7 @@ unsafe fn send_and_keep<L: Lane, F: Form>(
 }
 
 /// Stores what `peer` sent in its slot number `number`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub(super) unsafe fn take_bytes<L: Lane, F: Form>(
     call: &mut Call<'_, L, F>,
     peer: u32,
@@ -103,7 +103,7 @@ pub(super) unsafe fn take_bytes<L: Lane, F: Form>(
 }
 
 /// Sends a chunk to each of `peers` as slot number `turn` of this call.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub(super) unsafe fn send_bytes<L: Lane, F: Form>(
     call: &mut Call<'_, L, F>,
     peers: impl Iterator<Item = u32> + Clone,

@@ -10,7 +10,7 @@ use crate::pipe::{Call, Packet, everyone_else};
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn barrier<L: Lane>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {

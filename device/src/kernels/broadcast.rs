@@ -14,7 +14,7 @@ use crate::tensor::Message;
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn broadcast<L: Lane, F: Form>(lane: L, args: &Args) {
     let is_root = args.rank == args.root;
     let peers = if is_root { everyone_else(args.world, args.rank) } else { 1 << args.root };

@@ -19,7 +19,7 @@ use crate::{for_units, unrolled};
 ///
 /// # Safety
 /// As for [`super::run`]; every tensor begins at a multiple of 16 and is registered.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn direct<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let everyone = everyone_else(args.world, args.rank);
     // SAFETY: passed on to the caller.
@@ -38,7 +38,7 @@ pub unsafe fn direct<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 }
 
 /// This block's share of `rank`'s part, counted from a tensor's first byte.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn share<L: Lane, E: Codec>(lane: L, args: &Args, rank: u32) -> Chunk {
     let tensor = Message::of(args, 0, Full::FORMAT, E::EXPANSION);
     tensor.part(rank * args.part_units, args.part_units).share(lane, args).chunk(0)
@@ -46,7 +46,7 @@ fn share<L: Lane, E: Codec>(lane: L, args: &Args, rank: u32) -> Chunk {
 
 /// Makes what the peers' blocks of this number will read of this rank's tensor change nothing. The result takes
 /// its place anyway, so nobody has to be told who contributes.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn neutralise<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let mut rank = 0;
     while rank < args.world {
@@ -63,7 +63,7 @@ unsafe fn neutralise<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 }
 
 /// Reduces this rank's part of all tensors, in rank order, and stores the result in each.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn reduce_everywhere<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let part = share::<L, E>(lane, args, args.rank);
     // SAFETY: passed on to the caller.
@@ -91,7 +91,7 @@ unsafe fn reduce_everywhere<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 }
 
 /// `N` units of a chunk of any rank's tensor from `index` on, `threads` apart. More than one only if all are whole.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn pull_units<L: Lane, C: Codec, const N: usize>(
     lane: L,
     chunk: Chunk,
@@ -113,7 +113,7 @@ unsafe fn pull_units<L: Lane, C: Codec, const N: usize>(
 }
 
 /// Stores `N` units of a chunk, as [`pull_units`] loads them.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn push_units<L: Lane, C: Codec, const N: usize>(
     lane: L,
     chunk: Chunk,

@@ -17,7 +17,7 @@ use crate::unrolled;
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn gather<L: Lane, F: Form>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -26,13 +26,13 @@ pub unsafe fn gather<L: Lane, F: Form>(lane: L, args: &Args) {
 }
 
 /// This block's share of what `rank` brings, whose first byte is at `address`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn rows_of<L: Lane, F: Form>(lane: L, args: &Args, rank: u32, address: u64) -> Share {
     Message::of_bytes(address, args.rows * lane.table(rank), F::FORMAT).share(lane, args)
 }
 
 /// A member's side.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn send<L: Lane, F: Form>(lane: L, args: &Args) {
     let message = rows_of::<L, F>(lane, args, args.rank, args.src);
     // SAFETY: passed on to the caller.
@@ -50,7 +50,7 @@ unsafe fn send<L: Lane, F: Form>(lane: L, args: &Args) {
 }
 
 /// The root's side: chunk after chunk from every member in turn, so that all of them stay busy.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
     let mut peers = 0;
     for peer in successors(args) {
@@ -94,7 +94,7 @@ unsafe fn receive<L: Lane, F: Form>(lane: L, args: &Args) {
 }
 
 /// How many of this block's first `turns` chunks the rank of this thread's number sends.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn taken<L: Lane, F: Form>(lane: L, args: &Args, turns: u32) -> u32 {
     let rank = lane.thread();
     if rank >= args.world || turns == 0 {
@@ -121,7 +121,7 @@ struct Place {
 }
 
 impl Place {
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn of<L: Lane>(lane: L, args: &Args, member: u32) -> Place {
         let (mut before, mut pitch) = (0, 0);
         for rank in 0..args.world {
@@ -134,7 +134,7 @@ impl Place {
     }
 
     /// Stores `N` units of a chunk that begins `start` bytes into the member's rows.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store_units<L: Lane, F: Form, const N: usize>(
         self,
         lane: L,
@@ -152,7 +152,7 @@ impl Place {
     }
 
     /// Stores the `valid` bytes of `unit` that begin `offset` bytes into the member's rows.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     unsafe fn store<L: Lane>(self, lane: L, words: usize, offset: u64, valid: u32, unit: Unit) {
         let (row, column) = self.row_and_column(offset);
         let start = self.address + row * self.pitch + column;
@@ -176,7 +176,7 @@ impl Place {
     }
 
     /// Divides as seldom and as narrowly as it can: one row needs no division, and 64-bit ones are slow.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn row_and_column(self, offset: u64) -> (u64, u64) {
         if offset < self.width {
             return (0, offset);

@@ -14,7 +14,7 @@ use crate::tensor::{Codec, Message};
 ///
 /// # Safety
 /// As for [`super::run`]; each of `args.peers` is 0 or a tensor.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn local_reduce<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let message =
         |address| Message::of(args, address, Full::FORMAT, E::EXPANSION).share(lane, args);

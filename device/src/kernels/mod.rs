@@ -63,7 +63,7 @@ crate::for_each_kernel!(run_table);
 
 /// The ranks other than this one, in the order in which this rank sends to them: its successor
 /// first, so that in every step each rank is sent to by one other.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn successors(args: &Args) -> impl Iterator<Item = u32> + Clone + use<> {
     let (rank, world) = (args.rank, args.world);
     (1..world).map(move |step| if rank + step < world { rank + step } else { rank + step - world })
@@ -71,7 +71,7 @@ fn successors(args: &Args) -> impl Iterator<Item = u32> + Clone + use<> {
 
 /// This rank's units of a chunk, or what changes nothing if it does not contribute: `N` units from
 /// `index` on, `threads` apart.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn own_units<L, E, F, const N: usize>(
     lane: L,
     args: &Args,
@@ -91,7 +91,7 @@ where
 }
 
 /// `N` units of a chunk from `index` on, `threads` apart. More than one only if all are whole.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn load_units<L, C, F, const N: usize>(lane: L, chunk: Chunk, index: u32) -> [Unit; N]
 where
     L: Lane,
@@ -114,7 +114,7 @@ where
 }
 
 /// Stores `N` units of a chunk, as [`load_units`] loads them.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn store_units<L, C, F, const N: usize>(lane: L, chunk: Chunk, index: u32, units: [Unit; N])
 where
     L: Lane,
@@ -136,7 +136,7 @@ where
 
 /// The reduction, in rank order, of this rank's own units and those that each peer sent in slot
 /// number `turn` of this call: `N` units from `index` on. Means nothing once `call.ok()` is false.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn reduced_units<L, E, F, const N: usize>(
     call: &mut Call<'_, L, F>,
     args: &Args,
@@ -167,7 +167,7 @@ where
 }
 
 /// Adds `units` to `totals`, unit by unit.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn accumulate_units<L, E, F, const N: usize>(
     lane: L,
     op: u32,
@@ -184,7 +184,7 @@ fn accumulate_units<L, E, F, const N: usize>(
 }
 
 /// The reductions as wire words.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn finish_units<L, E, F, const N: usize>(lane: L, scale: f32, totals: [Accumulator; N]) -> [Unit; N]
 where
     L: Lane,
@@ -203,7 +203,7 @@ where
 ///
 /// Called as late as possible: it is the first to wait for the units, and what it waits ahead of is
 /// not in flight meanwhile (0.15 us of 2.6 in small calls).
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn visible<E: Element, const N: usize>(mut units: [Unit; N]) -> [Unit; N] {
     unrolled!(N, |u| {
         let unit = units[u];
@@ -214,7 +214,7 @@ fn visible<E: Element, const N: usize>(mut units: [Unit; N]) -> [Unit; N] {
 }
 
 /// Whether any of `units` holds what looks like a free slot.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn any_hidden<F: Form, const N: usize>(units: &[Unit; N]) -> bool {
     let mut hidden = false;
     unrolled!(N, |u| {
@@ -224,7 +224,7 @@ fn any_hidden<F: Form, const N: usize>(units: &[Unit; N]) -> bool {
 }
 
 /// This block's share of part number `part` of the tensor at `address`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, part: u32) -> Share {
     let tensor = Message::of(args, address, Full::FORMAT, E::EXPANSION);
     tensor.part(part * args.part_units, args.part_units).share(lane, args)
@@ -232,7 +232,7 @@ fn part<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, part: u32) -> Sha
 
 /// Sends every peer chunk number `turn` of its own part, `part(peer)`, as slot number `slot` of this
 /// call.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn send_parts<L, E>(
     call: &mut Call<'_, L, Full>,
     args: &Args,

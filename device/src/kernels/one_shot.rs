@@ -18,7 +18,7 @@ use crate::tensor::{Chunk, Codec, Message};
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn one_shot<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
     // SAFETY: passed on to the caller.
     unsafe {
@@ -32,7 +32,7 @@ pub unsafe fn one_shot<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Arg
 
 /// One unit a thread: the same steps as [`many`], without the arithmetic of chunks and tails. Small
 /// calls are bound by the instructions before the first store and after the last load.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn single<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
     let everyone = everyone_else(args.world, args.rank);
     let thread = lane.thread();
@@ -76,7 +76,7 @@ unsafe fn single<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
 }
 
 /// Any size: chunk by chunk.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
     let src = Message::of(args, args.src, F::FORMAT, E::EXPANSION).share(lane, args);
     let dst = Message::of(args, args.dst, F::FORMAT, E::EXPANSION).share(lane, args);
@@ -103,7 +103,7 @@ unsafe fn many<L: Lane, E: Element + Codec, F: Form>(lane: L, args: &Args) {
 }
 
 /// Sends a chunk to every peer as slot number `turn` of this call.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
     call: &mut Call<'_, L, F>,
     args: &Args,
@@ -125,7 +125,7 @@ unsafe fn send<L: Lane, E: Element + Codec, F: Form>(
 }
 
 /// Reduces a chunk from this rank's tensor and every peer's slot number `turn`, in rank order.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn reduce<L: Lane, E: Element + Codec, F: Form>(
     call: &mut Call<'_, L, F>,
     args: &Args,

@@ -27,7 +27,7 @@ const _: () = assert!(FLAG as usize + UNIT <= PROBE_BYTES);
 ///
 /// # Safety
 /// As for [`super::run`]. `args.dst` has room for the pattern in mode LOAD.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn probe<L: Lane>(lane: L, args: &Args) {
     let by_host = args.host_senders >> args.peer & 1 != 0;
     let inbox = if by_host { args.host_mailbox } else { lane.peer(args.rank) };
@@ -63,14 +63,14 @@ pub unsafe fn probe<L: Lane>(lane: L, args: &Args) {
 }
 
 /// The unit that `writer` puts at `index` in `round`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn pattern(writer: u32, round: u32, index: u32) -> Unit {
     let seed = (round.wrapping_mul(0x9e37_79b9) ^ writer << 24)
         .wrapping_add(index.wrapping_mul(0x85eb_ca6b));
     [seed, !seed, seed.rotate_left(13), seed ^ 0x5555_5555]
 }
 
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn write_pattern<L: Lane>(lane: L, area: u64, writer: u32, round: u32) {
     let mut index = lane.thread();
     while index < UNITS {
@@ -81,7 +81,7 @@ unsafe fn write_pattern<L: Lane>(lane: L, area: u64, writer: u32, round: u32) {
 }
 
 /// One round, the `turn`-th: data, then a flag; the peer's flag, then its data. False once it failed.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, turn: u32) -> bool {
     let round = args.rows as u32 + turn;
     // A rank whose peer gave up in the first round, because nothing arrived there, is stopped by it
@@ -113,7 +113,7 @@ unsafe fn exchange<L: Lane>(lane: L, args: &Args, mine: u64, theirs: u64, turn: 
 }
 
 /// Waits for the peer's flag of `round`; false if the deadline or an abort came first.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32, deadline: u32) -> bool {
     let now = || (lane.clock_ns() >> TICK_SHIFT) as u32;
     let since = now();
@@ -138,7 +138,7 @@ unsafe fn wait_flag<L: Lane>(lane: L, args: &Args, flag: u64, round: u32, deadli
 }
 
 /// Records that the probe failed and stops the peer. No other rank: each pair has its own verdict.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn give_up<L: Lane>(lane: L, args: &Args, state: u32) {
     let failure = Failure::new(state, phase::PROBE, args.peer);
     // SAFETY: the status page and both mailboxes are alive.

@@ -14,7 +14,7 @@ use crate::tensor::{Codec, Message};
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn reduce_scatter<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let message = |address| Message::of(args, address, Full::FORMAT, E::EXPANSION);
     let part = |rank: u32| message(args.src + rank as u64 * args.shard_bytes).share(lane, args);

@@ -23,7 +23,7 @@ use crate::tensor::{Codec, Share};
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn ring<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let Neighbours { before, after } = Neighbours::of(args);
     let steps = 2 * (args.world - 1);
@@ -63,7 +63,7 @@ struct Neighbours {
 }
 
 impl Neighbours {
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn of(args: &Args) -> Neighbours {
         let (rank, last) = (args.rank, args.world - 1);
         Neighbours {
@@ -74,7 +74,7 @@ impl Neighbours {
 }
 
 /// This block's share of the part of the tensor at `address` that step `step` is about.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn part_of_step<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, step: u32) -> Share {
     let back = 1 + if step >= args.world { step - args.world } else { step };
     let rank = if args.rank >= back { args.rank - back } else { args.rank + args.world - back };
@@ -83,7 +83,7 @@ fn part_of_step<L: Lane, E: Codec>(lane: L, args: &Args, address: u64, step: u32
 
 /// Adds this rank's own units to the sum that came in the slot before `slot`, if any has, and sends it
 /// on as slot number `slot` of this call. The last such step completes the sum, which is kept too.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn sum_step<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -125,7 +125,7 @@ unsafe fn sum_step<L: Lane, E: Element + Codec>(
 
 /// Keeps the result that came in the slot before `slot`, and sends it on unless the next rank is where
 /// it came from.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn result_step<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,

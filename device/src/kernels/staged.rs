@@ -19,7 +19,7 @@ use crate::tensor::Codec;
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn staged<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let everyone = everyone_else(args.world, args.rank);
     let full = part::<L, E>(lane, args, args.src, 0);
@@ -43,7 +43,7 @@ pub unsafe fn staged<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 }
 
 /// The rank that sends to this one while this one sends to `peer`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn opposite(args: &Args, peer: u32) -> u32 {
     let place = 2 * args.rank + args.world - peer;
     if place >= 2 * args.world {
@@ -56,7 +56,7 @@ fn opposite(args: &Args, peer: u32) -> u32 {
 }
 
 /// Sends each peer chunk `turn` of its part, in stages.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn scatter<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -84,7 +84,7 @@ unsafe fn scatter<L: Lane, E: Element + Codec>(
 }
 
 /// Reduces chunk `turn` of this rank's part.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -106,7 +106,7 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
 }
 
 /// Sends each peer the result for chunk `turn` of this rank's part and keeps theirs, in stages.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn exchange_results<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,

@@ -13,7 +13,7 @@ use crate::unrolled;
 /// # Safety
 /// Both addresses have that many units, aligned, in memory that this GPU may access. Where several
 /// kernels write the same units, what is left there is any of theirs.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn stream<L: Lane>(lane: L, args: &Args) {
     const N: usize = UNROLL;
     let units = args.units as u64;

@@ -35,7 +35,7 @@ struct Flow {
 impl Flow {
     /// A tensor of one chunk needs no lags. With more, leaves run ahead of the results, far enough to
     /// cover the way up and down, near enough for the slots (docs/protocol.md).
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn of(args: &Args, several: bool) -> Flow {
         let stride = 1 + (args.parts > 1) as u32;
         let result_lag = if several { args.layout.slots / (2 * stride) + 1 } else { 0 };
@@ -43,20 +43,20 @@ impl Flow {
     }
 
     /// The slot of this call in which chunk `chunk` travels towards the root.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn sum_slot(self, chunk: u32) -> u32 {
         self.stride * chunk
     }
 
     /// The slot of this call in which the result for chunk `chunk` travels. The root sends it a turn
     /// after the leaves have sent the chunk.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn result_slot(self, chunk: u32) -> u32 {
         self.stride * (chunk + 1) + self.stride - 1
     }
 
     /// Slots from each peer that are done with at the end of `turn`.
-    #[inline(always)]
+    #[cfg_attr(target_arch = "nvptx64", inline(always))]
     fn taken(self, turn: u32) -> u32 {
         self.stride * (turn + 2).saturating_sub(self.result_lag)
     }
@@ -66,7 +66,7 @@ impl Flow {
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn tree<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let peers = with_all_parts(lane, args, |role| role.neighbours());
     // No part is longer than the first.
@@ -100,25 +100,25 @@ pub unsafe fn tree<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 }
 
 /// This rank's place in the tree of part number `part`.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn role<L: Lane>(lane: L, part: u32) -> Role {
     Role::from_bits(lane.table(part))
 }
 
 /// All parts' `of`, together.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn with_all_parts<L: Lane>(lane: L, args: &Args, of: impl Fn(Role) -> u32) -> u32 {
     (0..args.parts).fold(0, |mask, part| mask | of(role(lane, part)))
 }
 
 /// The ranks in `mask`, in the order in which this rank sends to them.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn members(args: &Args, mask: u32) -> impl Iterator<Item = u32> + Clone + use<> {
     successors(args).filter(move |rank| mask >> rank & 1 != 0)
 }
 
 /// Sends chunk `chunk` of every part in which this rank is a leaf.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn send_leaves<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -147,7 +147,7 @@ unsafe fn send_leaves<L: Lane, E: Element + Codec>(
 
 /// Adds up chunk `chunk` of every part in which this rank has children; sends the sum to its parent
 /// or, where it is the root, keeps it and sends it to its children.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn reduce_inner<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -201,7 +201,7 @@ unsafe fn reduce_inner<L: Lane, E: Element + Codec>(
 
 /// Takes the result for chunk `chunk` of every part whose root is another rank, keeps it and sends
 /// it on.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn pass_results<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -241,7 +241,7 @@ unsafe fn pass_results<L: Lane, E: Element + Codec>(
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn tree_broadcast<L: Lane>(lane: L, args: &Args) {
     let senders = with_all_parts(lane, args, |role| role.parent().map_or(0, |rank| 1 << rank));
     let receivers = with_all_parts(lane, args, |role| role.children());
@@ -281,7 +281,7 @@ pub unsafe fn tree_broadcast<L: Lane>(lane: L, args: &Args) {
 
 /// Stores what `parent` sent in slot number `slot` of this call and sends it to `children` in theirs;
 /// whether any of it looks like a free slot.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn pass_bytes<L: Lane>(
     call: &mut Call<'_, L, Full>,
     parent: u32,

@@ -21,7 +21,7 @@ use crate::tensor::Codec;
 ///
 /// # Safety
 /// As for [`super::run`].
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
     let everyone = everyone_else(args.world, args.rank);
     // All parts count the chunks of the first one, which is never shorter than another, so slots
@@ -65,21 +65,21 @@ pub unsafe fn two_shot<L: Lane, E: Element + Codec>(lane: L, args: &Args) {
 
 /// The slot of this call that carries chunk `turn` to its owner: slots go out in the order
 /// scatter 0, scatter 1, result 0, scatter 2, result 1, ...
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn scatter_slot(turn: u32) -> u32 {
     if turn == 0 { 0 } else { 2 * turn - 1 }
 }
 
 /// The slot of this call that carries chunk `turn` back; `more` says whether chunk `turn + 1` exists
 /// and was sent before it.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 fn result_slot(turn: u32, more: bool) -> u32 {
     2 * turn + 1 + more as u32
 }
 
 /// Reduces chunk `turn` of this rank's part, keeps the result and sends it to every peer as slot
 /// number `slot` of this call.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn reduce_own<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
@@ -108,7 +108,7 @@ unsafe fn reduce_own<L: Lane, E: Element + Codec>(
 }
 
 /// Stores every peer's result for chunk `turn` of its part from slot number `slot` of this call.
-#[inline(always)]
+#[cfg_attr(target_arch = "nvptx64", inline(always))]
 unsafe fn take_results<L: Lane, E: Element + Codec>(
     call: &mut Call<'_, L, Full>,
     args: &Args,
