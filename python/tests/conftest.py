@@ -4,7 +4,9 @@ Values are small integers, so that every sum is exact in every type and results 
 bit.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -32,6 +34,52 @@ def group() -> Iterator[Group]:
             rank.close()
         except RuntimeError:
             pass  # what a test provoked
+
+
+class Processes:
+    """One process for each rank, each with a pipe of its own for what it answers.
+
+    Not one queue for all: whoever is killed while it holds a queue's lock leaves the others waiting
+    for that lock for ever.
+    """
+
+    PATIENCE = 120.0
+
+    def __init__(self) -> None:
+        self.running: list[multiprocessing.process.BaseProcess] = []
+        self.answers: list[Connection] = []
+
+    def start(self, target: Callable[[int, str, Connection], None], world: int, name: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            # Python joins what is not a daemon when it ends, and so would hang with it.
+            process = context.Process(target=target, args=(rank, name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.running.append(process)
+            self.answers.append(ours)
+
+    def answer(self, rank: int) -> object:
+        """What the rank answers next."""
+        assert self.answers[rank].poll(self.PATIENCE), f"rank {rank} answers nothing"
+        return self.answers[rank].recv()
+
+    def exit_codes(self) -> list[int | None]:
+        """Waits for the end of all processes; None for one that does not end."""
+        for process in self.running:
+            process.join(self.PATIENCE)
+        return [process.exitcode for process in self.running]
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """Starts one process for each rank, and leaves none behind."""
+    made = Processes()
+    yield made
+    for process in made.running:
+        process.kill()
+        process.join()
 
 
 def synchronize(ranks: Sequence[Communicator]) -> None:

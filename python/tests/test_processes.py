@@ -1,10 +1,11 @@
 """One process for each rank, on simulated GPUs: what a real program does."""
 
-import multiprocessing
 import os
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
+from conftest import Processes
 
 import peerlane
 from peerlane import Communicator
@@ -12,31 +13,23 @@ from peerlane import Communicator
 WORLD = 2
 
 
-def work(rank: int, name: str, answers: "multiprocessing.SimpleQueue") -> None:
+def work(rank: int, name: str, answers: Connection) -> None:
     try:
         with Communicator(rank, WORLD, name, f"sim:{rank}/{WORLD}", patience=60) as communicator:
             array = communicator.empty(1000, "float32")
             array[:] = rank + 1
             communicator.all_reduce(array)
             communicator.synchronize()
-            answers.put((rank, bool((array == 3).all())))
+            answers.send(bool((array == 3).all()))
             communicator.barrier()
     except peerlane.Error as error:
-        answers.put((rank, f"{type(error).__name__}: {error}"))
+        answers.send(f"{type(error).__name__}: {error}")
 
 
-def test_all_reduce_between_processes() -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    name = f"peerlane-test-{os.getpid()}"
-    processes = [context.Process(target=work, args=(rank, name, answers)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * WORLD
-    said = dict(answers.get() for _ in range(WORLD))
-    assert said == {rank: True for rank in range(WORLD)}
+def test_all_reduce_between_processes(processes: Processes) -> None:
+    processes.start(work, WORLD, f"peerlane-test-{os.getpid()}")
+    assert [processes.answer(rank) for rank in range(WORLD)] == [True] * WORLD
+    assert processes.exit_codes() == [0] * WORLD
 
 
 def test_a_rank_alone_gives_up() -> None:

@@ -1,14 +1,14 @@
 """Groups that recover after an abort, and groups that go on without some of their ranks."""
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
-from conftest import Group, store, synchronize
+from conftest import Group, Processes, store, synchronize
 
 import peerlane
 from peerlane import Communicator
@@ -122,9 +122,9 @@ def test_mistakes(group: Group) -> None:
         ranks[0].recover()
 
 
-def live(rank: int, name: str, answers: "multiprocessing.SimpleQueue") -> None:
+def live(rank: int, name: str, answers: Connection) -> None:
     with Communicator(rank, 3, name, f"sim:{rank}/3", patience=60) as communicator:
-        answers.put((rank, "joined"))
+        answers.send("joined")
         if rank == 2:
             time.sleep(600)
         try:
@@ -135,28 +135,21 @@ def live(rank: int, name: str, answers: "multiprocessing.SimpleQueue") -> None:
         try:
             communicator.recover()
         except peerlane.PeerLostError as error:
-            answers.put((rank, "shrink, naming every rank" in str(error)))
+            answers.send("shrink, naming every rank" in str(error))
         communicator.shrink([2])
         array = communicator.empty(100, "float32")
         array[:] = 1
         communicator.all_reduce(array)
         communicator.synchronize()
-        answers.put((rank, bool((array == 2).all())))
+        answers.send(bool((array == 2).all()))
         communicator.barrier()
         communicator.synchronize()
 
 
-def test_processes_go_on_without_one_that_was_killed() -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    name = f"peerlane-test-shrink-{os.getpid()}"
-    processes = [context.Process(target=live, args=(rank, name, answers)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    assert sorted(answers.get() for _ in range(3)) == [(rank, "joined") for rank in range(3)]
-    os.kill(processes[2].pid or 0, signal.SIGKILL)
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0, -signal.SIGKILL]
-    said = sorted(answers.get() for _ in range(4))
-    assert said == [(0, True), (0, True), (1, True), (1, True)]
+def test_processes_go_on_without_one_that_was_killed(processes: Processes) -> None:
+    processes.start(live, 3, f"peerlane-test-shrink-{os.getpid()}")
+    assert [processes.answer(rank) for rank in range(3)] == ["joined"] * 3
+    processes.running[2].kill()
+    for rank in range(2):
+        assert [processes.answer(rank) for _ in range(2)] == [True, True]
+    assert processes.exit_codes() == [0, 0, -signal.SIGKILL]

@@ -1,13 +1,13 @@
 """Registered tensors: values, parts, what is refused, and who keeps them alive."""
 
 import gc
-import multiprocessing
 import os
 import weakref
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
-from conftest import Group, declared, integers, load, store, synchronize
+from conftest import Group, Processes, declared, integers, load, store, synchronize
 
 import peerlane
 from peerlane import Communicator, Registration
@@ -79,23 +79,17 @@ def test_tensors_live_until_the_end(group: Group) -> None:
     assert all(ref() is None for ref in seen)
 
 
-def unshared(rank: int, name: str, answers: "multiprocessing.SimpleQueue") -> None:
+def unshared(rank: int, name: str, answers: Connection) -> None:
     with Communicator(rank, 2, name, f"sim:{rank}/2", patience=60) as communicator:
         try:
             communicator.register(communicator.empty(64, "float32"))
         except peerlane.UnsupportedError as error:
-            answers.put(str(error))
+            answers.send(str(error))
         communicator.barrier()
 
 
-def test_simulated_arrays_are_not_shared_between_processes() -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    name = f"peerlane-test-registration-{os.getpid()}"
-    processes = [context.Process(target=unshared, args=(rank, name, answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    said = [answers.get() for _ in processes]
+def test_simulated_arrays_are_not_shared_between_processes(processes: Processes) -> None:
+    processes.start(unshared, 2, f"peerlane-test-registration-{os.getpid()}")
+    said = [processes.answer(rank) for rank in range(2)]
     assert all("cannot be shared with other processes" in text for text in said), said
+    assert processes.exit_codes() == [0, 0]
