@@ -34,6 +34,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// All readers that are not forgotten, for `readers` of a message.
+#define PEERLANE_CHANNEL_EVERYBODY 4294967295
+
 // How a call ended.
 typedef enum {
     // It did what it should.
@@ -168,6 +171,12 @@ typedef enum {
     PEERLANE_AVG = 3,
 } peerlane_op;
 
+// The end of a channel that receives.
+typedef struct peerlane_channel_reader peerlane_channel_reader;
+
+// The end of a channel that sends: one writer, up to 32 readers, a ring in shared memory.
+typedef struct peerlane_channel_writer peerlane_channel_writer;
+
 // One rank's end of a group of GPUs.
 typedef struct peerlane_comm peerlane_comm;
 
@@ -296,6 +305,20 @@ typedef struct {
     // finished it. Not NULL.
     void *ready;
 } peerlane_chunk;
+
+// What stands before a payload.
+typedef struct {
+    // Bytes of the payload.
+    uint64_t bytes;
+    // Its number among all messages of the channel, counted from 1.
+    uint64_t sequence;
+    // Whom it is for, a bit each.
+    uint32_t readers;
+    // What the writer calls it.
+    uint16_t kind;
+    // More of that.
+    uint16_t flags;
+} peerlane_channel_message;
 
 #ifdef __cplusplus
 extern "C" {
@@ -666,6 +689,80 @@ peerlane_status peerlane_all_reduce_registered(peerlane_comm *comm,
                                                peerlane_op op,
                                                const peerlane_reduce_options *options,
                                                void *stream);
+
+// Makes a channel of `capacity` bytes, 4096 to 2^32, rounded up to a power of two, for `readers` readers, 1 to 32.
+// On failure *writer is NULL.
+peerlane_status peerlane_channel_create(uint64_t capacity,
+                                        uint32_t readers,
+                                        peerlane_channel_writer **writer);
+
+// The text by which a reader opens the channel, in any process of this user. Valid until the writer is closed; NULL
+// if NULL came.
+const char *peerlane_channel_handle(const peerlane_channel_writer *writer);
+
+// Opens the channel of `handle` as reader `index`, which nobody has done before. On failure *reader is NULL.
+peerlane_status peerlane_channel_open(const char *handle,
+                                      uint32_t index,
+                                      peerlane_channel_reader **reader);
+
+// Sends a message of `bytes` bytes, and what was staged, to `readers`, a bit each. `kind` and `flags` are the caller's.
+// Waits for space for up to `timeout_ms` milliseconds; after PEERLANE_TIMEOUT nothing has changed. `sequence` may be
+// NULL.
+peerlane_status peerlane_channel_send(peerlane_channel_writer *writer,
+                                      uint32_t readers,
+                                      uint16_t kind,
+                                      uint16_t flags,
+                                      const void *payload,
+                                      size_t bytes,
+                                      uint64_t timeout_ms,
+                                      uint64_t *sequence);
+
+// As `peerlane_channel_send`, but readers see the message with the next publish or send.
+peerlane_status peerlane_channel_stage(peerlane_channel_writer *writer,
+                                       uint32_t readers,
+                                       uint16_t kind,
+                                       uint16_t flags,
+                                       const void *payload,
+                                       size_t bytes,
+                                       uint64_t timeout_ms,
+                                       uint64_t *sequence);
+
+// Lets the readers see what was staged, with one wake-up at most for all of them.
+peerlane_status peerlane_channel_publish(peerlane_channel_writer *writer);
+
+// Receives the next message into the `capacity` bytes at `payload`; waits for up to `timeout_ms` milliseconds, 0 for
+// none. A message that is larger is PEERLANE_INVALID_ARGUMENT: `message->bytes` says how large it is, and it stays the
+// next one. `message` may be NULL.
+peerlane_status peerlane_channel_recv(peerlane_channel_reader *reader,
+                                      void *payload,
+                                      size_t capacity,
+                                      uint64_t timeout_ms,
+                                      peerlane_channel_message *message);
+
+// For how many microseconds the writer's waits spin before they sleep; 20 unless told otherwise.
+peerlane_status peerlane_channel_writer_set_spin(peerlane_channel_writer *writer, uint64_t spin_us);
+
+// As `peerlane_channel_writer_set_spin`, of a reader.
+peerlane_status peerlane_channel_reader_set_spin(peerlane_channel_reader *reader, uint64_t spin_us);
+
+// Goes on without a reader, dead or alive.
+peerlane_status peerlane_channel_forget(peerlane_channel_writer *writer, uint32_t reader);
+
+// Ends the channel at once, and every wait on every side, with PEERLANE_ABORTED. Any thread may call it, also while
+// another uses the writer. Fine with NULL.
+void peerlane_channel_writer_poison(const peerlane_channel_writer *writer,
+                                    uint32_t reason);
+
+// As `peerlane_channel_writer_poison`, by a reader.
+void peerlane_channel_reader_poison(const peerlane_channel_reader *reader, uint32_t reason);
+
+// Closes the channel and frees the handle: readers receive what was sent before, then PEERLANE_CLOSED. No other call
+// may be using it. Fine with NULL.
+void peerlane_channel_writer_close(peerlane_channel_writer *writer);
+
+// Closes this end and frees the handle: sending to it is PEERLANE_CLOSED from then on. No other call may be using it.
+// Fine with NULL.
+void peerlane_channel_reader_close(peerlane_channel_reader *reader);
 
 #ifdef __cplusplus
 }  // extern "C"

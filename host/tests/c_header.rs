@@ -9,8 +9,18 @@ use std::path::{Path, PathBuf};
 const UPDATE: &str = "PEERLANE_UPDATE_HEADER";
 
 /// The files with something for C to see, in the header's order.
-const SOURCES: [&str; 9] =
-    ["status", "types", "gpu", "comm", "recovery", "sizing", "collectives", "work", "registration"];
+const SOURCES: [&str; 10] = [
+    "status",
+    "types",
+    "gpu",
+    "comm",
+    "recovery",
+    "sizing",
+    "collectives",
+    "work",
+    "registration",
+    "channel",
+];
 
 fn host() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

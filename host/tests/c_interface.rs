@@ -104,6 +104,12 @@ fn recovery_is_right() -> Result<(), String> {
     Ok(())
 }
 
+fn channels_are_right() -> Result<(), String> {
+    let ran = Compiler::c()?.run(&host().join("../tests/c/channel.c"));
+    assert!(ran.status.success() && ran.stdout == b"all is right\n", "{}", said(&ran));
+    Ok(())
+}
+
 fn the_program_in_the_documentation_is_right() -> Result<(), String> {
     let compiler = Compiler::c()?;
     let page = std::fs::read_to_string(host().join("../docs/c.md")).expect("the page is there");
@@ -119,13 +125,14 @@ fn the_program_in_the_documentation_is_right() -> Result<(), String> {
 /// A test, or why it could not run.
 type Test = (&'static str, fn() -> Result<(), String>);
 
-const TESTS: [Test; 7] = [
+const TESTS: [Test; 8] = [
     ("the_c_program_is_right", the_c_program_is_right),
     ("the_cpp_program_is_right", the_cpp_program_is_right),
     ("ranks_that_are_processes_are_right", ranks_that_are_processes_are_right),
     ("works_are_right", works_are_right),
     ("registered_tensors_are_right", registered_tensors_are_right),
     ("recovery_is_right", recovery_is_right),
+    ("channels_are_right", channels_are_right),
     ("the_program_in_the_documentation_is_right", the_program_in_the_documentation_is_right),
 ];
 

@@ -17,6 +17,7 @@
 #![allow(clippy::missing_safety_doc, reason = "one contract for all, stated on the module")]
 
 mod arguments;
+mod channel;
 mod collectives;
 mod comm;
 mod gpu;
@@ -27,6 +28,7 @@ mod status;
 mod types;
 mod work;
 
+pub use channel::*;
 pub use collectives::*;
 pub use comm::*;
 pub use gpu::*;
