@@ -488,6 +488,9 @@ class ChannelReader:
     def recv(self, timeout: float | None = None) -> ChannelMessage:
         """The next message; waits for up to timeout seconds (10)."""
 
+    def poll(self, timeout: float | None = None) -> bool:
+        """Whether there is a message; waits for one for up to timeout seconds (0)."""
+
     def try_recv(self) -> ChannelMessage | None:
         """The next message, or None if there is none yet."""
 

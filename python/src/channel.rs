@@ -46,28 +46,39 @@ impl<T: Send> End<T> {
         })
     }
 
-    /// The same for something that waits, in slices of `timeout`.
-    fn wait<R: Send>(
+    /// The same for something that waits, in slices of `timeout`; or the fault that says who was waited for in vain.
+    fn attempt<R: Send>(
         &self,
         py: Python<'_>,
         op: &'static str,
         timeout: Duration,
         mut action: impl FnMut(&mut T, Duration) -> Result<R> + Send,
-    ) -> PyResult<R> {
+    ) -> PyResult<std::result::Result<R, Fault>> {
         let begin = Instant::now();
         loop {
             let left = timeout.saturating_sub(begin.elapsed());
             match self.with(py, op, |end| action(end, left.min(SLICE))) {
-                Err(Error::Channel { op, fault: Fault::Timeout { who, .. } }) => {
+                Err(Error::Channel { fault: Fault::Timeout { who, .. }, .. }) => {
                     py.check_signals()?;
                     if left <= SLICE {
-                        let fault = Fault::Timeout { who, waited: begin.elapsed() };
-                        return Err(error::raise(py, Error::Channel { op, fault }));
+                        return Ok(Err(Fault::Timeout { who, waited: begin.elapsed() }));
                     }
                 }
-                outcome => return outcome.map_err(|e| error::raise(py, e)),
+                outcome => return outcome.map(Ok).map_err(|e| error::raise(py, e)),
             }
         }
+    }
+
+    /// As `attempt`, and a wait in vain is an error.
+    fn wait<R: Send>(
+        &self,
+        py: Python<'_>,
+        op: &'static str,
+        timeout: Duration,
+        action: impl FnMut(&mut T, Duration) -> Result<R> + Send,
+    ) -> PyResult<R> {
+        let outcome = self.attempt(py, op, timeout, action)?;
+        outcome.map_err(|fault| error::raise(py, Error::Channel { op, fault }))
     }
 
     fn close(&self, py: Python<'_>) {
@@ -303,6 +314,16 @@ impl ChannelReader {
         let patience = self::timeout(CALL, timeout)?;
         let received = self.end.wait(py, CALL, patience, |reader, slice| reader.recv(slice))?;
         Ok(message(py, received.info, &received.payload))
+    }
+
+    /// Whether there is a message to receive.
+    #[pyo3(signature = (timeout=None))]
+    fn poll(&self, py: Python<'_>, timeout: Given<'_, '_>) -> PyResult<bool> {
+        const CALL: &str = "channel receive";
+        let now = timeout.is_none_or(|given| given.extract::<f64>().is_ok_and(|time| time == 0.0));
+        let patience = if now { Duration::ZERO } else { self::timeout(CALL, timeout)? };
+        let look = |reader: &mut Reader, slice| reader.peek(slice).map(drop);
+        Ok(self.end.attempt(py, CALL, patience, look)?.is_ok())
     }
 
     /// The next message, or None if there is none yet.

@@ -98,7 +98,7 @@ class TPBackendP2P:
             native["shbuf_size"] = shbuf_size
 
         if device < 0:
-            if _verdict_key(uuid) in os.environ:
+            if verdict_key(uuid) in os.environ:
                 self._use_native(native)
             return
         rank = self._rank("device", device)
@@ -284,7 +284,7 @@ class TPBackendP2P:
     def _fall_back(self, arguments: dict[str, Any], reason: Exception) -> None:
         if self.master:
             announce(f"TP backend: native, because p2p cannot work here: {reason}")
-            os.environ[_verdict_key(self.uuid)] = "1"
+            os.environ[verdict_key(self.uuid)] = "1"
         self._use_native(arguments)
 
     def _use_native(self, arguments: dict[str, Any]) -> None:
@@ -297,11 +297,11 @@ class TPBackendP2P:
             self.close = self._close_native
 
     def _close_native(self) -> None:
-        os.environ.pop(_verdict_key(self.uuid), None)
+        os.environ.pop(verdict_key(self.uuid), None)
         self.native.close()
 
 
-def _verdict_key(uuid: str) -> str:
+def verdict_key(uuid: str) -> str:
     """The variable by which the main process tells the helper, its later child, to use native."""
     return f"PEERLANE_TP_NATIVE_{uuid}"
 

@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from .backend import TPBackendP2P
+from .dispatch import Dispatch, spin_of
 from .options import Options, announce
 from .selection import choose
 
@@ -34,17 +35,22 @@ _patches: list[tuple[Any, str, Any, Any]] = []
 _options = Options()
 
 
-def install(*, exact: bool | None = None, options: Options | None = None) -> None:
+def install(
+    *, exact: bool | None = None, channel: bool | None = None, options: Options | None = None
+) -> None:
     """Makes `tp_backend="p2p"` and `tp_backend="auto"` work in models loaded from now on.
 
-    `exact=True` sends fp32 sums as they are rather than rounded to bf16. `options` replaces what the
-    environment says. A second call only changes options. Raises ImportError if ExLlamaV3 cannot be
+    `exact=True` sends fp32 sums as they are rather than rounded to bf16. `channel=True` puts channels
+    in the place of the pipes between a p2p model's processes, and does without its helper process.
+    `options` replaces what the environment says. A second call only changes options. Raises ImportError if ExLlamaV3 cannot be
     imported, RuntimeError if it lacks what is replaced.
     """
     global _options
     wanted = options or Options.from_env()
     if exact is not None:
         wanted = replace(wanted, wire="native" if exact else "bf16")
+    if channel is not None:
+        wanted = replace(wanted, channel=channel)
     if not _patches:
         model_tp, model_tp_fn = _module("model_tp"), _module("model_tp_fn")
         _need(_module("model_tp_backend"), "TPBackendNative")
@@ -55,7 +61,7 @@ def install(*, exact: bool | None = None, options: Options | None = None) -> Non
                 mixin,
                 "create_tp_context",
                 _create_tp_context,
-                _need(mixin, "create_tp_context", ("tp_backend",)),
+                _create_tp_context_of(mixin),
             ),
             (model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn)),
         ]
@@ -112,7 +118,14 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
         if tp_backend != "p2p":
             return original(self, tp_backend)
         p2p = P2P(_options)
-        result = original(self, p2p)
+        dispatch = None
+        create = original
+        if _options.channel:
+            dispatch = Dispatch(spin_of(_options, len(self.active_devices)))
+            create = _with(original, Pipe=dispatch.pipe, Process=dispatch.process)
+        result = create(self, p2p)
+        if dispatch is not None and dispatch.helper is not None:
+            self.mp_parent_conn[-1] = dispatch.helper
         self.tp_backend = "p2p"
         if not p2p.met:
             raise RuntimeError(
@@ -137,14 +150,28 @@ def _init_pg(original: types.FunctionType) -> Callable[..., Any]:
         if not isinstance(p2p, P2P):
             return original(device, active_devices, output_device, backend_args, master)
         p2p.met = True
-        # A namespace of its own rather than a swap in the module: another thread may be loading a
-        # model with the real TPBackendNative.
         backend = functools.partial(TPBackendP2P, options=p2p.options)
-        namespace = {**original.__globals__, "TPBackendNative": backend}
-        with_p2p = types.FunctionType(original.__code__, namespace, original.__name__)
+        with_p2p = _with(original, TPBackendNative=backend)
         return with_p2p(device, active_devices, output_device, backend_args, master)
 
     return init_pg
+
+
+def _with(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """The function, with other things under these global names. A namespace of its own rather than a swap in the
+    module: another thread may be loading a model that needs what is there."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__
+    )
+
+
+def _create_tp_context_of(mixin: Any) -> Callable[..., Any]:
+    """ExLlamaV3's `create_tp_context`, if it makes its processes as the replacement expects it."""
+    original = _need(mixin, "create_tp_context", ("tp_backend",))
+    for name in ("Pipe", "Process", "mp_parent_conn"):
+        _uses(original, _path(mixin, "create_tp_context"), name)
+    return original
 
 
 def _init_pg_of(model_tp_fn: types.ModuleType) -> types.FunctionType:
@@ -160,13 +187,14 @@ def _init_pg_of(model_tp_fn: types.ModuleType) -> types.FunctionType:
         "PseudoParentConn.__init__": (_need(model_tp_fn, "PseudoParentConn").__init__, "init_pg"),
     }
     for user, (function, name) in users.items():
-        code = getattr(function, "__code__", None)
-        if code is None or name not in code.co_names or function.__closure__:
-            raise _lacking(
-                f"{_path(model_tp_fn, user)} as a plain function that uses the global {name}",
-                function,
-            )
+        _uses(function, _path(model_tp_fn, user), name)
     return original
+
+
+def _uses(function: Any, path: str, name: str) -> None:
+    code = getattr(function, "__code__", None)
+    if code is None or name not in code.co_names or function.__closure__:
+        raise _lacking(f"{path} as a plain function that uses the name {name}", function)
 
 
 def _put(owner: Any, attribute: str, make: Callable[..., Any], original: Any) -> None:

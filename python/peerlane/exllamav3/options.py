@@ -20,12 +20,15 @@ ENVIRONMENT = {
     "deadline": "PEERLANE_TP_DEADLINE",
     "patience": "PEERLANE_TP_PATIENCE",
     "transport": "PEERLANE_TRANSPORT",
+    "channel": "PEERLANE_TP_CHANNEL",
+    "spin": "PEERLANE_TP_SPIN",
 }
 CHOICES = {
     "wire": ("bf16", "native"),
     "check": ("sync", "late"),
     "transport": ("p2p", "auto", "host"),
 }
+SWITCH = {"0": False, "1": True}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Options:
     transport: str = "p2p"
     """What carries the data: `p2p`, with native taking over where the machine cannot do that; `auto`,
     with Peerlane's own way through host memory where a pair cannot; `host`, that way for all."""
+    channel: bool = False
+    """Whether commands travel through channels in shared memory rather than pipes, and the helper process stays away."""
+    spin: float | None = None
+    """Seconds that a process looks for its next command before it sleeps; unless given, 4 ms where there are two cores
+    for each GPU, else 20 us."""
     device_format: str = "cuda:{device}"
     """The device's name for Peerlane; `sim:{device}/8` runs ranks on simulated GPUs."""
 
@@ -55,7 +63,11 @@ class Options:
                 raise ValueError(f"{_said(name)}: expected {_either(choices)}, got {value!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, float) and not 0 < value < float("inf"):
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{_said(field.name)}: expected True or False, got {value!r}")
+            if value is None and field.default is None:
+                continue
+            if "float" in field.type and not 0 < value < float("inf"):
                 raise ValueError(f"{_said(field.name)}: expected seconds above 0, got {value!r}")
 
     @classmethod
@@ -64,11 +76,15 @@ class Options:
         given: dict[str, Any] = {}
         for name, key in ENVIRONMENT.items():
             if text := os.environ.get(key):
-                given[name] = text if name in CHOICES else _seconds(name, text)
+                given[name] = text if name in CHOICES else _parsed(name, text)
         return cls(**given)
 
 
-def _seconds(name: str, text: str) -> float:
+def _parsed(name: str, text: str) -> float | bool:
+    if name == "channel":
+        if text not in SWITCH:
+            raise ValueError(f"{_said(name)}: expected 0 or 1, got {text!r}")
+        return SWITCH[text]
     try:
         return float(text)
     except ValueError:

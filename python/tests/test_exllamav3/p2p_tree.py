@@ -107,6 +107,20 @@ def mp_sum(local_context):
     return tensor.tolist()
 
 
+def mp_cpu_reduce(local_context):
+    local_context["backend"].run_cpu_reduce_jobs()
+
+
+def mp_echo(local_context, data):
+    if isinstance(data, str):
+        raise ValueError(data)
+    return data
+
+
+def mp_end(local_context):
+    os._exit(3)
+
+
 class PseudoParentConn:
     def __init__(self, device, active_devices, output_device, backend_args):
         self.local_context = init_pg(device, active_devices, output_device, backend_args, master=True)
@@ -137,13 +151,13 @@ class Model_TPMixin:
                 backend_args = {"type": tp_backend, "init_method": "tcp://127.0.0.1:1", "uuid": uuid.uuid4().hex}
             case _:
                 raise ValueError(f"Unkwown backend type: {tp_backend}")
-        self.conns, self.children = {}, {}
+        self.mp_parent_conn, self.children = {}, {}
         for device in self.active_devices + [-1]:
             if device == self.tp_output_device:
-                self.conns[device] = PseudoParentConn(
+                self.mp_parent_conn[device] = PseudoParentConn(
                     device, self.active_devices, self.tp_output_device, backend_args)
                 continue
-            self.conns[device], end = Pipe()
+            self.mp_parent_conn[device], end = Pipe()
             self.children[device] = Process(
                 target=mp_model_worker,
                 args=(end, device, self.active_devices, self.tp_output_device, backend_args))
@@ -159,13 +173,14 @@ class Model(Model_TPMixin):
     def run(self, function, devices=None):
         devices = self.active_devices if devices is None else devices
         for device in devices:
-            self.conns[device].send((function, ()))
-        return {device: self.conns[device].recv() for device in devices}
+            self.mp_parent_conn[device].send((function, ()))
+        return {device: self.mp_parent_conn[device].recv() for device in devices}
 
     def unload(self):
-        for device in self.children:
-            self.conns[device].send("quit")
-        self.conns[self.tp_output_device].quit()
+        for device, child in self.children.items():
+            if child.is_alive():
+                self.mp_parent_conn[device].send("quit")
+        self.mp_parent_conn[self.tp_output_device].quit()
         for child in self.children.values():
             child.join(20)
 """,

@@ -203,6 +203,10 @@ def test_an_unknown_backend_is_still_an_error(tree: ModuleType) -> None:
             {"model_tp": ("tp_backend: str", "backend: str")},
             "create_tp_context with the parameter tp_backend",
         ),
+        (
+            {"model_tp": ("end = Pipe()", "end = getattr(multiprocessing, 'Pi' + 'pe')()")},
+            "create_tp_context as a plain function that uses the name Pipe",
+        ),
         ({"model_tp_fn": ("def init_pg(", "def start_pg(")}, "model_tp_fn.init_pg"),
         (
             {"model_tp_fn": ("backend_args, master=False):", "master=False, **_):")},
@@ -210,7 +214,7 @@ def test_an_unknown_backend_is_still_an_error(tree: ModuleType) -> None:
         ),
         (
             {"model_tp_fn": ("backend = TPBackendNative(", "backend = getattr(os, 'x')(")},
-            "global TPBackendNative",
+            "name TPBackendNative",
         ),
         (
             {"model_tp_fn": ("def mp_model_worker(", "def mp_worker(")},
@@ -250,6 +254,18 @@ def test_a_tree_that_does_not_pass_the_type_on(
     with pytest.raises(RuntimeError, match=r"backend_args\['type'\]"):
         model.load([1, 0], 0, "p2p")
     model.unload()
+
+
+def test_a_tree_that_makes_its_connections_elsewhere(
+    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tree = p2p_tree.load(
+        monkeypatch, tmp_path, model_tp=("end = Pipe()", "end = multiprocessing.Pipe()")
+    )
+    install(channel=True, options=options)
+    model = tree.Model()
+    with pytest.raises(RuntimeError, match="expected it to make its connections by the name Pipe"):
+        model.load([1, 0], 0, "p2p")
 
 
 def test_without_exllamav3(monkeypatch: pytest.MonkeyPatch) -> None:
