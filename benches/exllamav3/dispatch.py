@@ -8,7 +8,7 @@ Between rounds the main process waits for GAP milliseconds, as it does for the G
   pipe-hot      with EXL3_TP_SPIN_RECV=4: workers poll for 4 ms, then sleep
   channel       `install(channel=True)`, whose workers look for 4 ms, then sleep
   channel-sleep with PEERLANE_TP_SPIN=1e-6
-Figures are microseconds per round. Invariant: only one way has workers at a time, since workers that spin take the cores of others.
+Figures are microseconds per round, and how much of a core each worker keeps busy. Invariant: only one way has workers at a time, since workers that spin take the cores of others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import platform
 import statistics
 import time
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 from peerlane.exllamav3.dispatch import SPIN, Dispatch
@@ -29,17 +30,11 @@ from peerlane.exllamav3.dispatch import SPIN, Dispatch
 HOT_S = 4e-3
 BLOCKS = 10
 # What forward_tp sends for one token: descriptors of four tensors, and the rest of `params`.
-TENSOR = {"method": "buffer", "offset": 128, "nbytes": 4, "dtype": "torch.int32", "shape": (1, 1), "cache_id": None}
-COMMAND = (
-    len,
-    (
-        TENSOR,
-        {"block_table": TENSOR, "cache_seqlens": TENSOR, "positions": TENSOR, "attn_mode": "flash_attn", "cache": 140000000000000},
-        31,
-        False,
-        None,
-    ),
-)
+TENSOR = {"method": "buffer", "nbytes": 4, "dtype": "torch.int32", "shape": (1, 1), "cache_id": None}
+NAMES = ("block_table", "cache_seqlens", "positions")
+PARAMS = {name: TENSOR | {"offset": 128 * place} for place, name in enumerate(NAMES)}
+PARAMS |= {"attn_mode": "flash_attn", "cache": 140000000000000}
+COMMAND = (len, (TENSOR | {"offset": 384}, PARAMS, 31, False, None))
 
 
 def worker(connection: Any, device: int, _active: list[int], _output: int, args: dict[str, Any]) -> None:
@@ -60,6 +55,7 @@ class Way:
     def __init__(self, name: str, workers: int) -> None:
         self.name, self.connections, self.processes = name, [], []
         self.times: dict[float, list[float]] = {}
+        self.cores: dict[float, list[float]] = {}
         spin = SPIN if name == "channel" else 1e-6
         dispatch = Dispatch(spin) if name.startswith("channel") else None
         for device in range(workers):
@@ -84,11 +80,22 @@ class Way:
             assert connection.recv() is None
         return (time.perf_counter() - begin) * 1e6
 
+    def busy(self) -> float:
+        """Seconds of processor time that the workers have used."""
+        ticks = 0
+        for process in self.processes:
+            stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(stat[11]) + int(stat[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def block(self, gap_ms: float, rounds: int) -> None:
+        busy, begin = self.busy(), time.perf_counter()
         for _ in range(rounds):
             if gap_ms:
                 time.sleep(gap_ms / 1e3)
             self.times.setdefault(gap_ms, []).append(self.round())
+        cores = (self.busy() - busy) / (time.perf_counter() - begin) / len(self.processes)
+        self.cores.setdefault(gap_ms, []).append(cores)
 
     def end(self) -> None:
         for connection in self.connections:
@@ -112,8 +119,9 @@ def measure(workers: int, gaps: list[float], rounds: int, names: list[str]) -> l
         for gap in gaps:
             times = way.times[gap]
             row = {"workers": workers, "gap_ms": gap, "way": name, "rounds": len(times)}
-            rows.append(row | {"p50_us": percentile(times, 50), "p99_us": percentile(times, 99)})
-            print("{workers:7} {gap_ms:6} {way:14} {p50_us:9} {p99_us:9}".format(**rows[-1]), flush=True)
+            cores = round(statistics.mean(way.cores[gap]), 2)
+            rows.append(row | {"p50_us": percentile(times, 50), "p99_us": percentile(times, 99), "worker_cores": cores})
+            print("{workers:7} {gap_ms:6} {way:14} {p50_us:9} {p99_us:9} {worker_cores:9}".format(**rows[-1]), flush=True)
     return rows
 
 
@@ -131,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     multiprocessing.set_start_method("spawn")
     cores = len(os.sched_getaffinity(0))
-    print(f"# {cores} cores, {len(pickle.dumps(COMMAND))} bytes a command\n# workers gap_ms way              p50_us    p99_us")
+    print(f"# {cores} cores, {len(pickle.dumps(COMMAND))} bytes a command\n# workers gap_ms way              p50_us    p99_us     cores")
     rows = []
     for workers in options.workers:
         rows += measure(int(workers), options.gaps, options.rounds, options.ways.split(","))

@@ -74,7 +74,9 @@ fn soak(machine: &Machine, world: u32, calls: u64, seed: u64) -> Done {
                 let (stop, computations, allocations) = (&stop, &computations, &allocations);
                 // Freeing waits for the whole GPU, and launches wait for it: ranks that share one would wait for ever.
                 let pressure = world <= machine.count();
-                scope.spawn(move || disturb(&gpu, stop, computations, pressure.then_some(allocations)));
+                scope.spawn(move || {
+                    disturb(&gpu, stop, computations, pressure.then_some(allocations))
+                });
             }
         }
         let mut number = 0;

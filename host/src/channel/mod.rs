@@ -27,6 +27,7 @@ mod producer;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod raw;
 mod reader;
+mod rhythm;
 mod ring;
 mod segment;
 mod state;

@@ -6,6 +6,7 @@
 use super::consumer::Consumer;
 use super::peer::{GONE, Process, Watch};
 use super::primitive::Ordering;
+use super::rhythm::Rhythm;
 use super::ring::{Memory, Record};
 use super::segment::{Handle, Segment, shown};
 use super::state::End;
@@ -49,6 +50,7 @@ pub struct Reader {
     consumer: Consumer,
     writer: Watch,
     spin: Duration,
+    rhythm: Rhythm,
 }
 
 impl Reader {
@@ -75,7 +77,8 @@ impl Reader {
             return Err(invalid(op, "index", "one that nobody has taken", index));
         }
         let writer = Watch::new(segment.writer);
-        Ok(Reader { segment, index, consumer: Consumer::new(index), writer, spin: SPIN })
+        let (consumer, rhythm) = (Consumer::new(index), Rhythm::default());
+        Ok(Reader { segment, index, consumer, writer, spin: SPIN, rhythm })
     }
 
     /// Its index.
@@ -83,7 +86,8 @@ impl Reader {
         self.index
     }
 
-    /// How long waits spin before they sleep.
+    /// For how long a wait spins: at its beginning, or, if that is 200 us or more and messages have kept coming after
+    /// longer waits, around the time when the next one is to be expected. It sleeps for the rest.
     pub fn set_spin(&mut self, spin: Duration) {
         self.spin = spin;
     }
@@ -136,7 +140,7 @@ impl Reader {
     pub fn close(self) {}
 
     fn wait(&mut self, timeout: Duration) -> Result<Record> {
-        let Reader { segment, consumer, writer, .. } = self;
+        let Reader { segment, consumer, writer, spin, rhythm, .. } = self;
         let poll = || next(segment, consumer);
         let look = || {
             if writer.is_gone() {
@@ -144,11 +148,19 @@ impl Reader {
             }
             Ok(())
         };
-        let patience = Patience { limit: timeout, spin: self.spin };
+        let patience = Patience { limit: timeout, plan: rhythm.plan(*spin) };
         let bit = NonZeroU32::new(1 << self.index).unwrap_or(NonZeroU32::MIN);
-        let who = Side::Writer;
-        let waited = wait(&segment.data_bell(), bit, patience, poll, look)?;
-        waited.map_err(|waited| fault(OP, Fault::Timeout { who, waited }))
+        let (found, waited) = wait(&segment.data_bell(), bit, patience, poll, look)?;
+        match found {
+            Some(record) => {
+                rhythm.came(record.sequence, waited);
+                Ok(record)
+            }
+            None => {
+                rhythm.missed(waited);
+                Err(fault(OP, Fault::Timeout { who: Side::Writer, waited }))
+            }
+        }
     }
 }
 

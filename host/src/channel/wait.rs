@@ -1,8 +1,9 @@
-//! How both ends wait: they spin, then they sleep in slices, and look between two slices whether the other end is there.
+//! How both ends wait: they spin and sleep as planned, in slices, and look between two sleeps whether the other end is there.
 //!
 //! Invariant: every wait ends at its deadline, and not later than a slice after the process waited for has ended.
 
 use super::bell::Bell;
+use super::rhythm::{Phase, Plan};
 use crate::error::Result;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -12,51 +13,70 @@ const SLICE: Duration = Duration::from_millis(20);
 /// Polls between two looks at the clock, which costs as much as some of them.
 const POLLS: u32 = 32;
 
-/// How long a wait may take, and how much of it spinning.
+/// How long a wait may take, and how.
 #[derive(Clone, Copy)]
 pub(super) struct Patience {
     pub(super) limit: Duration,
-    pub(super) spin: Duration,
+    pub(super) plan: Plan,
 }
 
-/// What `poll` finds within `patience`, or how long it was waited. `look` is asked between sleeps.
+/// What `poll` finds within `patience`, and how long it was waited, found or not. `look` is asked between sleeps.
 pub(super) fn wait<T>(
     bell: &Bell<'_>,
     bit: NonZeroU32,
     patience: Patience,
     mut poll: impl FnMut() -> Result<Option<T>>,
     mut look: impl FnMut() -> Result<()>,
-) -> Result<std::result::Result<T, Duration>> {
+) -> Result<(Option<T>, Duration)> {
     if let Some(found) = poll()? {
-        return Ok(Ok(found));
+        return Ok((Some(found), Duration::ZERO));
     }
     let begin = Instant::now();
-    while begin.elapsed() < patience.spin.min(patience.limit) {
-        for _ in 0..POLLS {
-            std::hint::spin_loop();
-            if let Some(found) = poll()? {
-                return Ok(Ok(found));
-            }
-        }
-    }
     loop {
-        let left = patience.limit.saturating_sub(begin.elapsed());
-        let mut found = Ok(None);
-        if !left.is_zero() {
-            bell.sleep(bit, left.min(SLICE), || {
-                found = poll();
-                !matches!(found, Ok(None))
-            });
+        let waited = begin.elapsed();
+        let left = patience.limit.saturating_sub(waited);
+        let phase = if left.is_zero() { Phase::Sleep(left) } else { patience.plan.phase(waited) };
+        let found = match phase {
+            Phase::Spin => spin(&mut poll)?,
+            Phase::Sleep(most) => sleep(bell, bit, left.min(most).min(SLICE), &mut poll)?,
+        };
+        if found.is_some() {
+            return Ok((found, begin.elapsed()));
         }
-        // What came during the sleep, before anybody is found dead or late.
-        let found = if matches!(found, Ok(None)) { poll()? } else { found? };
-        if let Some(found) = found {
-            return Ok(Ok(found));
+        if phase == Phase::Spin {
+            continue;
         }
         look()?;
         if left.is_zero() {
             // What `look` has found out.
-            return Ok(poll()?.ok_or_else(|| begin.elapsed()));
+            return Ok((poll()?, waited));
         }
     }
+}
+
+fn spin<T>(poll: &mut impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
+    for _ in 0..POLLS {
+        std::hint::spin_loop();
+        if let Some(found) = poll()? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+fn sleep<T>(
+    bell: &Bell<'_>,
+    bit: NonZeroU32,
+    slice: Duration,
+    poll: &mut impl FnMut() -> Result<Option<T>>,
+) -> Result<Option<T>> {
+    let mut found = Ok(None);
+    if !slice.is_zero() {
+        bell.sleep(bit, slice, || {
+            found = poll();
+            !matches!(found, Ok(None))
+        });
+    }
+    // What came during the sleep, before anybody is found dead or late.
+    if matches!(found, Ok(None)) { poll() } else { found }
 }

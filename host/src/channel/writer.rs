@@ -5,6 +5,7 @@
 use super::peer::{GONE, Process, Watch};
 use super::primitive::Ordering;
 use super::producer::{Producer, each};
+use super::rhythm::Plan;
 use super::ring::{HEADER, Memory};
 use super::segment::Segment;
 use super::wait::{Patience, wait};
@@ -179,7 +180,7 @@ impl Writer {
         // Readers make space only of what they see.
         self.publish();
         let segment = self.segment.clone();
-        let patience = Patience { limit: timeout, spin: self.spin };
+        let patience = Patience { limit: timeout, plan: Plan::spin(self.spin) };
         let Writer { producer, watches, .. } = self;
         let slow = Cell::new(0);
         let poll = || match producer.place(&*segment, length).map_err(|d| fault(op, d))? {
@@ -193,9 +194,9 @@ impl Writer {
             }
         };
         let look = || alive(&segment, watches, op, slow.get());
-        let waited = wait(&segment.space_bell(), OWN, patience, poll, look)?;
+        let (found, waited) = wait(&segment.space_bell(), OWN, patience, poll, look)?;
         let who = Side::Reader(slow.get());
-        waited.map_err(|waited| fault(op, Fault::Timeout { who, waited }))
+        found.ok_or_else(|| fault(op, Fault::Timeout { who, waited }))
     }
 
     fn place(&mut self, op: &'static str, length: u64) -> Result<std::result::Result<u64, u32>> {

@@ -67,14 +67,16 @@ def main(backend: str) -> dict[str, Any]:
     model = model_tp.Model_TPMixin()
     model.active_devices, model.tp_output_device = [1, 0], 0
     model.create_tp_context(backend)
-    everyone = [*model.active_devices, -1]
-    seen = model.tp_worker_dispatch_wait_multi([1, -1, 0], describe, ())
-    outcome = {"seen": dict(zip(["1", "-1", "0"], seen)), "tp_backend": model.tp_backend}
-    if backend == "p2p" and seen[2]["native"] == "NoneType":
+    children = [child for child in model.mp_children if hasattr(child, "exitcode")]
+    # With channels there may be no helper process to ask.
+    devices = [1, -1, 0] if len(children) == 2 else [1, 0]
+    seen = dict(zip(map(str, devices), model.tp_worker_dispatch_wait_multi(devices, describe, ())))
+    outcome = {"seen": seen, "tp_backend": model.tp_backend, "processes": 1 + len(children)}
+    outcome["connection"] = type(model.mp_parent_conn[1]).__name__
+    if backend == "p2p" and seen["0"]["native"] == "NoneType":
         model.tp_worker_dispatch(-1, model_tp_fn.mp_cpu_reduce, ())
         outcome["pass"] = model.tp_worker_dispatch_wait_multi(model.active_devices, one_pass, ())
         assert model.tp_worker_result(-1) is None
-    children = [model.mp_children[device] for device in everyone if device != 0]
     model.destroy_tp_context()
     # ExLlamaV3 terminates a child that has not ended after 2 s, which a busy machine may need.
     outcome["left over"] = sum(child.exitcode is None for child in children)

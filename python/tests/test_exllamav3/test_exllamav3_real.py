@@ -61,17 +61,30 @@ def test_p2p_in_every_process(tree: Path, tmp_path: Path) -> None:
     assert seen["seen"] == {"1": p2p, "-1": p2p, "0": p2p}
     assert seen["tp_backend"] == "p2p"
     assert seen["pass"] == [[3.0], [3.0, 0.0, 1.0]]
+    assert (seen["processes"], seen["connection"]) == (3, "Connection")
+    assert seen["left over"] == 0 and seen["restored"]
+
+
+def test_p2p_over_channels(tree: Path, tmp_path: Path) -> None:
+    seen = outcome(tree, tmp_path, "p2p", PEERLANE_TP_CHANNEL="1")
+    p2p = {"backend": "TPBackendP2P", "native": "NoneType"}
+    assert seen["seen"] == {"1": p2p, "0": p2p} and seen["processes"] == 2
+    assert seen["connection"] == "ParentEnd"
+    assert seen["pass"] == [[3.0], [3.0, 0.0, 1.0]]
     assert seen["left over"] == 0 and seen["restored"]
 
 
 def test_native_is_untouched(tree: Path, tmp_path: Path) -> None:
-    seen = outcome(tree, tmp_path, "native")
+    seen = outcome(tree, tmp_path, "native", PEERLANE_TP_CHANNEL="1")
+    assert (seen["processes"], seen["connection"]) == (3, "Connection")
     assert {one["backend"] for one in seen["seen"].values()} == {"TPBackendNative"}
     assert seen["tp_backend"] == "native" and seen["left over"] == 0
 
 
-def test_all_processes_fall_back_together(tree: Path, tmp_path: Path) -> None:
-    seen = outcome(tree, tmp_path, "p2p", PEERLANE_TEST_REFUSAL="peer access refused")
+@pytest.mark.parametrize("channel", ["0", "1"])
+def test_all_processes_fall_back_together(tree: Path, tmp_path: Path, channel: str) -> None:
+    refusal = {"PEERLANE_TEST_REFUSAL": "peer access refused", "PEERLANE_TP_CHANNEL": channel}
+    seen = outcome(tree, tmp_path, "p2p", **refusal)
     fallen = {"backend": "TPBackendP2P", "native": "TPBackendNative"}
     assert seen["seen"] == {"1": fallen, "-1": fallen, "0": fallen}
     assert seen["left over"] == 0
