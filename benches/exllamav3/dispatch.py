@@ -3,7 +3,7 @@
   dispatch.py [--workers 1,3,7] [--gaps 0,1,5] [--rounds 2000] [--json FILE]
 
 A round is what `forward_tp` does without the pass: a command is pickled once, sent to every worker, and each answers None.
-Between rounds the main process waits for GAP milliseconds, as it does for the GPU, and the workers wait for it.
+Between rounds the main process is busy for GAP milliseconds, as torch is while it waits for the GPU, and the workers wait for it.
   pipe          ExLlamaV3's own, whose workers sleep
   pipe-hot      with EXL3_TP_SPIN_RECV=4: workers poll for 4 ms, then sleep
   channel       `install(channel=True)`, whose workers look for 4 ms, then sleep
@@ -91,8 +91,9 @@ class Way:
     def block(self, gap_ms: float, rounds: int) -> None:
         busy, begin = self.busy(), time.perf_counter()
         for _ in range(rounds):
-            if gap_ms:
-                time.sleep(gap_ms / 1e3)
+            end = time.perf_counter() + gap_ms / 1e3
+            while time.perf_counter() < end:
+                pass
             self.times.setdefault(gap_ms, []).append(self.round())
         cores = (self.busy() - busy) / (time.perf_counter() - begin) / len(self.processes)
         self.cores.setdefault(gap_ms, []).append(cores)
