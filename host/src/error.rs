@@ -183,6 +183,13 @@ pub enum Error {
         fault: Fault,
     },
 
+    /// Something is wrong between who exports tensors and who imports them.
+    #[error("transfer: {fault}")]
+    Transfer {
+        /// What it is.
+        fault: crate::transfer::Fault,
+    },
+
     /// The simulator found a kernel doing what hardware would not forgive.
     #[error("simulated GPU {device}: {reason} (seed {seed})")]
     Simulated {

@@ -40,6 +40,7 @@ pub mod selftest;
 mod shrink;
 mod sizing;
 pub mod topology;
+pub mod transfer;
 pub mod transport;
 mod usage;
 pub mod work;

@@ -6,6 +6,7 @@
 
 use peerlane::Error;
 use peerlane::channel::Fault;
+use peerlane::transfer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -34,6 +35,12 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
             Fault::Closed { .. } => "ClosedError",
             Fault::Poisoned { .. } => "AbortedError",
             Fault::Corrupt { .. } => "CorruptError",
+            _ => "Error",
+        },
+        Error::Transfer { fault } => match fault {
+            transfer::Fault::Stale { .. } | transfer::Fault::Gone { .. } => "ClosedError",
+            transfer::Fault::Full { .. } | transfer::Fault::NoMemory(_) => "UnsupportedError",
+            transfer::Fault::Corrupt { .. } => "CorruptError",
             _ => "Error",
         },
         _ => "Error",

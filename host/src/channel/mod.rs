@@ -22,7 +22,7 @@
 mod bell;
 mod consumer;
 mod peer;
-mod primitive;
+pub(crate) mod primitive;
 mod producer;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod raw;
@@ -38,6 +38,8 @@ mod writer;
 
 pub use reader::{Info, Message, Peek, Reader};
 pub use writer::Writer;
+
+pub(crate) use peer::Process;
 
 use crate::error::Error;
 use std::fmt;

@@ -14,7 +14,7 @@ const AGAIN: Duration = Duration::from_millis(10);
 /// A process, in one word: its number (22 bits, as many as Linux gives them), when it started (40 bits of clock ticks), and
 /// two bits that say it is there and whether it has closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Process {
+pub(crate) struct Process {
     pid: u32,
     started: u64,
 }
@@ -27,22 +27,22 @@ pub(super) const GONE: u64 = 1 << 63;
 
 impl Process {
     /// This one.
-    pub(super) fn this() -> Result<Process, String> {
+    pub(crate) fn this() -> Result<Process, String> {
         let pid = std::process::id();
         let (_, started) = look(pid).ok_or("/proc/self/stat cannot be read")?;
         Ok(Process { pid, started })
     }
 
-    pub(super) fn pid(self) -> u32 {
+    pub(crate) fn pid(self) -> u32 {
         self.pid
     }
 
-    pub(super) fn pack(self) -> u64 {
+    pub(crate) fn pack(self) -> u64 {
         THERE | u64::from(self.pid) & NUMBER | self.started << 22
     }
 
     /// The process that a word names, if it names one.
-    pub(super) fn unpack(word: u64) -> Option<Process> {
+    pub(crate) fn unpack(word: u64) -> Option<Process> {
         let pid = (word & NUMBER) as u32;
         let there = word & THERE != 0 && pid != 0;
         there.then_some(Process { pid, started: word >> 22 & TIME })
@@ -54,7 +54,7 @@ impl Process {
     }
 
     /// Whether it is listed and runs. One whose first thread has ended and others not looks as if it did not.
-    fn is_running(self) -> bool {
+    pub(crate) fn is_running(self) -> bool {
         let own = look(self.pid).filter(|(_, started)| *started == self.started);
         own.is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
     }

@@ -3,7 +3,7 @@
 
 use rustix::thread::futex;
 use std::num::NonZeroU32;
-pub(super) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 /// Sleeps while `word` is `expected`, until woken for one of `bits` or for `slice`. May return for no reason.

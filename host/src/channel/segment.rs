@@ -19,13 +19,10 @@ use super::ring::{LINE, Lane, Memory, VERSION};
 use super::state::State;
 use super::{CAPACITY, MAX_READERS};
 use crate::error::clipped;
-use crate::sealed;
-use rustix::fs::{FallocateFlags, Mode, OFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use crate::sealed::{self, Mapping};
 use std::fmt;
 use std::hash::BuildHasher;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::ptr::NonNull;
 use std::str::FromStr;
 
 /// "PLCHANNL".
@@ -68,18 +65,13 @@ impl FromStr for Handle {
 /// The memory, mapped.
 pub(super) struct Segment {
     file: OwnedFd,
-    base: NonNull<u8>,
+    memory: Mapping,
     pub(super) readers: u32,
     capacity: u64,
     token: u64,
     /// The writer's process.
     pub(super) writer: Process,
 }
-
-// SAFETY: what other threads and processes change is reached through atomics only.
-unsafe impl Send for Segment {}
-// SAFETY: as above.
-unsafe impl Sync for Segment {}
 
 fn data_at(readers: u32) -> usize {
     let lines = READERS_AT + LINES_EACH * readers as usize;
@@ -96,9 +88,7 @@ impl Segment {
     pub(super) fn create(capacity: u64, readers: u32) -> Result<Segment, String> {
         let bytes = data_at(readers) + capacity as usize;
         let file = sealed::create("peerlane-channel", bytes).map_err(|e| e.to_string())?;
-        // Now, where it is an error, and not when it is written to, where it would be a signal.
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)
-            .map_err(|error| format!("{bytes} bytes of shared memory: {error}"))?;
+        sealed::back(&file, bytes)?;
         let writer = Process::this()?;
         let token = std::hash::RandomState::new().hash_one(std::process::id());
         let segment = Segment::map(file, (readers, capacity, token), writer)?;
@@ -110,33 +100,14 @@ impl Segment {
 
     /// Opens what the writer that made `handle` has; says what is wrong with it.
     pub(super) fn open(handle: &Handle) -> Result<Segment, String> {
-        let path = format!("/proc/{}/fd/{}", handle.pid, handle.descriptor);
-        let user = rustix::process::geteuid().as_raw();
-        // Before it is opened, which may do something if it is a device.
-        let found = rustix::fs::stat(path.as_str()).map_err(|e| format!("{path}: {e}"))?;
-        if rustix::fs::FileType::from_raw_mode(found.st_mode) != rustix::fs::FileType::RegularFile
-            || found.st_uid != user
-        {
-            return Err(format!("expected a memory file of user {user}, got something else"));
-        }
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = rustix::fs::open(path.as_str(), flags, Mode::empty())
-            .map_err(|error| format!("{path}: {error}"))?;
+        let file = sealed::open_of(handle.pid, handle.descriptor)?;
         Segment::check(file, handle.token)
     }
 
     /// Maps `file` if it is a channel's of this user and has that token.
     pub(super) fn check(file: OwnedFd, token: u64) -> Result<Segment, String> {
-        let found = rustix::fs::fstat(&file).map_err(|error| error.to_string())?;
+        let bytes = sealed::size_of(&file)?;
         let user = rustix::process::geteuid().as_raw();
-        if found.st_uid != user {
-            return Err(format!(
-                "expected a file of user {user}, got one of user {}",
-                found.st_uid
-            ));
-        }
-        let bytes = usize::try_from(found.st_size).unwrap_or_default();
-        sealed::check(&file, bytes)?;
         let mut line = [0; LINE as usize];
         let count = rustix::io::pread(&file, &mut line, 0).map_err(|error| error.to_string())?;
         if count < line.len() {
@@ -171,16 +142,8 @@ impl Segment {
         (readers, capacity, token): (u32, u64, u64),
         writer: Process,
     ) -> Result<Segment, String> {
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        let bytes = data_at(readers) + capacity as usize;
-        // SAFETY: the kernel chooses where; nothing is there.
-        let base = unsafe {
-            let anywhere = std::ptr::null_mut();
-            rustix::mm::mmap(anywhere, bytes, access, MapFlags::SHARED, &file, 0)
-        };
-        let base = base.map_err(|error| error.to_string())?;
-        let base = NonNull::new(base.cast()).ok_or("no memory")?;
-        Ok(Segment { file, base, readers, capacity, token, writer })
+        let memory = Mapping::new(&file, data_at(readers) + capacity as usize)?;
+        Ok(Segment { file, memory, readers, capacity, token, writer })
     }
 
     fn first_line(&self) -> [u64; 7] {
@@ -198,16 +161,11 @@ impl Segment {
 
     /// The word at `offset`, which is a multiple of 8.
     pub(super) fn wide(&self, offset: usize) -> &AtomicU64 {
-        debug_assert!(offset.is_multiple_of(8) && offset + 8 <= self.bytes());
-        // SAFETY: callers give line numbers of this layout or a position that was masked: inside the mapping, aligned,
-        // and accessed as an atomic by every process.
-        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(offset).cast()) }
+        self.memory.wide(offset)
     }
 
     fn narrow(&self, offset: usize) -> &AtomicU32 {
-        debug_assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes());
-        // SAFETY: as in `wide`.
-        unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(offset).cast()) }
+        self.memory.narrow(offset)
     }
 
     fn bell(&self, line: usize) -> Bell<'_> {
@@ -230,6 +188,12 @@ impl Segment {
         State { word: self.wide(LINE as usize), segment: self }
     }
 
+    /// Its size.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+
     fn reader_at(&self, reader: u32) -> usize {
         assert!(reader < self.readers);
         (READERS_AT + LINES_EACH * reader as usize) * LINE as usize
@@ -238,11 +202,6 @@ impl Segment {
     /// The word that names the process of `reader`.
     pub(super) fn process(&self, reader: u32) -> &AtomicU64 {
         self.wide(self.reader_at(reader) + 2 * LINE as usize)
-    }
-
-    /// Its size.
-    pub(super) fn bytes(&self) -> usize {
-        data_at(self.readers) + self.capacity as usize
     }
 }
 
@@ -261,13 +220,6 @@ impl Memory for Segment {
         // Masked, so that any position is inside; to a multiple of 8, so that any is aligned.
         let offset = position & (self.capacity - 1) & !7;
         self.wide(data_at(self.readers) + offset as usize)
-    }
-}
-
-impl Drop for Segment {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `map` with this size; whoever holds a reference into it holds the segment.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.bytes()) };
     }
 }
 

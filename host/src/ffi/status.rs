@@ -5,6 +5,7 @@
 
 use crate::channel::Fault;
 use crate::error::{Error, Result};
+use crate::transfer;
 use std::any::Any;
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};
@@ -153,6 +154,11 @@ fn code(error: &Error) -> peerlane_status {
             Fault::Closed { .. } => PEERLANE_CLOSED,
             Fault::Poisoned { .. } => PEERLANE_ABORTED,
             Fault::Corrupt { .. } => PEERLANE_CORRUPT,
+        },
+        Error::Transfer { fault } => match fault {
+            transfer::Fault::Stale { .. } | transfer::Fault::Gone { .. } => PEERLANE_CLOSED,
+            transfer::Fault::Full { .. } | transfer::Fault::NoMemory(_) => PEERLANE_UNSUPPORTED,
+            transfer::Fault::Corrupt { .. } => PEERLANE_CORRUPT,
         },
     }
 }

@@ -18,6 +18,7 @@
 mod block;
 pub mod channel;
 mod lane;
+pub mod lease;
 mod scene;
 mod world;
 
