@@ -502,3 +502,71 @@ class ChannelReader:
 
     def __enter__(self) -> ChannelReader: ...
     def __exit__(self, *_exception: object) -> None: ...
+
+class TensorExporter:
+    """Hands tensors in host memory to up to 32 importers, processes of this user, through shared memory.
+
+    The arena has least bytes (2**20) from the beginning and grows up to most (2**34); tensors that are
+    kept by name may have named bytes (2**32) beside it. With checksums every import compares one.
+    ValueError and TypeError name a wrong argument; UnsupportedError says that there is no room, and
+    who holds what was given up; ClosedError that it was closed.
+    """
+
+    def __init__(
+        self,
+        *,
+        least: int | None = None,
+        most: int | None = None,
+        named: int | None = None,
+        checksums: bool = False,
+    ) -> None: ...
+    @property
+    def handle(self) -> str:
+        """The text by which importers open it, in any process of this user."""
+
+    def export(self, tensor: Any, *, name: int | None = None) -> bytes:
+        """Copies a tensor in host memory (anything with __dlpack__) into the arena, and returns its
+        descriptor. One with a name is copied the first time only, kept through clear, and kept
+        alive."""
+
+    def clear(self) -> None:
+        """Gives up everything exported so far but what has a name. Views stay as they are."""
+
+    def usage(self) -> dict[str, int]:
+        """Bytes reserved, used since the last clear, used at most, and kept by name; segments made."""
+
+    def close(self) -> None:
+        """Ends it. Views stay as they are."""
+
+    def __enter__(self) -> TensorExporter: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+class TensorImporter:
+    """Opens the arena of a TensorExporter, by its handle, as the importer of this index, below 32,
+    which no other process is."""
+
+    def __init__(self, handle: str, index: int) -> None: ...
+    def import_(self, descriptor: bytes) -> TensorView:
+        """The tensor of a descriptor, where it is. ClosedError if the exporter has given it up;
+        CorruptError if the descriptor is none, or the checksum is another."""
+
+class TensorView:
+    """A tensor in an exporter's memory, which stays as it is while the view or anything made of it by
+    from_dlpack lives. Other processes see the same memory: do not write."""
+
+    @property
+    def shape(self) -> list[int]:
+        """Its sizes, outermost first."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes, without gaps."""
+
+    def narrow(self, dim: int, first: int, last: int) -> TensorView:
+        """The part of it with the indices from first to before last in dimension dim."""
+
+    def __dlpack__(self, **_options: Any) -> Any:
+        """For from_dlpack of numpy, torch and others."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Host memory."""

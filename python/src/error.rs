@@ -54,6 +54,12 @@ pub(crate) fn other(py: Python<'_>, reason: impl Display) -> PyErr {
     instance(py, "Error", reason.to_string())
 }
 
+/// A call on something that was closed.
+#[cold]
+pub(crate) fn closed(py: Python<'_>, call: &str) -> PyErr {
+    instance(py, "ClosedError", format!("{call}: it was closed"))
+}
+
 fn instance(py: Python<'_>, class: &str, message: String) -> PyErr {
     static ERRORS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
     let found = ERRORS

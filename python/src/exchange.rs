@@ -21,17 +21,17 @@ const CUDA: i32 = 2;
 
 /// `DLTensor`.
 #[repr(C)]
-struct Description {
-    data: *mut c_void,
-    device: i32,
-    ordinal: i32,
-    dimensions: i32,
-    code: u8,
-    bits: u8,
-    lanes: u16,
-    shape: *const i64,
-    strides: *const i64,
-    byte_offset: u64,
+pub(crate) struct Description {
+    pub(crate) data: *mut c_void,
+    pub(crate) device: i32,
+    pub(crate) ordinal: i32,
+    pub(crate) dimensions: i32,
+    pub(crate) code: u8,
+    pub(crate) bits: u8,
+    pub(crate) lanes: u16,
+    pub(crate) shape: *const i64,
+    pub(crate) strides: *const i64,
+    pub(crate) byte_offset: u64,
 }
 
 /// `DLPackExchangeAPI`.
@@ -94,15 +94,7 @@ impl Exchange {
         tensor: &Bound<'_, PyAny>,
         ordinal: Option<u32>,
     ) -> Option<Described> {
-        let mut found = MaybeUninit::<Description>::uninit();
-        // SAFETY: the caller has checked that the object is of the class that the table is of.
-        let failed = unsafe { (self.describe)(tensor.as_ptr().cast(), found.as_mut_ptr()) } != 0;
-        if failed {
-            drop(PyErr::take(tensor.py()));
-            return None;
-        }
-        // SAFETY: the call has filled it.
-        let found = unsafe { found.assume_init() };
+        let found = self.look(tensor)?;
         let place = (found.device, found.ordinal);
         let wanted = ordinal.map_or((CPU, found.ordinal), |ordinal| (CUDA, ordinal as i32));
         let (count, last) = found.contiguous()?;
@@ -113,6 +105,19 @@ impl Exchange {
             dtype: found.dtype(),
             last,
         })
+    }
+
+    /// Describes any tensor, for as long as nobody changes its shape.
+    pub(crate) fn look(&self, tensor: &Bound<'_, PyAny>) -> Option<Description> {
+        let mut found = MaybeUninit::<Description>::uninit();
+        // SAFETY: the caller has checked that the object is of the class that the table is of.
+        let failed = unsafe { (self.describe)(tensor.as_ptr().cast(), found.as_mut_ptr()) } != 0;
+        if failed {
+            drop(PyErr::take(tensor.py()));
+            return None;
+        }
+        // SAFETY: the call has filled it.
+        Some(unsafe { found.assume_init() })
     }
 
     /// The stream that torch would queue work on.

@@ -10,6 +10,7 @@ mod channel;
 mod collectives;
 mod communicator;
 mod device;
+mod dlpack;
 mod error;
 mod exchange;
 mod memory;
@@ -18,6 +19,7 @@ mod prepared;
 mod registration;
 mod tensor;
 mod torch;
+mod transfer;
 mod work;
 
 use pyo3::prelude::*;
@@ -33,6 +35,8 @@ mod _peerlane {
     use crate::prepared::PreparedAllReduce;
     #[pymodule_export]
     use crate::registration::Registration;
+    #[pymodule_export]
+    use crate::transfer::{TensorExporter, TensorImporter, TensorView};
     #[pymodule_export]
     use crate::work::{Event, Work};
 

@@ -5,7 +5,7 @@
 
 use crate::device::Place;
 use crate::error;
-use crate::exchange::{Described, Exchange};
+use crate::exchange::{Described, Description, Exchange};
 use crate::tensor::{Need, Tensor};
 use peerlane::DType;
 use peerlane::gpu::Stream;
@@ -78,6 +78,11 @@ impl Torch {
     /// Whether the object is a tensor of any class.
     pub(crate) fn is_any(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
         object.is_instance(self.tensor.bind(object.py()))
+    }
+
+    /// Describes a tensor by torch's own table, if there is one.
+    pub(crate) fn look(&self, tensor: &Bound<'_, PyAny>) -> Option<Description> {
+        self.exchange.as_ref().filter(|_| self.is_plain(tensor))?.look(tensor)
     }
 
     /// The raw stream that torch would queue work on; `device` holds the GPU's index.

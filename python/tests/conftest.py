@@ -49,10 +49,17 @@ class Processes:
         self.running: list[multiprocessing.process.BaseProcess] = []
         self.answers: list[Connection] = []
 
-    def start(self, target: Callable[[int, str, Connection], None], world: int, name: str) -> None:
+    def start(
+        self,
+        target: Callable[[int, str, Connection], None],
+        world: int,
+        name: str,
+        *,
+        duplex: bool = False,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         for rank in range(world):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe(duplex)
             # Python joins what is not a daemon when it ends, and so would hang with it.
             process = context.Process(target=target, args=(rank, name, theirs), daemon=True)
             process.start()

@@ -21,7 +21,7 @@ const SLACK: u64 = 4;
 /// How large an arena may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes that it has from the beginning, and keeps.
+    /// Bytes that it has from the beginning, and each time that it gets memory, at least.
     pub least: u64,
     /// Bytes that it may have, with what was given up and is borrowed still.
     pub most: u64,
@@ -156,6 +156,11 @@ impl Exporter {
         self.usage.named += bytes;
         self.named.push_back(Named { name, descriptor, segment });
         Ok(descriptor)
+    }
+
+    /// Whether a tensor of this name is kept.
+    pub fn has(&self, name: u64) -> bool {
+        self.named.iter().any(|named| named.name == name)
     }
 
     /// Gives up everything exported so far but what has a name. Views of it stay as they are.

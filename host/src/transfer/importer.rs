@@ -220,6 +220,15 @@ impl View {
     }
 }
 
+impl Clone for View {
+    fn clone(&self) -> View {
+        let View { importer, address, element, shape, strides, .. } = *self;
+        let segment = self.segment.clone();
+        lease::again(segment.borrows(importer));
+        View { segment, importer, address, element, shape, strides }
+    }
+}
+
 impl Drop for View {
     fn drop(&mut self) {
         lease::end(self.segment.borrows(self.importer));

@@ -19,6 +19,11 @@ pub(super) fn take(borrows: &AtomicU64, now: &AtomicU64, generation: u64) -> Res
     Err(now)
 }
 
+/// Another look, by somebody who looks already.
+pub(super) fn again(borrows: &AtomicU64) {
+    borrows.fetch_add(1, Ordering::Relaxed);
+}
+
 /// Ends a look.
 pub(super) fn end(borrows: &AtomicU64) {
     // What was read was read before: who finds no borrow, with acquire, may write.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cases::Rng;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const BYTES: Element = Element { code: 1, bytes: 1 };
@@ -79,7 +80,7 @@ fn parts_are_looked_at_where_they_are() {
     for (dim, indices, words) in [
         (3, 0..1, "dim: expected below 3"),
         (1, 2..4, "indices: expected a part of 0..3, got 2..4"),
-        (1, 2..1, "indices: expected a part of 0..3, got 2..1"),
+        (1, Range { start: 2, end: 1 }, "indices: expected a part of 0..3, got 2..1"),
     ] {
         let refused = view().narrow(dim, indices).err().unwrap().to_string();
         assert!(refused.contains(words), "{refused}");
@@ -115,6 +116,11 @@ fn a_view_stays_through_clears_and_the_end() {
         assert_eq!(import(&importer, &exported).unwrap().to_vec(), new);
         assert_eq!(view.to_vec(), old);
     }
+    let (view, first) = (view.clone(), view);
+    drop(first);
+    exporter.clear();
+    exporter.export(&[0; 1000], BYTES, line(1000)).unwrap();
+    assert_eq!(view.to_vec(), old);
     // One segment for what is looked at, and one for the rest.
     assert_eq!((exporter.usage().segments, exporter.usage().reserved), (2, 8192));
     drop(view);
@@ -189,6 +195,7 @@ fn what_has_a_name_is_copied_once() {
     assert_eq!(exporter.usage().named, 60_000);
     assert!(import(&importer, &one).is_err());
     assert_eq!(view.to_vec(), vec![1; 30_000]);
+    assert_eq!([1, 2, 3].map(|name| exporter.has(name)), [false, true, true]);
     assert_ne!(name(&mut exporter, 1, 30_000), one);
     // Another tensor of that name, and one that is too large to be kept.
     let other = name(&mut exporter, 1, 10);

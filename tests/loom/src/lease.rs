@@ -3,6 +3,7 @@
 //! Invariant: nothing of the protocol is written a second time here. Payload is a cell of loom's, which reports whoever reads it while
 //! it is written.
 
+#[allow(dead_code, reason = "the host uses all of it")]
 #[path = "../../../host/src/transfer/lease.rs"]
 mod protocol;
 
@@ -36,6 +37,9 @@ pub struct Segment {
     borrows: AtomicU64,
     payload: UnsafeCell<u64>,
 }
+
+// SAFETY: loom runs one thread at a time, and reports what would be a race.
+unsafe impl Sync for Segment {}
 
 impl Segment {
     /// With `value` exported in generation 0.
