@@ -1,11 +1,14 @@
 """`install`: teaches an unmodified ExLlamaV3 the backends "p2p" and "auto".
 
-Two functions of ExLlamaV3 are replaced in the main process:
+These of ExLlamaV3 are replaced in the main process:
 
 - `Model_TPMixin.create_tp_context`, which knows only "native" and "nccl", gets a string that equals
   "native" but is of the type `P2P`. ExLlamaV3 passes it on in `backend_args` to every process.
 - `model_tp_fn.init_pg`, which makes the backend of a process, runs for such a string with
   `TPBackendP2P` in place of `TPBackendNative`.
+- `model_tp_fn.SMConsumer` is Peerlane's for what Peerlane's producers export.
+- `Model_TPMixin._load_tp` and `create_tp_context` find, with `channel=True`, Peerlane's `Pipe`, `Process` and `SMProducer`
+  under these names.
 
 Spawned processes are fresh interpreters without these replacements. Each of them unpickles its
 `backend_args` first, and unpickling a `P2P` replaces its `init_pg`.
@@ -27,6 +30,7 @@ from .backend import TPBackendP2P
 from .dispatch import Dispatch, spin_of
 from .options import Options, announce
 from .selection import choose
+from .tensors import Producer, consumer
 
 VERSIONS = "1.4.1 to 1.6.5"
 
@@ -63,7 +67,9 @@ def install(
                 _create_tp_context,
                 _create_tp_context_of(mixin),
             ),
+            (mixin, "_load_tp", _load_tp, _load_tp_of(mixin)),
             (model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn)),
+            (model_tp_fn, "SMConsumer", consumer, _need(model_tp_fn, "SMConsumer")),
         ]
         for owner, attribute, make, original in found:
             _put(owner, attribute, make, original)
@@ -105,6 +111,7 @@ def _arrive(options: Options) -> P2P:
     if not _patches:
         model_tp_fn = _module("model_tp_fn")
         _put(model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn))
+        _put(model_tp_fn, "SMConsumer", consumer, _need(model_tp_fn, "SMConsumer"))
     return P2P(options)
 
 
@@ -122,7 +129,9 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
         create = original
         if _options.channel:
             dispatch = Dispatch(spin_of(_options, len(self.active_devices)))
-            create = _with(original, Pipe=dispatch.pipe, Process=dispatch.process)
+            create = _with(
+                original, Pipe=dispatch.pipe, Process=dispatch.process, SMProducer=Producer
+            )
         result = create(self, p2p)
         if dispatch is not None and dispatch.helper is not None:
             self.mp_parent_conn[-1] = dispatch.helper
@@ -135,6 +144,21 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return create_tp_context
+
+
+def _load_tp(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_tp(self: Any, *arguments: Any, **named: Any) -> Any:
+        theirs = original.__globals__["SMProducer"]  # type: ignore[attr-defined]
+
+        def producer(*arguments: Any, **named: Any) -> Any:
+            # By now it is known what "auto" stands for.
+            ours = self.tp_backend == "p2p" and _options.channel
+            return (Producer if ours else theirs)(*arguments, **named)
+
+        return _with(original, SMProducer=producer)(self, *arguments, **named)
+
+    return load_tp
 
 
 def _init_pg(original: types.FunctionType) -> Callable[..., Any]:
@@ -161,16 +185,27 @@ def _with(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
     """The function, with other things under these global names. A namespace of its own rather than a swap in the
     module: another thread may be loading a model that needs what is there."""
     assert isinstance(function, types.FunctionType)
-    return types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__
+    made = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
     )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _create_tp_context_of(mixin: Any) -> Callable[..., Any]:
     """ExLlamaV3's `create_tp_context`, if it makes its processes as the replacement expects it."""
     original = _need(mixin, "create_tp_context", ("tp_backend",))
-    for name in ("Pipe", "Process", "mp_parent_conn"):
+    for name in ("Pipe", "Process", "SMProducer", "mp_parent_conn"):
         _uses(original, _path(mixin, "create_tp_context"), name)
+    return original
+
+
+def _load_tp_of(mixin: Any) -> Callable[..., Any]:
+    original = _need(mixin, "_load_tp")
+    _uses(original, _path(mixin, "_load_tp"), "SMProducer")
     return original
 
 

@@ -8,6 +8,7 @@ and a helper process started last. Its backends record who they are and move not
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,60 @@ if os.environ.get("PEERLANE_TEST_FOLDER"):
     import p2p_fakes
     import peerlane
     peerlane.Communicator = p2p_fakes.FileCommunicator
+"""
+
+# Looked up before any test puts the one below on the path.
+WITHOUT_TORCH = importlib.util.find_spec("torch") is None
+# As much of torch as Peerlane's consumers use, where there is no torch.
+TORCH = """
+import sys
+import types
+
+import numpy
+
+contiguous_format = None
+bfloat16 = float16 = float32 = object()
+_C = types.SimpleNamespace()
+
+
+class Tensor: pass
+
+
+nn = types.SimpleNamespace(Parameter=Tensor)
+
+
+class Array(numpy.ndarray):
+    device = types.SimpleNamespace(type="cpu")
+    requires_grad = False
+
+    def clone(self, memory_format):
+        return self.copy()
+
+
+def from_numpy(array):
+    return array.view(Array)
+
+
+class Capsule:
+    def __init__(self, capsule):
+        self.capsule = capsule
+
+    def __dlpack__(self, **_):
+        return self.capsule
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+def from_dlpack(capsule):
+    return from_numpy(numpy.from_dlpack(Capsule(capsule)))
+
+
+utils = types.ModuleType("torch.utils")
+utils.dlpack = types.ModuleType("torch.utils.dlpack")
+utils.dlpack.from_dlpack = from_dlpack
+sys.modules["torch.utils"] = utils
+sys.modules["torch.utils.dlpack"] = utils.dlpack
 """
 
 FILES = {
@@ -50,10 +105,35 @@ class Recording:
 class TPBackendNative(Recording): pass
 class TPBackendNCCL(Recording): pass
 """,
+    "model/model_tp_shared.py": """
+class SMProducer:
+    def __init__(self, shm_name=None, buffer_size=1):
+        self.sent = []
+
+    def export(self):
+        return {"shm_name": "none"}
+
+    def send(self, tensor, cache_id=None):
+        return {"method": "buffer", "tensor": tensor}
+
+    def clear(self): pass
+    def close(self): pass
+
+
+class SMConsumer:
+    def __init__(self, producer_imp, device=None, pin_memory=False):
+        pass
+
+    def recv(self, imp, cuda=False, slice_dim=None, first=None, last=None):
+        return imp["tensor"]
+
+    def close(self): pass
+""",
     "model/model_tp_fn.py": """
 import os
 import sys
 from .model_tp_backend import TPBackendNCCL, TPBackendNative
+from .model_tp_shared import SMConsumer, SMProducer
 
 
 def init_pg(device, active_devices, output_device, backend_args, master=False):
@@ -69,9 +149,10 @@ def init_pg(device, active_devices, output_device, backend_args, master=False):
     return {"device": device, "backend": backend}
 
 
-def mp_model_worker(conn, device, active_devices, output_device, backend_args):
+def mp_model_worker(conn, device, active_devices, output_device, backend_args, producer):
     try:
         local_context = init_pg(device, active_devices, output_device, backend_args)
+        local_context["inf_consumer"] = SMConsumer(producer, device=device, pin_memory=True)
     except Exception as error:
         conn.send(error)
         return
@@ -107,6 +188,15 @@ def mp_sum(local_context):
     return tensor.tolist()
 
 
+def mp_set_consumer(local_context, producer):
+    local_context["consumer"] = SMConsumer(producer, device=local_context["device"], pin_memory=False)
+
+
+def mp_recv(local_context, which, imp, *arguments):
+    tensor = local_context[which].recv(imp, False, *arguments)
+    return type(local_context[which]).__module__, None if tensor is None else tensor.tolist()
+
+
 def mp_cpu_reduce(local_context):
     local_context["backend"].run_cpu_reduce_jobs()
 
@@ -122,8 +212,9 @@ def mp_end(local_context):
 
 
 class PseudoParentConn:
-    def __init__(self, device, active_devices, output_device, backend_args):
+    def __init__(self, device, active_devices, output_device, backend_args, producer):
         self.local_context = init_pg(device, active_devices, output_device, backend_args, master=True)
+        self.local_context["inf_consumer"] = SMConsumer(producer, device=device, pin_memory=True)
 
     def send(self, message):
         function, args = message
@@ -152,23 +243,35 @@ class Model_TPMixin:
             case _:
                 raise ValueError(f"Unkwown backend type: {tp_backend}")
         self.mp_parent_conn, self.children = {}, {}
+        self.tp_producer = SMProducer(buffer_size=1 << 20)
         for device in self.active_devices + [-1]:
             if device == self.tp_output_device:
                 self.mp_parent_conn[device] = PseudoParentConn(
-                    device, self.active_devices, self.tp_output_device, backend_args)
+                    device, self.active_devices, self.tp_output_device, backend_args, self.tp_producer)
                 continue
             self.mp_parent_conn[device], end = Pipe()
             self.children[device] = Process(
                 target=mp_model_worker,
-                args=(end, device, self.active_devices, self.tp_output_device, backend_args))
+                args=(end, device, self.active_devices, self.tp_output_device, backend_args,
+                      self.tp_producer.export()))
             self.children[device].start()
+
+
+    def _load_tp(self, tp_backend, *, progress=False):
+        self.create_tp_context(tp_backend)
+        self.loader = SMProducer()
+        yield progress
 
 
 class Model(Model_TPMixin):
     def load(self, active_devices, output_device, tp_backend):
         self.active_devices, self.tp_output_device = active_devices, output_device
-        self.create_tp_context(tp_backend)
+        assert list(self._load_tp(tp_backend)) == [False]
         return self
+
+    def ask(self, device, function, *args):
+        self.mp_parent_conn[device].send((function, args))
+        return self.mp_parent_conn[device].recv()
 
     def run(self, function, devices=None):
         devices = self.active_devices if devices is None else devices
@@ -195,12 +298,15 @@ def write(folder: Path, **changes: tuple[str, str]) -> None:
         path = folder / "exllamav3" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.replace(old, new) if old else text)
+    if WITHOUT_TORCH:
+        (folder / "torch.py").write_text(TORCH)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: tuple[str, str]) -> ModuleType:
     """Writes the package, imports it afresh and returns its `model_tp`."""
     write(folder, **changes)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "exllamav3"]:
+    replaced = ("exllamav3", "torch") if WITHOUT_TORCH else ("exllamav3",)
+    for name in [name for name in sys.modules if name.partition(".")[0] in replaced]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import p2p_fakes
 import p2p_tree
 import pytest
@@ -63,6 +66,45 @@ def test_a_model_without_pipes_and_helper(load: Any) -> None:
         assert model.run(function("mp_cpu_reduce"), [-1]) == {-1: None}
     with pytest.raises(RuntimeError, match="expected mp_cpu_reduce, .* got 'mp_describe'"):
         model.run(function("mp_describe"), [-1])
+
+
+def test_tensors_over_arenas(load: Any) -> None:
+    install(options=OPTIONS)
+    model = load([1, 0], 0)
+    torch = importlib.import_module("torch")
+    for producer, which in ((model.tp_producer, "inf_consumer"), (model.loader, "consumer")):
+        if which == "consumer":
+            for device, exported in ((1, producer.export()), (0, producer)):
+                model.ask(device, function("mp_set_consumer"), exported)
+        values = np.arange(24, dtype=np.int32).reshape(2, 12)
+        sent = producer.send(torch.from_numpy(values))
+        kept = producer.send(torch.from_numpy(values * 2), cache_id=77)
+        huge = producer.send(torch.from_numpy(np.zeros(3 << 20, np.uint8)))
+        for device in (1, 0):
+            ask = functools.partial(model.ask, device, function("mp_recv"), which)
+            assert ask(sent) == ("peerlane.exllamav3.tensors", values.tolist())
+            assert ask(sent, 1, 3, 5)[1] == values[:, 3:5].tolist()
+            assert ask(sent, -1, 3, 5)[1] == values[:, 3:5].tolist()
+            assert ask(kept)[1] == (values * 2).tolist()
+            assert ask(producer.send(None))[1] is None
+            assert ask(huge, 0, 5, 7)[1] == [0, 0]
+        producer.clear()
+        assert model.ask(1, function("mp_recv"), which, kept)[1] == (values * 2).tolist()
+        late = model.ask(1, function("mp_recv"), which, sent)
+        assert isinstance(late, peerlane.ClosedError)
+        producer.close()
+
+
+def test_tensors_of_other_models(load: Any) -> None:
+    install()
+    for channel in (False, True):
+        install(channel=channel)
+        model = load([1, 0], 0, "native")
+        imp = model.tp_producer.send(np.ones(3))
+        for device in (1, 0):
+            kind, _ = model.ask(device, function("mp_recv"), "inf_consumer", imp)
+            assert kind == "exllamav3.model.model_tp_shared"
+        assert type(model.loader).__module__ == "exllamav3.model.model_tp_shared"
 
 
 def test_messages_of_all_sizes(load: Any) -> None:
