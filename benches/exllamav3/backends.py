@@ -3,7 +3,7 @@
   single     no tensor parallelism: the whole model on cuda:0
   native     ExLlamaV3's own, through host memory
   nccl       ExLlamaV3's own, through NCCL for sums and host memory for the rest
-  p2p        Peerlane; p2p-late, p2p-exact and p2p-rounded are it with another option (see VARIANTS)
+  p2p        Peerlane; p2p-late, p2p-exact, p2p-rounded and p2p-channel are it with another option (see VARIANTS)
   auto       Peerlane's choice among p2p, nccl and native
   ceiling    collectives that do nothing
 
@@ -14,10 +14,16 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = ["native", "p2p", "nccl", "single", "ceiling", "auto", "p2p-late", "p2p-exact", "p2p-rounded"]
+NAMES = ["native", "p2p", "nccl", "single", "ceiling", "auto", "p2p-late", "p2p-exact", "p2p-rounded", "p2p-channel"]
 # p2p-late reports a failed wait at a later call, so a pass need not wait for the GPU; p2p-exact sends
 # fp32 sums without rounding them to bf16; p2p-rounded rounds before and after such a sum as native does.
-VARIANTS = {"p2p-late": {"check": "late"}, "p2p-exact": {"wire": "native"}, "p2p-rounded": {"wire": "native"}}
+# p2p-channel does without pipes and the helper process; it has to be there when the model is loaded, so not with --turns.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "p2p-late": {"check": "late"},
+    "p2p-exact": {"wire": "native"},
+    "p2p-rounded": {"wire": "native"},
+    "p2p-channel": {"channel": True},
+}
 
 
 def peerlane_options(kind: str) -> Any:

@@ -315,6 +315,8 @@ def main() -> int:
     unknown += [b for b in args.backends if b not in backends.NAMES]
     if unknown:
         raise SystemExit(f"bench.py: unknown model or backend: {', '.join(unknown)}")
+    if args.turns and "p2p-channel" in args.backends:
+        raise SystemExit("bench.py: p2p-channel is how a model is loaded, so it takes no turns: run it without --turns")
     # As an exception, so that the sub-run in progress is ended and the results are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench = Bench(args)

@@ -10,7 +10,7 @@ import re
 from statistics import median
 from typing import Any
 
-BACKENDS = ["single", "native", "nccl", "p2p", "p2p-late", "p2p-exact", "p2p-rounded", "auto", "ceiling"]
+BACKENDS = ["single", "native", "nccl", "p2p", "p2p-late", "p2p-exact", "p2p-rounded", "p2p-channel", "auto", "ceiling"]
 TITLES = {"single": "one GPU", "ceiling": "ceiling"}
 RATIOS = ["native", "nccl", "ceiling"]
 STREAM_HASH = re.compile(r"stream-hash dev=(\d+) pass=(\d+)\s+(\d+) (\S+)\s+([0-9a-f]{12}) ")
