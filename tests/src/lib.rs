@@ -4,6 +4,7 @@
 //! Invariant: nothing in here knows how a collective works. What must come out is computed with
 //! [`peerlane::reference`], and every byte that a call may not touch is compared too.
 
+pub mod ends;
 pub mod faults;
 pub mod group;
 pub mod job;

@@ -4,9 +4,9 @@
 
 use peerlane::channel::{EVERYBODY, Fault, Reader, Side, Writer};
 use peerlane::{Error, Result};
-use std::io::{BufRead, BufReader, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
+use peerlane_tests::ends::{End, run_named};
+use std::io::Write;
+use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,16 +38,7 @@ fn main() -> ExitCode {
         ["stream"] => return write(Duration::ZERO),
         _ => {}
     }
-    let chosen = TESTS.iter().filter(|(name, _)| {
-        let mut filters = words.iter().filter(|word| !word.starts_with("--")).peekable();
-        filters.peek().is_none() || filters.any(|filter| name.contains(filter))
-    });
-    let failed = chosen.filter(|(name, test)| {
-        let good = catch_unwind(AssertUnwindSafe(test)).is_ok();
-        println!("test {name} ... {}", if good { "ok" } else { "FAILED" });
-        !good
-    });
-    if failed.count() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    run_named(TESTS, &words)
 }
 
 /// Number `number` of a sequence that both ends know.
@@ -120,51 +111,17 @@ fn write(pause: Duration) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// This program as another end.
-struct Process {
-    child: Child,
-    lines: BufReader<ChildStdout>,
+fn idle_reader(handle: &str, index: u32) -> End {
+    let mut end = End::start(&["idle", handle, &index.to_string()]);
+    assert_eq!(end.line(), "open");
+    end
 }
 
-impl Process {
-    fn start(arguments: &[&str]) -> Process {
-        let program = std::env::current_exe().expect("this program has a file");
-        let mut command = Command::new(program);
-        let mut child = command.args(arguments).stdout(Stdio::piped()).spawn().expect("it starts");
-        let lines = BufReader::new(child.stdout.take().expect("it has an output"));
-        Process { child, lines }
-    }
-
-    fn idle(handle: &str, index: u32) -> Process {
-        let mut process = Process::start(&["idle", handle, &index.to_string()]);
-        assert_eq!(process.line(), "open");
-        process
-    }
-
-    fn reader(handle: &str, index: u32, pause: Duration) -> Process {
-        let pause = pause.as_micros().to_string();
-        let mut process = Process::start(&["reader", handle, &index.to_string(), &pause]);
-        assert_eq!(process.line(), "open");
-        process
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.lines.read_line(&mut line).expect("it speaks");
-        line.trim_end().to_owned()
-    }
-
-    /// Kills it, without a wait for its end.
-    fn kill(&mut self) {
-        self.child.kill().expect("it is there");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn reader(handle: &str, index: u32, pause: Duration) -> End {
+    let pause = pause.as_micros().to_string();
+    let mut end = End::start(&["reader", handle, &index.to_string(), &pause]);
+    assert_eq!(end.line(), "open");
+    end
 }
 
 fn fault<T>(result: Result<T>) -> Fault {
@@ -194,7 +151,7 @@ fn stressed(count: u64, pauses: [u64; 3]) {
     let mut writer = Writer::create(4096, 3).expect("there is memory");
     let start = |index| {
         let pause = Duration::from_micros(pauses[index]);
-        Process::reader(&writer.handle(), index as u32, pause)
+        reader(&writer.handle(), index as u32, pause)
     };
     let mut readers = [0, 1, 2].map(start);
     assert_eq!(writer.attached(EVERYBODY), Ok(()));
@@ -214,13 +171,12 @@ fn slow_readers_hold_the_writer_up() {
 }
 
 fn a_killed_writer_is_noticed_by_all() {
-    let mut writer = Process::start(&["writer"]);
+    let mut writer = End::start(&["writer"]);
     let handle = writer.line();
-    let mut readers: Vec<_> =
-        (0..2).map(|index| Process::reader(&handle, index, Duration::ZERO)).collect();
+    let mut readers: Vec<_> = (0..2).map(|index| reader(&handle, index, Duration::ZERO)).collect();
     let mut own = Reader::open(&handle, 2).expect("the handle is good");
     while own.recv(Duration::from_millis(200)).is_ok() {}
-    let pid = writer.child.id();
+    let pid = writer.pid();
     // Not waited for: a process that has ended and is still listed is gone too.
     let begin = Instant::now();
     writer.kill();
@@ -237,9 +193,9 @@ fn a_killed_writer_is_noticed_by_all() {
 /// The readers check every message that they receive.
 fn a_writer_killed_at_any_moment() {
     for round in 0..20 {
-        let mut writer = Process::start(&["stream"]);
+        let mut writer = End::start(&["stream"]);
         let handle = writer.line();
-        let open = |index| Process::reader(&handle, index, Duration::ZERO);
+        let open = |index| reader(&handle, index, Duration::ZERO);
         let mut readers = [0, 1, 2].map(open);
         thread::sleep(Duration::from_micros(draw(round) % 20_000));
         writer.kill();
@@ -252,7 +208,7 @@ fn a_writer_killed_at_any_moment() {
 
 fn a_killed_reader_is_named_and_forgotten() {
     let mut writer = Writer::create(4096, 2).expect("there is memory");
-    let mut victim = Process::idle(&writer.handle(), 1);
+    let mut victim = idle_reader(&writer.handle(), 1);
     let mut other = Reader::open(&writer.handle(), 0).expect("the handle is good");
     let most = writer.max_payload() as u16;
     let (_, payload) = message(0, 2, u64::from(most));
@@ -262,7 +218,7 @@ fn a_killed_reader_is_named_and_forgotten() {
     }
     let begin = Instant::now();
     victim.kill();
-    let (who, pid) = (Side::Reader(1), victim.child.id());
+    let (who, pid) = (Side::Reader(1), victim.pid());
     assert_eq!(fault(send(LONG)), Fault::Died { who, pid });
     let waited = begin.elapsed();
     println!("a killed reader was noticed after {waited:?}");
@@ -279,8 +235,7 @@ fn a_killed_reader_is_named_and_forgotten() {
 fn poison_ends_waits_in_other_processes() {
     let writer = Writer::create(4096, 3).expect("there is memory");
     let handle = writer.handle();
-    let mut readers: Vec<_> =
-        (0..2).map(|index| Process::reader(&handle, index, Duration::ZERO)).collect();
+    let mut readers: Vec<_> = (0..2).map(|index| reader(&handle, index, Duration::ZERO)).collect();
     let own = Reader::open(&handle, 2).expect("the handle is good");
     thread::sleep(Duration::from_millis(100));
     let begin = Instant::now();
@@ -298,14 +253,14 @@ fn nothing_stays_behind() {
         let files = std::fs::read_dir("/dev/shm").into_iter().flatten().flatten();
         files.map(|f| f.file_name().to_string_lossy().into_owned()).collect()
     };
-    let mut writer = Process::start(&["writer"]);
-    let reader = Process::reader(&writer.line(), 0, Duration::ZERO);
+    let mut writer = End::start(&["writer"]);
+    let reader = reader(&writer.line(), 0, Duration::ZERO);
     assert!(!names().iter().any(|name| name.contains("peerlane-channel")));
     drop((writer, reader));
 }
 
 fn a_handle_dies_with_its_writer() {
-    let mut writer = Process::start(&["writer"]);
+    let mut writer = End::start(&["writer"]);
     let handle = writer.line();
     drop(writer);
     let refused = Reader::open(&handle, 0).map(drop);

@@ -4,9 +4,8 @@
 
 use peerlane::Error;
 use peerlane::transfer::{Descriptor, Element, Exporter, Fault, Importer, Limits, Shape};
-use std::io::{BufRead, BufReader, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use peerlane_tests::ends::{End, run_named};
+use std::process::ExitCode;
 
 const FLOATS: Element = Element { code: 2, bytes: 4 };
 
@@ -26,16 +25,7 @@ fn main() -> ExitCode {
         ["exporter"] => return export(),
         _ => {}
     }
-    let chosen = TESTS.iter().filter(|(name, _)| {
-        let mut filters = words.iter().filter(|word| !word.starts_with("--")).peekable();
-        filters.peek().is_none() || filters.any(|filter| name.contains(filter))
-    });
-    let failed = chosen.filter(|(name, test)| {
-        let good = catch_unwind(AssertUnwindSafe(test)).is_ok();
-        println!("test {name} ... {}", if good { "ok" } else { "FAILED" });
-        !good
-    });
-    if failed.count() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    run_named(TESTS, &words)
 }
 
 /// A number that both sides know of a tensor.
@@ -91,77 +81,40 @@ fn tensor(exporter: &mut Exporter, seed: u64, columns: u64) -> (Descriptor, u64)
     (exported, sum(&payload[payload.len() / 2..]))
 }
 
-/// This program as another end.
-struct Process {
-    child: Child,
-    input: ChildStdin,
-    lines: BufReader<ChildStdout>,
+fn start(exporter: &Exporter, index: u32) -> End {
+    End::start(&["importer", &exporter.handle(), &index.to_string()])
 }
 
-impl Process {
-    fn start(arguments: &[&str]) -> Process {
-        let program = std::env::current_exe().expect("this program has a file");
-        let mut command = Command::new(program);
-        let command = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("it starts");
-        let input = child.stdin.take().expect("it has an input");
-        let lines = BufReader::new(child.stdout.take().expect("it has an output"));
-        Process { child, input, lines }
-    }
-
-    fn importer(exporter: &Exporter, index: u32) -> Process {
-        Process::start(&["importer", &exporter.handle(), &index.to_string()])
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.lines.read_line(&mut line).expect("it says something");
-        line.trim_end().to_owned()
-    }
-
-    fn ask(&mut self, descriptor: &Descriptor) -> String {
-        writeln!(self.input, "{}", hex(descriptor)).expect("it listens");
-        self.line()
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().expect("it can be killed");
-        self.child.wait().expect("it has ended");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn ask(importer: &mut End, descriptor: &Descriptor) -> String {
+    importer.tell(&hex(descriptor));
+    importer.line()
 }
 
 fn processes_see_what_was_exported() {
     let limits = Limits { least: 4096, checksums: true, ..Limits::default() };
     let mut exporter = Exporter::create(limits).expect("there is memory");
-    let mut importers: Vec<_> = (0..3).map(|index| Process::importer(&exporter, index)).collect();
+    let mut importers: Vec<_> = (0..3).map(|index| start(&exporter, index)).collect();
     for round in 1..40 {
         // Each round another size: the arena grows while all of them hold a view of the last round.
         for part in 1..4 {
             let (descriptor, expected) = tensor(&mut exporter, round * part, round * round * 100);
-            for importer in &mut importers {
-                assert_eq!(importer.ask(&descriptor), expected.to_string());
+            for one in &mut importers {
+                assert_eq!(ask(one, &descriptor), expected.to_string());
             }
         }
         exporter.clear();
     }
     let (descriptor, _) = tensor(&mut exporter, 3, 8);
     exporter.clear();
-    assert!(importers[0].ask(&descriptor).contains("the tensor was given up"));
+    assert!(ask(&mut importers[0], &descriptor).contains("the tensor was given up"));
 }
 
 fn an_importer_killed_with_a_view() {
     let limits = Limits { least: 4096, most: 8192, ..Limits::default() };
     let mut exporter = Exporter::create(limits).expect("there is memory");
-    let mut importer = Process::importer(&exporter, 7);
+    let mut importer = start(&exporter, 7);
     let (descriptor, expected) = tensor(&mut exporter, 1, 512);
-    assert_eq!(importer.ask(&descriptor), expected.to_string());
+    assert_eq!(ask(&mut importer, &descriptor), expected.to_string());
     exporter.clear();
     // What is held and what is new fill the arena.
     tensor(&mut exporter, 2, 512);
@@ -175,25 +128,27 @@ fn an_importer_killed_with_a_view() {
         "{refused}"
     );
     importer.kill();
+    importer.wait();
     third(&mut exporter).expect("the dead hold nothing");
     // The next process under that index begins with nothing.
-    let mut importer = Process::importer(&exporter, 7);
+    let mut importer = start(&exporter, 7);
     exporter.clear();
     let (descriptor, expected) = tensor(&mut exporter, 4, 100);
-    assert_eq!(importer.ask(&descriptor), expected.to_string());
+    assert_eq!(ask(&mut importer, &descriptor), expected.to_string());
 }
 
 fn a_view_outlives_its_killed_exporter() {
-    let mut exporter = Process::start(&["exporter"]);
+    let mut exporter = End::start(&["exporter"]);
     let importer = Importer::open(&exporter.line(), 0).expect("a good handle");
     let descriptor = Descriptor::read(&unhex(&exporter.line())).expect("a descriptor");
     let view = importer.import(&descriptor).expect("it is there");
     let before = view.to_vec();
     exporter.kill();
+    exporter.wait();
     assert_eq!(view.to_vec(), before);
     // What is mapped can be looked at still; another importer finds nobody.
     assert_eq!(importer.import(&descriptor).expect("it is mapped").to_vec(), before);
-    let handle = Process::start(&["exporter"]).line();
+    let handle = End::start(&["exporter"]).line();
     let late = Importer::open(&handle, 0).expect("a good handle");
     let refused = late.import(&descriptor).err().expect("nobody is there");
     assert!(matches!(refused, Error::Transfer { fault: Fault::Gone { .. } }), "{refused}");
@@ -201,17 +156,17 @@ fn a_view_outlives_its_killed_exporter() {
 
 fn an_index_is_one_process() {
     let mut exporter = Exporter::create(Limits::default()).expect("there is memory");
-    let mut first = Process::importer(&exporter, 2);
-    let mut second = Process::importer(&exporter, 2);
+    let mut first = start(&exporter, 2);
+    let mut second = start(&exporter, 2);
     let (descriptor, expected) = tensor(&mut exporter, 1, 10);
-    assert_eq!(first.ask(&descriptor), expected.to_string());
+    assert_eq!(ask(&mut first, &descriptor), expected.to_string());
     assert!(
-        second
-            .ask(&descriptor)
+        ask(&mut second, &descriptor)
             .contains("index: expected an index that no other process has, got 2")
     );
     first.kill();
-    assert_eq!(second.ask(&descriptor), expected.to_string());
+    first.wait();
+    assert_eq!(ask(&mut second, &descriptor), expected.to_string());
 }
 
 /// No file descriptors; the memory has no name anywhere.

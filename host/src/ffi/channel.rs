@@ -110,13 +110,12 @@ pub unsafe extern "C" fn peerlane_channel_send(
     sequence: *mut u64,
 ) -> peerlane_status {
     guard("channel_send", |op| {
-        // SAFETY: the header asks for a handle, for that many bytes, and for room for a number or NULL.
-        let (mut writer, payload, sequence) = unsafe {
-            (writing(op, writer)?, items(op, "payload", payload.cast(), bytes)?, sequence.as_mut())
+        // SAFETY: the header asks for what `stage` asks for.
+        let mut writer = unsafe {
+            let message = (readers, (kind, flags), payload, bytes);
+            stage(op, writer, message, timeout_ms, sequence)?
         };
-        let timeout = Duration::from_millis(timeout_ms);
-        let sent = writer.send(readers, (kind, flags), payload, timeout)?;
-        sequence.into_iter().for_each(|place| *place = sent);
+        writer.publish();
         Ok(())
     })
 }
@@ -135,14 +134,11 @@ pub unsafe extern "C" fn peerlane_channel_stage(
     sequence: *mut u64,
 ) -> peerlane_status {
     guard("channel_stage", |op| {
-        // SAFETY: the header asks for a handle, for that many bytes, and for room for a number or NULL.
-        let (mut writer, payload, sequence) = unsafe {
-            (writing(op, writer)?, items(op, "payload", payload.cast(), bytes)?, sequence.as_mut())
-        };
-        let timeout = Duration::from_millis(timeout_ms);
-        let staged = writer.stage(readers, (kind, flags), payload, timeout)?;
-        sequence.into_iter().for_each(|place| *place = staged);
-        Ok(())
+        // SAFETY: the header asks for what `stage` asks for.
+        unsafe {
+            let message = (readers, (kind, flags), payload, bytes);
+            stage(op, writer, message, timeout_ms, sequence).map(drop)
+        }
     })
 }
 
@@ -272,6 +268,26 @@ unsafe fn close<T>(op: &'static str, end: *mut T) {
         drop(unsafe { Box::from_raw(end) });
         Ok(())
     });
+}
+
+/// Puts a message into a batch. The lock is the caller's, so that nothing of another thread comes between.
+///
+/// # Safety
+/// `writer` is NULL or a handle, the payload NULL or so many bytes, and `sequence` NULL or room for a number.
+unsafe fn stage<'a>(
+    op: &'static str,
+    writer: *const peerlane_channel_writer,
+    (readers, what, payload, bytes): (u32, (u16, u16), *const c_void, usize),
+    timeout_ms: u64,
+    sequence: *mut u64,
+) -> Result<MutexGuard<'a, Writer>> {
+    // SAFETY: the caller's contract.
+    let (mut writer, payload, sequence) = unsafe {
+        (writing(op, writer)?, items(op, "payload", payload.cast(), bytes)?, sequence.as_mut())
+    };
+    let number = writer.stage(readers, what, payload, Duration::from_millis(timeout_ms))?;
+    sequence.into_iter().for_each(|place| *place = number);
+    Ok(writer)
 }
 
 /// # Safety
