@@ -23,8 +23,14 @@ pub(crate) fn create(name: &str, bytes: usize) -> rustix::io::Result<OwnedFd> {
 
 /// Gives `file` its pages: now, where having none is an error, and not when they are written to, where it would be a signal.
 pub(crate) fn back(file: &OwnedFd, bytes: usize) -> Result<(), String> {
-    fallocate(file, FallocateFlags::empty(), 0, bytes as u64)
-        .map_err(|error| format!("{bytes} bytes of shared memory: {error}"))
+    // In pieces: a signal that is handled interrupts the call, which would begin anew each time.
+    const PIECE: usize = 64 << 20;
+    for at in (0..bytes).step_by(PIECE) {
+        let (at, piece) = (at as u64, PIECE.min(bytes - at) as u64);
+        rustix::io::retry_on_intr(|| fallocate(file, FallocateFlags::empty(), at, piece))
+            .map_err(|error| format!("{bytes} bytes of shared memory: {error}"))?;
+    }
+    Ok(())
 }
 
 /// Opens what process `pid` has open as `descriptor`, if it is a file of this user.

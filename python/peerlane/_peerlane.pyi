@@ -524,10 +524,13 @@ class TensorExporter:
     def handle(self) -> str:
         """The text by which importers open it, in any process of this user."""
 
-    def export(self, tensor: Any, *, name: int | None = None) -> bytes:
+    def export(self, tensor: Any, *, name: int | None = None, owner: Any = None) -> bytes:
         """Copies a tensor in host memory (anything with __dlpack__) into the arena, and returns its
-        descriptor. One with a name is copied the first time only, kept through clear, and kept
-        alive."""
+        descriptor. One with a name is copied the first time only and kept through clear; as long, it
+        is kept alive, or owner in its place."""
+
+    def find(self, name: int) -> bytes | None:
+        """The descriptor of the tensor that is kept under this name."""
 
     def clear(self) -> None:
         """Gives up everything exported so far but what has a name. Views stay as they are."""
@@ -565,8 +568,15 @@ class TensorView:
     def narrow(self, dim: int, first: int, last: int) -> TensorView:
         """The part of it with the indices from first to before last in dimension dim."""
 
-    def __dlpack__(self, **_options: Any) -> Any:
-        """For from_dlpack of numpy, torch and others."""
+    def __dlpack__(
+        self,
+        stream: Any = None,
+        *,
+        max_version: Any = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """For from_dlpack of numpy, torch and others. BufferError if they ask for a copy."""
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Host memory."""

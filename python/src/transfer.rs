@@ -8,10 +8,11 @@ use crate::error;
 use crate::options::{self, Given};
 use peerlane::Error;
 use peerlane::transfer::{Descriptor, Exporter, Importer, Limits, View};
+use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The side that exports.
 #[pyclass(frozen, weakref, module = "peerlane")]
@@ -72,12 +73,13 @@ impl TensorExporter {
     }
 
     /// Copies a tensor into the arena; returns its descriptor.
-    #[pyo3(signature = (tensor, *, name=None))]
+    #[pyo3(signature = (tensor, *, name=None, owner=None))]
     fn export<'py>(
         &self,
         py: Python<'py>,
         tensor: &Bound<'py, PyAny>,
         name: Option<u64>,
+        owner: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         const CALL: &str = "transfer export";
         let read = dlpack::Read::of(CALL, tensor)?;
@@ -88,15 +90,19 @@ impl TensorExporter {
             None => arena.export(payload, element, shape).map(|made| (made, true)),
             Some(name) => {
                 let made = arena.export_named(name, payload, element, shape)?;
-                Ok((made, arena.has(name)))
+                Ok((made, arena.named(name).is_some()))
             }
         })?;
         if let (Some(name), (_, true)) = (name, &exported) {
-            self.keep(py, name, tensor)?;
+            self.keep(py, name, owner.unwrap_or(tensor))?;
         }
-        let mut bytes = Vec::with_capacity(128);
-        exported.0.write(&mut bytes);
-        Ok(PyBytes::new(py, &bytes))
+        Ok(written(py, &exported.0))
+    }
+
+    /// The descriptor of the tensor that is kept under a name.
+    fn find<'py>(&self, py: Python<'py>, name: u64) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let found = self.with(py, "transfer find", |arena| Ok(arena.named(name)))?;
+        Ok(found.map(|descriptor| written(py, &descriptor)))
     }
 
     /// Gives up everything exported so far but what has a name.
@@ -123,7 +129,9 @@ impl TensorExporter {
     fn close(&self, py: Python<'_>) {
         let arena = py.detach(|| self.arena.lock().unwrap_or_else(PoisonError::into_inner).take());
         drop(arena);
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let kept = std::mem::take(&mut *self.kept());
+        // Without the lock: they may end, and run anything.
+        drop(kept);
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -139,23 +147,34 @@ impl TensorExporter {
 impl TensorExporter {
     /// Keeps the object of a tensor that is kept by name, and lets those go that are not any more.
     fn keep(&self, py: Python<'_>, name: u64, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
         if kept.get(&name).is_some_and(|object| object.is(tensor)) {
             return Ok(());
         }
-        kept.insert(name, tensor.clone().unbind());
+        let replaced = kept.insert(name, tensor.clone().unbind());
         let names: Vec<u64> = kept.keys().copied().collect();
         drop(kept);
+        // From here on without the lock: objects may end, and run anything.
+        drop(replaced);
         let gone = self.with(py, "transfer export", |arena| {
-            Ok(names.into_iter().filter(|name| !arena.has(*name)).collect::<Vec<_>>())
+            Ok(names.into_iter().filter(|name| arena.named(*name).is_none()).collect::<Vec<_>>())
         })?;
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
         let objects: Vec<_> = gone.iter().filter_map(|name| kept.remove(name)).collect();
         drop(kept);
-        // Without the lock: they may end, and run anything.
         drop(objects);
         Ok(())
     }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<u64, Py<PyAny>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn written<'py>(py: Python<'py>, descriptor: &Descriptor) -> Bound<'py, PyBytes> {
+    let mut bytes = Vec::with_capacity(128);
+    descriptor.write(&mut bytes);
+    PyBytes::new(py, &bytes)
 }
 
 /// The side that imports.
@@ -208,12 +227,21 @@ impl TensorView {
     }
 
     /// For from_dlpack of numpy, torch and others.
-    #[pyo3(signature = (**_options))]
+    #[pyo3(signature = (stream=None, *, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__(
         &self,
         py: Python<'_>,
-        _options: Option<&Bound<'_, PyDict>>,
+        stream: Given<'_, '_>,
+        max_version: Given<'_, '_>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
     ) -> PyResult<Py<PyAny>> {
+        // A capsule of version 0, which every version takes; and host memory has no streams.
+        let _ = (stream, max_version);
+        if copy == Some(true) || dl_device.is_some_and(|device| device != (dlpack::HOST, 0)) {
+            let expected = "__dlpack__: expected to give this memory as it is, got copy=True or another device";
+            return Err(PyBufferError::new_err(expected));
+        }
         dlpack::give(py, self.view.clone())
     }
 

@@ -123,6 +123,35 @@ def test_arrays_with_a_name_are_kept() -> None:
             importer.import_(descriptor)
 
 
+def test_an_owner_is_kept_in_place_of_an_array() -> None:
+    with TensorExporter(named=10_000) as exporter:
+        importer = TensorImporter(exporter.handle, 0)
+        owner = np.zeros(1)
+        seen = weakref.ref(owner)
+        assert exporter.find(5) is None
+        descriptor = exporter.export(np.full(6000, 7, np.uint8), name=5, owner=owner)
+        assert exporter.find(5) == descriptor
+        del owner
+        gc.collect()
+        assert seen() is not None
+        assert (np.from_dlpack(importer.import_(descriptor)) == 7).all()
+        # What goes may run anything, this exporter's methods too.
+        weakref.finalize(seen(), exporter.export, np.ones(3), name=9)
+        exporter.export(np.full(6000, 8, np.uint8), name=6)
+        gc.collect()
+        assert seen() is None and exporter.find(5) is None and exporter.find(9) is not None
+
+
+def test_copies_are_for_the_taker_to_make() -> None:
+    with TensorExporter() as exporter:
+        view = TensorImporter(exporter.handle, 0).import_(exporter.export(np.ones(3)))
+        with pytest.raises(BufferError, match="copy=True"):
+            view.__dlpack__(copy=True)
+        with pytest.raises(BufferError, match="another device"):
+            view.__dlpack__(dl_device=(2, 0))
+        view.__dlpack__(None, max_version=(1, 0), dl_device=(1, 0), copy=False)
+
+
 def test_mistakes() -> None:
     for arguments, words in (
         ({"least": 0}, "least: expected 1 to"),

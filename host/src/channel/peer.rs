@@ -4,6 +4,7 @@
 //! number comes from shared memory and is used to look, never to signal.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -29,8 +30,10 @@ impl Process {
     /// This one.
     pub(crate) fn this() -> Result<Process, String> {
         let pid = std::process::id();
-        let (_, started) = look(pid).ok_or("/proc/self/stat cannot be read")?;
-        Ok(Process { pid, started })
+        match look(pid) {
+            Look::There { started, .. } => Ok(Process { pid, started }),
+            _ => Err("/proc/self/stat cannot be read".into()),
+        }
     }
 
     pub(crate) fn pid(self) -> u32 {
@@ -50,25 +53,52 @@ impl Process {
 
     /// Whether its number is still its own.
     fn is_listed(self) -> bool {
-        look(self.pid).is_some_and(|(_, started)| started == self.started)
+        matches!(look(self.pid), Look::There { started, .. } if started == self.started)
     }
 
-    /// Whether it is listed and runs. One whose first thread has ended and others not looks as if it did not.
+    /// Whether it may be running still: not if it is known to have ended.
     pub(crate) fn is_running(self) -> bool {
-        let own = look(self.pid).filter(|(_, started)| *started == self.started);
-        own.is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+        match look(self.pid) {
+            Look::Gone => false,
+            // Too many open files, say: no reason to think that it has ended.
+            Look::Unknown => true,
+            Look::There { started, .. } if started != self.started => false,
+            // Its first thread has ended, and others may not have.
+            Look::There { state: b'Z' | b'X', .. } => threads(self.pid) > 1,
+            Look::There { .. } => true,
+        }
     }
 }
 
-/// The state of a process, and when it started.
-fn look(pid: u32) -> Option<(char, u64)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program may hold anything, spaces and brackets too.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?.chars().next()?;
-    // Field 22 of all; the state was the third.
-    let started: u64 = fields.nth(18)?.parse().ok()?;
-    Some((state, started & TIME))
+/// What the kernel says of a process.
+enum Look {
+    Gone,
+    Unknown,
+    There { state: u8, started: u64 },
+}
+
+fn look(pid: u32) -> Look {
+    let stat = match std::fs::read(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat,
+        Err(error) => {
+            let gone = [Errno::NOENT, Errno::SRCH].map(|errno| Some(errno.raw_os_error()));
+            return if gone.contains(&error.raw_os_error()) { Look::Gone } else { Look::Unknown };
+        }
+    };
+    // The name of the program may hold anything, spaces, brackets and what is no text too.
+    let fields = || {
+        let name = stat.iter().rposition(|byte| *byte == b')')?;
+        let mut fields = std::str::from_utf8(&stat[name + 1..]).ok()?.split_ascii_whitespace();
+        let state = *fields.next()?.as_bytes().first()?;
+        // Field 22 of all; the state was the third.
+        let started: u64 = fields.nth(18)?.parse().ok()?;
+        Some(Look::There { state, started: started & TIME })
+    };
+    fields().unwrap_or(Look::Unknown)
+}
+
+fn threads(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
 
 /// Watches a process.

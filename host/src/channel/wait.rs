@@ -32,6 +32,7 @@ pub(super) fn wait<T>(
         return Ok((Some(found), Duration::ZERO));
     }
     let begin = Instant::now();
+    let mut next_look = SLICE;
     loop {
         let waited = begin.elapsed();
         let left = patience.limit.saturating_sub(waited);
@@ -43,9 +44,10 @@ pub(super) fn wait<T>(
         if found.is_some() {
             return Ok((found, begin.elapsed()));
         }
-        if phase == Phase::Spin {
+        if phase == Phase::Spin && waited < next_look {
             continue;
         }
+        next_look = waited + SLICE;
         look()?;
         if left.is_zero() {
             // What `look` has found out.

@@ -15,6 +15,8 @@ use std::sync::atomic::Ordering;
 
 /// Clears whose use is remembered: for as many the arena keeps what the largest of them needed.
 const MEMORY: usize = 64;
+/// Tensors kept by name, each of which has a file open.
+const MOST_NAMED: usize = 256;
 /// How much larger than that the arena may be before it shrinks.
 const SLACK: u64 = 4;
 
@@ -128,7 +130,7 @@ impl Exporter {
     }
 
     /// As [`export`](Exporter::export) of a tensor that stays through clears and is copied only the first time. The tensor of a
-    /// name is always the same one. When all together exceed their limit, those go that were exported longest ago.
+    /// name is always the same one. When all together exceed their limit, or 256, those go that were exported longest ago.
     pub fn export_named(
         &mut self,
         name: u64,
@@ -147,9 +149,12 @@ impl Exporter {
         if bytes > self.limits.named {
             return self.export(payload, element, shape);
         }
-        while self.usage.named + bytes > self.limits.named && !self.named.is_empty() {
+        while !self.named.is_empty()
+            && (self.usage.named + bytes > self.limits.named || self.named.len() >= MOST_NAMED)
+        {
             self.forget_named(0);
         }
+        self.reclaim();
         let checksum = self.checksum(payload);
         let segment = self.make(bytes.max(1))?;
         let descriptor = place(&segment, 0, payload, (element, shape), checksum);
@@ -158,9 +163,9 @@ impl Exporter {
         Ok(descriptor)
     }
 
-    /// Whether a tensor of this name is kept.
-    pub fn has(&self, name: u64) -> bool {
-        self.named.iter().any(|named| named.name == name)
+    /// The tensor that is kept under this name.
+    pub fn named(&self, name: u64) -> Option<Descriptor> {
+        self.named.iter().find(|named| named.name == name).map(|named| named.descriptor)
     }
 
     /// Gives up everything exported so far but what has a name. Views of it stay as they are.
@@ -175,7 +180,9 @@ impl Exporter {
         // One segment for what several held, or none of it is in one piece next time either.
         let keeps = |segment: &Segment| {
             let capacity = segment.capacity();
-            segment.borrower().is_none() && capacity >= needed && capacity <= needed * SLACK
+            segment.borrower().is_none()
+                && capacity >= needed
+                && capacity <= needed.saturating_mul(SLACK)
         };
         let kept = self.segments.iter().position(keeps);
         for (at, segment) in std::mem::take(&mut self.segments).into_iter().enumerate() {
@@ -204,7 +211,9 @@ impl Exporter {
             let borrower = self.retired.iter().find_map(Segment::borrower);
             return Err(Fault::Full { bytes: room, limit: self.limits.most, borrower }.into());
         }
-        let segment = self.make(room.max(usual).max(doubled).min(left))?;
+        let wanted = room.max(usual).max(doubled).min(left).max(1);
+        // Where there is no memory for more there may be for this.
+        let segment = self.make(wanted).or_else(|_| self.make(room.max(1)))?;
         self.segments.push(segment);
         self.next = 0;
         Ok(())
@@ -245,6 +254,9 @@ impl Exporter {
 
 impl Drop for Exporter {
     fn drop(&mut self) {
+        if self.owner.process.pid() != std::process::id() {
+            return; // A forked child's: it is its parent's still.
+        }
         // What importers have mapped stays theirs; what they have not they can open no more.
         let named = self.named.drain(..).map(|named| named.segment);
         for segment in self.segments.drain(..).chain(named) {

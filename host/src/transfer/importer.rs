@@ -84,17 +84,25 @@ impl Importer {
 
     /// Says in a segment which process borrows under this index.
     fn sign(&self, segment: &Segment) -> Result<()> {
-        let own = self.process.pack();
-        let before = segment.process(self.index).swap(own, Ordering::Relaxed);
-        let other = Process::unpack(before).filter(|_| before != own);
-        if other.is_some_and(Process::is_running) {
-            segment.process(self.index).store(before, Ordering::Relaxed);
-            let expected = "an index that no other process has".into();
-            return Err(invalid(OP, "index", expected, self.index));
+        let (own, slot) = (self.process.pack(), segment.process(self.index));
+        let before = slot.load(Ordering::Acquire);
+        if before == own {
+            return Ok(());
         }
-        if other.is_some() {
-            // What it held when it ended.
-            segment.borrows(self.index).store(0, Ordering::SeqCst);
+        let taken = || {
+            let expected = "an index that no other process has".into();
+            invalid(OP, "index", expected, self.index)
+        };
+        let other = Process::unpack(before);
+        if other.is_some_and(Process::is_running) {
+            return Err(taken());
+        }
+        // What it held when it ended; nobody else counts under this index before it is signed.
+        let left = segment.borrows(self.index).load(Ordering::Relaxed);
+        match slot.compare_exchange(before, own, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => lease::forget(segment.borrows(self.index), left),
+            Err(now) if now == own => {}
+            Err(_) => return Err(taken()),
         }
         Ok(())
     }
@@ -231,6 +239,9 @@ impl Clone for View {
 
 impl Drop for View {
     fn drop(&mut self) {
+        if !self.segment.is_own() {
+            return;
+        }
         lease::end(self.segment.borrows(self.importer));
     }
 }

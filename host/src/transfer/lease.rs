@@ -30,6 +30,11 @@ pub(super) fn end(borrows: &AtomicU64) {
     borrows.fetch_sub(1, Ordering::Release);
 }
 
+/// Ends the looks of somebody who is gone.
+pub(super) fn forget(borrows: &AtomicU64, looks: u64) {
+    borrows.fetch_sub(looks, Ordering::Release);
+}
+
 /// Gives up what was exported so far. `is_free` tells from then on who still looks.
 pub(super) fn give_up(now: &AtomicU64) {
     now.fetch_add(1, Ordering::Relaxed);

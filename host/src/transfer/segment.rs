@@ -50,19 +50,25 @@ impl FromStr for Owner {
 }
 
 pub(super) struct Segment {
-    file: OwnedFd,
+    /// The exporter's. Importers need none once it is mapped.
+    file: Option<OwnedFd>,
     memory: Mapping,
     pub(super) number: u32,
+    /// The process that has mapped it, which is not a child that was forked later.
+    pid: u32,
 }
 
 impl Segment {
     /// Room for `bytes` of payload, which the kernel may refuse.
     pub(super) fn create(owner: Owner, number: u32, bytes: u64) -> Result<Segment, String> {
-        let size = (PAGE as u64 + bytes).next_multiple_of(PAGE as u64);
-        let size = usize::try_from(size).map_err(|error| error.to_string())?;
+        let size =
+            bytes.checked_add(PAGE as u64).and_then(|n| n.checked_next_multiple_of(PAGE as u64));
+        let size = size.and_then(|size| usize::try_from(size).ok());
+        let size = size.ok_or_else(|| format!("{bytes} bytes are more than there can be"))?;
         let file = sealed::create("peerlane-tensors", size).map_err(|error| error.to_string())?;
         sealed::back(&file, size)?;
-        let segment = Segment::map(file, size, number)?;
+        let mut segment = Segment::map(&file, size, number)?;
+        segment.file = Some(file);
         for (index, word) in first_line(owner, number).into_iter().enumerate() {
             segment.memory.wide(8 * index).store(word, Ordering::Relaxed);
         }
@@ -77,7 +83,7 @@ impl Segment {
         if size <= PAGE || !size.is_multiple_of(PAGE) {
             return Err(corrupt("segment", "pages of payload", format_args!("{size} bytes")));
         }
-        let segment = Segment::map(file, size, number).map_err(gone)?;
+        let segment = Segment::map(&file, size, number).map_err(gone)?;
         let found: Vec<u64> =
             (0..4).map(|i| segment.memory.wide(8 * i).load(Ordering::Relaxed)).collect();
         if found != first_line(owner, number) {
@@ -87,9 +93,14 @@ impl Segment {
         Ok(segment)
     }
 
-    fn map(file: OwnedFd, size: usize, number: u32) -> Result<Segment, String> {
-        let memory = Mapping::new(&file, size)?;
-        Ok(Segment { file, memory, number })
+    fn map(file: &OwnedFd, size: usize, number: u32) -> Result<Segment, String> {
+        let memory = Mapping::new(file, size)?;
+        Ok(Segment { file: None, memory, number, pid: std::process::id() })
+    }
+
+    /// Whether this is the process that has mapped it: what a forked child drops is its parent's.
+    pub(super) fn is_own(&self) -> bool {
+        self.pid == std::process::id()
     }
 
     /// Bytes of payload.
@@ -99,7 +110,7 @@ impl Segment {
 
     /// The number of its file in the exporter.
     pub(super) fn file(&self) -> u32 {
-        self.file.as_raw_fd() as u32
+        self.file.as_ref().map_or(u32::MAX, |file| file.as_raw_fd() as u32)
     }
 
     /// Where the payload at `offset` lies.

@@ -133,8 +133,10 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
                 original, Pipe=dispatch.pipe, Process=dispatch.process, SMProducer=Producer
             )
         result = create(self, p2p)
-        if dispatch is not None and dispatch.helper is not None:
-            self.mp_parent_conn[-1] = dispatch.helper
+        if dispatch is not None:
+            self.tp_producer.settle = self.tp_drain_acks
+            if dispatch.helper is not None:
+                self.mp_parent_conn[-1] = dispatch.helper
         self.tp_backend = "p2p"
         if not p2p.met:
             raise RuntimeError(
@@ -198,8 +200,9 @@ def _with(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
 def _create_tp_context_of(mixin: Any) -> Callable[..., Any]:
     """ExLlamaV3's `create_tp_context`, if it makes its processes as the replacement expects it."""
     original = _need(mixin, "create_tp_context", ("tp_backend",))
-    for name in ("Pipe", "Process", "SMProducer", "mp_parent_conn"):
+    for name in ("Pipe", "Process", "SMProducer", "mp_parent_conn", "tp_producer"):
         _uses(original, _path(mixin, "create_tp_context"), name)
+    _need(mixin, "tp_drain_acks")
     return original
 
 

@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from peerlane import TensorExporter, TensorImporter
@@ -30,6 +31,8 @@ class Producer:
     def __init__(self, shm_name: str | None = None, buffer_size: int | None = None) -> None:
         """The arguments are `SMProducer`'s, and without effect: there is no name, and no fixed size."""
         self.exporter = TensorExporter()
+        # What has to be done before anything is given up.
+        self.settle: Callable[[], None] = lambda: None
 
     def export(self) -> dict[str, Any]:
         """What another process makes its consumer from."""
@@ -39,14 +42,22 @@ class Producer:
         """Copies a tensor into the arena and returns what `Consumer.recv` takes."""
         if tensor is None:
             return NOTHING
+        if cache_id is not None and (found := self.exporter.find(cache_id)) is not None:
+            return SHARED + found
+        host = tensor
         if tensor.device.type != "cpu" or tensor.requires_grad:
-            tensor = tensor.detach().cpu()
+            host = tensor.detach().cpu()
+        if not host.is_contiguous():
+            host = host.contiguous()
         if cache_id is None:
-            return OWN + self.exporter.export(tensor)
-        return SHARED + self.exporter.export(tensor, name=cache_id)
+            return OWN + self.exporter.export(host)
+        # The caller's object is kept, so that nothing else can have its identity.
+        return SHARED + self.exporter.export(host, name=cache_id, owner=tensor)
 
     def clear(self) -> None:
-        """Gives up all tensors without a `cache_id`. Called when all ranks are done with them."""
+        """Gives up all tensors without a `cache_id`. ExLlamaV3 calls it when all ranks are done with them; only between
+        passes of its warm-up it asks nobody, so it is done here."""
+        self.settle()
         self.exporter.clear()
 
     def close(self) -> None:
@@ -59,14 +70,18 @@ class Consumer:
     def __init__(
         self, producer_imp: dict[str, Any] | Producer, device: int, pin_memory: bool = False
     ) -> None:
-        """`pin_memory` is without effect: what is uploaded in a pass are some kilobytes, which the driver copies at
-        once from any memory."""
+        """`pin_memory` is without effect: what is uploaded in a pass are some kilobytes, which the driver has copied from
+        memory that is not pinned when the call returns."""
         import torch
         from torch.utils.dlpack import from_dlpack
 
         self.contiguous = torch.contiguous_format
         self.from_dlpack = from_dlpack
         self.device = device
+        # As ExLlamaV3's consumer does, and its passes rely on.
+        self.set_device = torch.cuda.set_device
+        if device >= 0:
+            self.set_device(device)
         exported = producer_imp.export() if isinstance(producer_imp, Producer) else producer_imp
         # One importer of an arena for each process; the helper (device -1) is none of the GPUs.
         self.importer = TensorImporter(exported[ARENA], device % 32)
@@ -89,7 +104,10 @@ class Consumer:
         # A capsule rather than the view: half of the time goes into asking what the view could do.
         tensor = self.from_dlpack(view.__dlpack__())
         if cuda:
-            return tensor.to(self.device, copy=True, memory_format=self.contiguous)
+            self.set_device(self.device)
+            return tensor.to(
+                self.device, non_blocking=True, copy=True, memory_format=self.contiguous
+            )
         if imp[:1] == SHARED:
             return tensor
         return tensor.clone(memory_format=self.contiguous)

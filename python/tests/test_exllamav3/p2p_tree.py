@@ -45,11 +45,18 @@ class Tensor: pass
 
 
 nn = types.SimpleNamespace(Parameter=Tensor)
+cuda = types.SimpleNamespace(set_device=lambda device: None)
 
 
 class Array(numpy.ndarray):
     device = types.SimpleNamespace(type="cpu")
     requires_grad = False
+
+    def is_contiguous(self):
+        return self.flags.c_contiguous
+
+    def contiguous(self):
+        return self.copy()
 
     def clone(self, memory_format):
         return self.copy()
@@ -256,6 +263,9 @@ class Model_TPMixin:
                       self.tp_producer.export()))
             self.children[device].start()
 
+
+    def tp_drain_acks(self):
+        self.drained = getattr(self, "drained", 0) + 1
 
     def _load_tp(self, tp_backend, *, progress=False):
         self.create_tp_context(tp_backend)
