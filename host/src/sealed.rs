@@ -98,9 +98,7 @@ impl Mapping {
         // SAFETY: inside the mapping, which is as old as `self`, aligned, and accessed as an atomic by every process.
         unsafe { AtomicU64::from_ptr(self.at(offset).cast()) }
     }
-}
 
-impl Mapping {
     /// As `wide`, of half the size.
     pub(crate) fn narrow(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes, "half a word of the mapping");

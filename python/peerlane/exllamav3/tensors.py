@@ -1,7 +1,7 @@
 """Tensors from a model's main process to its workers, through Peerlane's arenas: ExLlamaV3's `SMProducer` and `SMConsumer`.
 
 What is exported is a descriptor of some 100 bytes, which ExLlamaV3 pickles into its commands. The arena grows with what is
-exported between two clears, so that there is no other way for what does not fit, and shrinks again. Tensors with a
+exported between two clears, up to 16 GiB, and shrinks again. Tensors with a
 `cache_id` are copied once and looked at by all ranks where they are.
 
 Invariants:
@@ -70,8 +70,8 @@ class Consumer:
     def __init__(
         self, producer_imp: dict[str, Any] | Producer, device: int, pin_memory: bool = False
     ) -> None:
-        """`pin_memory` is without effect: what is uploaded in a pass are some kilobytes, which the driver has copied from
-        memory that is not pinned when the call returns."""
+        """`pin_memory` is without effect: what is uploaded in a pass are some kilobytes, and CUDA says that it has read memory
+        that is not pinned when the call returns. (Not tried on machines whose GPUs read such memory themselves.)"""
         import torch
         from torch.utils.dlpack import from_dlpack
 
