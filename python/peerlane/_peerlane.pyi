@@ -580,3 +580,32 @@ class TensorView:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Host memory."""
+
+    def map(self, device: Any) -> MappedTensor:
+        """The same for a GPU ("cuda:0"), which reads it where it lies, over its bus. Pins its pages, of which each can be in one
+        MappedTensor of a process only. DriverError if the driver does not pin them."""
+
+class MappedTensor:
+    """A tensor in an exporter's memory that a GPU reads. It stays as it is, and pinned, while this or anything made of it by from_dlpack
+    lives. Kernels must not write it."""
+
+    @property
+    def device(self) -> str:
+        """The GPU."""
+
+    @property
+    def data_ptr(self) -> int:
+        """Where the GPU finds its first element."""
+
+    def __dlpack__(
+        self,
+        stream: Any = None,
+        *,
+        max_version: Any = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """For from_dlpack of torch and others. BufferError if they ask for a copy, or on a simulated GPU."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Its GPU's."""

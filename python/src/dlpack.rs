@@ -19,6 +19,7 @@ const VERSIONED: &CStr = c"dltensor_versioned";
 /// The version that is understood. Later minor ones only add.
 const MAJOR: u32 = 1;
 pub(crate) const HOST: i32 = 1;
+pub(crate) const CUDA: i32 = 2;
 /// Host memory that a GPU's driver has pinned.
 const PINNED: i32 = 3;
 
@@ -171,17 +172,30 @@ struct Given {
     managed: Managed,
     shape: Vec<i64>,
     strides: Vec<i64>,
-    view: View,
+    _keeps: Box<dyn Send>,
 }
 
-/// A capsule with a view. Its memory is as the exporter left it until the taker is done with it.
-pub(crate) fn give(py: Python<'_>, view: View) -> PyResult<Py<PyAny>> {
+/// Where a taker finds the first element.
+pub(crate) struct Place {
+    pub(crate) address: u64,
+    pub(crate) device: i32,
+    pub(crate) ordinal: i32,
+}
+
+/// A capsule with a view's elements at a place. Its memory is as the exporter left it until the taker is done with it, for which
+/// `keeps` cares.
+pub(crate) fn give(
+    py: Python<'_>,
+    view: &View,
+    place: Place,
+    keeps: Box<dyn Send>,
+) -> PyResult<Py<PyAny>> {
     let numbers = |from: &[u64]| from.iter().map(|n| *n as i64).collect::<Vec<_>>();
     let (shape, strides) = (numbers(view.shape()), numbers(view.strides()));
     let tensor = Description {
-        data: view.as_ptr().cast_mut().cast(),
-        device: HOST,
-        ordinal: 0,
+        data: place.address as *mut c_void,
+        device: place.device,
+        ordinal: place.ordinal,
         dimensions: shape.len() as i32,
         code: view.element().code,
         bits: view.element().bytes * 8,
@@ -191,7 +205,7 @@ pub(crate) fn give(py: Python<'_>, view: View) -> PyResult<Py<PyAny>> {
         byte_offset: 0,
     };
     let managed = Managed { tensor, context: null_mut(), deleter: Some(release) };
-    let given = Box::into_raw(Box::new(Given { managed, shape, strides, view }));
+    let given = Box::into_raw(Box::new(Given { managed, shape, strides, _keeps: keeps }));
     // SAFETY: just made; the vectors do not move while it lives.
     unsafe {
         (*given).managed.tensor.shape = (*given).shape.as_ptr();

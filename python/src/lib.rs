@@ -36,7 +36,7 @@ mod _peerlane {
     #[pymodule_export]
     use crate::registration::Registration;
     #[pymodule_export]
-    use crate::transfer::{TensorExporter, TensorImporter, TensorView};
+    use crate::transfer::{MappedTensor, TensorExporter, TensorImporter, TensorView};
     #[pymodule_export]
     use crate::work::{Event, Work};
 

@@ -3,16 +3,17 @@
 //! Invariant: an exporter's lock is taken only without the interpreter's. Objects of tensors that are kept by name are kept as
 //! long, so that Python gives none of their identities away.
 
+use crate::device::Device;
 use crate::dlpack;
 use crate::error;
 use crate::options::{self, Given};
 use peerlane::Error;
-use peerlane::transfer::{Descriptor, Exporter, Importer, Limits, View};
+use peerlane::transfer::{Descriptor, Exporter, Importer, Limits, Mapped, View};
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The side that exports.
 #[pyclass(frozen, weakref, module = "peerlane")]
@@ -200,6 +201,16 @@ impl TensorImporter {
     }
 }
 
+/// That a taker asks for neither a copy nor another device.
+fn as_it_is(copy: Option<bool>, wanted: Option<(i32, i32)>, own: (i32, i32)) -> PyResult<()> {
+    if copy == Some(true) || wanted.is_some_and(|device| device != own) {
+        let expected =
+            "__dlpack__: expected to give this memory as it is, got copy=True or another device";
+        return Err(PyBufferError::new_err(expected));
+    }
+    Ok(())
+}
+
 /// A tensor in an exporter's memory.
 #[pyclass(frozen, module = "peerlane")]
 pub(crate) struct TensorView {
@@ -238,15 +249,91 @@ impl TensorView {
     ) -> PyResult<Py<PyAny>> {
         // A capsule of version 0, which every version takes; and host memory has no streams.
         let _ = (stream, max_version);
-        if copy == Some(true) || dl_device.is_some_and(|device| device != (dlpack::HOST, 0)) {
-            let expected = "__dlpack__: expected to give this memory as it is, got copy=True or another device";
-            return Err(PyBufferError::new_err(expected));
-        }
-        dlpack::give(py, self.view.clone())
+        as_it_is(copy, dl_device, (dlpack::HOST, 0))?;
+        let address = self.view.as_ptr().addr() as u64;
+        let place = dlpack::Place { address, device: dlpack::HOST, ordinal: 0 };
+        dlpack::give(py, &self.view, place, Box::new(self.view.clone()))
     }
 
     /// Host memory.
     fn __dlpack_device__(&self) -> (i32, i32) {
         (dlpack::HOST, 0)
+    }
+
+    /// The same for a GPU, which reads it where it lies. Pins its pages.
+    fn map(&self, py: Python<'_>, device: &Bound<'_, PyAny>) -> PyResult<MappedTensor> {
+        let Device { gpu, name, machine } = Device::open("TensorView.map", "device", device)?;
+        let ordinal = machine.is_none().then(|| gpu.properties().ordinal);
+        let view = self.view.clone();
+        let mapped = py.detach(|| Mapped::new(view, gpu)).map_err(|e| error::raise(py, e))?;
+        Ok(MappedTensor { kept: Arc::new(Kept(Some(mapped))), name, ordinal })
+    }
+}
+
+/// A mapping whose end waits for the GPU without the interpreter's lock: a peer for which that GPU waits may need it.
+struct Kept(Option<Mapped>);
+
+impl Kept {
+    fn mapped(&self) -> &Mapped {
+        self.0.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let mapped = &mut self.0;
+        // Without an interpreter to attach to, it is dropped as the field that it is.
+        Python::try_attach(|py| py.detach(|| drop(mapped.take())));
+    }
+}
+
+/// A tensor in an exporter's memory that a GPU reads.
+#[pyclass(frozen, module = "peerlane")]
+pub(crate) struct MappedTensor {
+    kept: Arc<Kept>,
+    name: String,
+    /// A real GPU's.
+    ordinal: Option<u32>,
+}
+
+#[pymethods]
+impl MappedTensor {
+    /// The GPU.
+    #[getter]
+    fn device(&self) -> &str {
+        &self.name
+    }
+
+    /// Where the GPU finds its first element.
+    #[getter]
+    fn data_ptr(&self) -> u64 {
+        self.kept.mapped().device_ptr().0
+    }
+
+    /// For from_dlpack of torch and others. What is made of it is only to be read.
+    #[pyo3(signature = (stream=None, *, max_version=None, dl_device=None, copy=None))]
+    fn __dlpack__(
+        &self,
+        py: Python<'_>,
+        stream: Given<'_, '_>,
+        max_version: Given<'_, '_>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Py<PyAny>> {
+        // Nothing was queued that a stream could wait for.
+        let _ = (stream, max_version);
+        let own = self.__dlpack_device__()?;
+        as_it_is(copy, dl_device, own)?;
+        let place = dlpack::Place { address: self.data_ptr(), device: own.0, ordinal: own.1 };
+        dlpack::give(py, self.kept.mapped().view(), place, Box::new(self.kept.clone()))
+    }
+
+    /// Its GPU's.
+    fn __dlpack_device__(&self) -> PyResult<(i32, i32)> {
+        let Some(ordinal) = self.ordinal else {
+            let refusal = format!("{}: DLPack has no simulated GPUs", self.name);
+            return Err(PyBufferError::new_err(refusal));
+        };
+        Ok((dlpack::CUDA, ordinal as i32))
     }
 }

@@ -201,3 +201,18 @@ def test_processes_see_the_same_memory(processes: Processes) -> None:
         assert exporter.usage()["reserved"] == 0
         exporter.export(np.ones(3))
         assert exporter.usage()["reserved"] == 1 << 20
+
+
+def test_a_gpu_looks_where_it_lies() -> None:
+    array = np.arange(6000, dtype=np.int32)
+    with TensorExporter() as exporter:
+        view = TensorImporter(exporter.handle, 0).import_(exporter.export(array))
+        mapped = view.map("sim:0/2")
+        assert mapped.device == "sim:0/2" and mapped.data_ptr != 0
+        with pytest.raises(BufferError, match="sim:0/2: DLPack has no simulated GPUs"):
+            mapped.__dlpack__()
+        for wrong in ("sim:2/2", "gpu"):
+            with pytest.raises(ValueError, match="TensorView.map: device"):
+                view.map(wrong)
+        with pytest.raises(ValueError, match="view: expected at least one element"):
+            view.narrow(0, 5, 5).map("sim:0/2")

@@ -25,6 +25,7 @@ mod descriptor;
 mod exporter;
 mod importer;
 mod lease;
+mod mapped;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ mod tests;
 pub use descriptor::{Descriptor, Element, HEADER, MAX_DIMS, Shape};
 pub use exporter::{Exporter, Limits, Usage};
 pub use importer::{Importer, View};
+pub use mapped::Mapped;
 
 use crate::channel::primitive;
 use crate::error::Error;

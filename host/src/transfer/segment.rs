@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// "PLTENSOR".
 const MAGIC: u64 = 0x524f_534e_4554_4c50;
 const VERSION: u64 = 1;
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 const GENERATION: usize = 64;
 const RETIRED: usize = 128;
 const BORROWS: usize = 1024;

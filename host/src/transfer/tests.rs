@@ -319,3 +319,37 @@ fn a_race_with_clear_is_lost_or_won() {
     assert!(seen > 0 && late > 0, "{seen} seen, {late} late: no race");
     assert!(exporter.usage().segments < 20_000);
 }
+
+#[test]
+fn a_gpu_reads_what_it_was_shown() {
+    use crate::gpu::{Stream, sim};
+    let gpu = sim::devices(&sim::Config { devices: 1, ..Default::default() }).remove(0);
+    let mut exporter = exporter(1 << 20, 1 << 20);
+    let importer = Importer::open(&exporter.handle(), 0).unwrap();
+    // The second one begins within a page.
+    exporter.export(&pattern(1, 100), BYTES, line(100)).unwrap();
+    let payload = pattern(2, 12 * 700);
+    let shape = Shape::new(&[12, 700]).unwrap();
+    let descriptor = exporter.export(&payload, BYTES, shape).unwrap();
+    let view = import(&importer, &descriptor).unwrap();
+    let read = |mapped: &Mapped, bytes: usize| {
+        let mut found = vec![0; bytes];
+        // SAFETY: the view reaches so far, and nobody frees it meanwhile.
+        unsafe { gpu.download(&mut found, mapped.device_ptr(), Stream::default()) }.unwrap();
+        found
+    };
+    let mapped = Mapped::new(view.clone(), gpu.clone()).unwrap();
+    assert_eq!(read(&mapped, payload.len()), payload);
+    // Its pages are taken; and they are free again when it goes.
+    assert!(Mapped::new(view.clone(), gpu.clone()).is_err());
+    drop(mapped);
+    let part = Mapped::new(view.clone().narrow(1, 3..5).unwrap(), gpu.clone()).unwrap();
+    assert_eq!(read(&part, 11 * 700 + 2), payload[3..11 * 700 + 5]);
+    exporter.clear();
+    drop(exporter);
+    assert_eq!(read(&part, 2), payload[3..5], "it outlives its exporter");
+    drop(part);
+    let none = view.narrow(0, 4..4).unwrap();
+    let refusal = Mapped::new(none, gpu.clone()).err().expect("nothing to map").to_string();
+    assert!(refusal.contains("expected at least one element, got none"), "{refusal}");
+}
