@@ -6,7 +6,8 @@ These of ExLlamaV3 are replaced in the main process:
   "native" but is of the type `P2P`. ExLlamaV3 passes it on in `backend_args` to every process.
 - `model_tp_fn.init_pg`, which makes the backend of a process, runs for such a string with
   `TPBackendP2P` in place of `TPBackendNative`.
-- `model_tp_fn.SMConsumer` is Peerlane's for what Peerlane's producers export.
+- `model_tp_fn.SMConsumer` is Peerlane's for what Peerlane's producers export; `Embedding.tp_export` and `tp_import` share
+  the table if that is what it goes through.
 - `Model_TPMixin._load_tp` and `create_tp_context` find, with `channel=True`, Peerlane's `Pipe`, `Process` and `SMProducer`
   under these names.
 
@@ -28,6 +29,7 @@ from typing import Any
 
 from .backend import TPBackendP2P
 from .dispatch import Dispatch, spin_of
+from .embeddings import tp_export, tp_import
 from .options import Options, announce
 from .selection import choose
 from .tensors import Producer, consumer
@@ -70,6 +72,7 @@ def install(
             (mixin, "_load_tp", _load_tp, _load_tp_of(mixin)),
             (model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn)),
             (model_tp_fn, "SMConsumer", consumer, _need(model_tp_fn, "SMConsumer")),
+            *_embedding_of(("tp_export", tp_export), ("tp_import", tp_import)),
         ]
         for owner, attribute, make, original in found:
             _put(owner, attribute, make, original)
@@ -79,7 +82,7 @@ def install(
 def uninstall() -> None:
     """Puts ExLlamaV3's own functions back. Models that are loaded keep their backend."""
     for owner, attribute, _, replacement in _patches:
-        if getattr(owner, attribute) is not replacement:
+        if vars(owner).get(attribute) is not replacement:
             raise RuntimeError(
                 f"peerlane.exllamav3.uninstall: {_path(owner, attribute)}: expected Peerlane's function, got "
                 f"{getattr(owner, attribute)!r}, which was put over it and has to go first"
@@ -112,6 +115,8 @@ def _arrive(options: Options) -> P2P:
         model_tp_fn = _module("model_tp_fn")
         _put(model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn))
         _put(model_tp_fn, "SMConsumer", consumer, _need(model_tp_fn, "SMConsumer"))
+        for found in _embedding_of(("tp_import", tp_import)):
+            _put(*found)
     return P2P(options)
 
 
@@ -212,6 +217,15 @@ def _load_tp_of(mixin: Any) -> Callable[..., Any]:
     return original
 
 
+def _embedding_of(*wanted: tuple[str, Callable[..., Any]]) -> list[Any]:
+    """ExLlamaV3's `Embedding` with what is put into it."""
+    embedding = _need(_module("embedding", "modules"), "Embedding")
+    for name, _ in wanted:
+        if name not in vars(embedding):
+            raise _lacking(_path(embedding, name), None)
+    return [(embedding, name, make, vars(embedding)[name]) for name, make in wanted]
+
+
 def _init_pg_of(model_tp_fn: types.ModuleType) -> types.FunctionType:
     """ExLlamaV3's `init_pg`, if it and its callers look names up where the replacement expects it."""
     original = _need(
@@ -241,16 +255,16 @@ def _put(owner: Any, attribute: str, make: Callable[..., Any], original: Any) ->
     _patches.append((owner, attribute, original, replacement))
 
 
-def _module(name: str) -> types.ModuleType:
+def _module(name: str, package: str = "model") -> types.ModuleType:
     try:
-        return importlib.import_module(f"exllamav3.model.{name}")
+        return importlib.import_module(f"exllamav3.{package}.{name}")
     except ModuleNotFoundError as error:
         if error.name == "exllamav3":
             raise ImportError(
                 f"peerlane.exllamav3.install: expected ExLlamaV3 ({VERSIONS}) to be installed, got: {error}"
             ) from error
-        if error.name in ("exllamav3.model", f"exllamav3.model.{name}"):
-            raise _lacking(f"the module exllamav3.model.{name}", None) from error
+        if error.name in (f"exllamav3.{package}", f"exllamav3.{package}.{name}"):
+            raise _lacking(f"the module exllamav3.{package}.{name}", None) from error
         raise
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The key by which `consumer` knows a producer of this module.
 ARENA = "peerlane_arena"
+# Most bytes of an arena, and of what is kept in it.
+MOST = 16 << 30
 # What stands for no tensor, and what comes before the descriptor of a tensor with a `cache_id`.
 NOTHING, OWN, SHARED = b"", b"o", b"s"
 
@@ -30,7 +32,8 @@ class Producer:
 
     def __init__(self, shm_name: str | None = None, buffer_size: int | None = None) -> None:
         """The arguments are `SMProducer`'s, and without effect: there is no name, and no fixed size."""
-        self.exporter = TensorExporter()
+        # Tensors that are kept need a limit above the largest table of embeddings.
+        self.exporter = TensorExporter(named=MOST)
         # What has to be done before anything is given up.
         self.settle: Callable[[], None] = lambda: None
 
@@ -44,15 +47,17 @@ class Producer:
             return NOTHING
         if cache_id is not None and (found := self.exporter.find(cache_id)) is not None:
             return SHARED + found
-        host = tensor
-        if tensor.device.type != "cpu" or tensor.requires_grad:
-            host = tensor.detach().cpu()
-        if not host.is_contiguous():
-            host = host.contiguous()
+        host = _in_host_memory(tensor)
         if cache_id is None:
             return OWN + self.exporter.export(host)
         # The caller's object is kept, so that nothing else can have its identity.
         return SHARED + self.exporter.export(host, name=cache_id, owner=tensor)
+
+    def share(self, tensor: torch.Tensor) -> bytes:
+        """As `send`, for a tensor that is sent once and that all consumers look at: what they receive outlives this producer, and
+        the caller's copy may go."""
+        key = object()
+        return SHARED + self.exporter.export(_in_host_memory(tensor), name=id(key), owner=key)
 
     def clear(self) -> None:
         """Gives up all tensors without a `cache_id`. ExLlamaV3 calls it when all ranks are done with them; only between
@@ -62,6 +67,13 @@ class Producer:
 
     def close(self) -> None:
         self.exporter.close()
+
+
+def _in_host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and without a history."""
+    if tensor.device.type != "cpu" or tensor.requires_grad:
+        tensor = tensor.detach().cpu()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 class Consumer:

@@ -57,6 +57,49 @@ def one_pass(local_context: dict[str, Any]) -> list[float]:
     return [float(tensor[0]), *([] if joined is None else joined[0, ::128].tolist())]
 
 
+def look_up(local_context: dict[str, Any]) -> dict[str, Any]:
+    """What the first module says of some tokens, and whether its table is in an exporter's memory."""
+    import torch
+
+    module = local_context["modules"][0]
+    ids = torch.tensor([[3, 0, 2]])
+    rows = module.forward(module.prepare_for_device(ids, {}), {})
+    at = module.embedding.weight.data_ptr()
+    with open("/proc/self/maps") as maps:
+        spans = [line.split()[0].split("-") for line in maps if "peerlane-tensors" in line]
+    shared = any(int(first, 16) <= at < int(end, 16) for first, end in spans)
+    return {"rows": rows.tolist(), "dtype": str(rows.dtype), "shared": shared}
+
+
+def embedding_of_all(model: Any) -> list[dict[str, Any]]:
+    """Loads a real embedding as ExLlamaV3's loader does, and asks all ranks."""
+    import torch
+    from exllamav3.model import model_tp_fn
+    from exllamav3.modules.embedding import Embedding
+
+    from peerlane.exllamav3.tensors import Producer
+
+    module = Embedding(None, "model.embed_tokens", 5, 4, out_dtype=torch.float)
+    module.device = torch.device("cpu")
+    weight = torch.arange(20).half().view(5, 4)
+    module.embedding = torch.nn.Embedding(5, 4, _weight=weight, _freeze=True)
+    ask, ranks = model.tp_worker_dispatch_wait_multi, model.active_devices
+    producer = Producer()
+    ask(ranks, model_tp_fn.mp_set_plan, ({1: None, 0: None}, ranks))
+    ends = [
+        (producer,) if device == model.tp_output_device else (producer.export(),)
+        for device in ranks
+    ]
+    ask(ranks, model_tp_fn.mp_set_consumer, (), ends)
+    exported = module.tp_export(None, producer)
+    ask(ranks, model_tp_fn.mp_model_append, (exported,))
+    producer.clear()
+    module.unload()
+    ask(ranks, model_tp_fn.mp_close_consumer, ())
+    producer.close()
+    return ask(ranks, look_up, ())
+
+
 def main(backend: str) -> dict[str, Any]:
     from exllamav3.model import model_tp, model_tp_fn
 
@@ -77,8 +120,12 @@ def main(backend: str) -> dict[str, Any]:
         model.tp_worker_dispatch(-1, model_tp_fn.mp_cpu_reduce, ())
         outcome["pass"] = model.tp_worker_dispatch_wait_multi(model.active_devices, one_pass, ())
         assert model.tp_worker_result(-1) is None
+        if len(children) == 1:
+            outcome["embedding"] = embedding_of_all(model)
     model.destroy_tp_context()
-    # ExLlamaV3 terminates a child that has not ended after 2 s, which a busy machine may need.
+    # ExLlamaV3 terminates a child that has not ended after 2 s, as may be on a busy machine, and does not wait for that.
+    for child in children:
+        child.join(30)
     outcome["left over"] = sum(child.exitcode is None for child in children)
     peerlane.exllamav3.uninstall()
     after = model_tp.Model_TPMixin.create_tp_context, model_tp_fn.init_pg

@@ -92,6 +92,19 @@ FILES = {
     "__init__.py": STAND_IN,
     "version.py": '__version__ = "1.6.5"\n',
     "model/__init__.py": "",
+    "modules/__init__.py": "",
+    "modules/embedding.py": """
+class Embedding:
+    def __init__(self, table):
+        self.embedding = table
+
+    def tp_export(self, plan, producer):
+        return {"cls": Embedding, "embedding.weight": producer.send(self.embedding.weight)}
+
+    @staticmethod
+    def tp_import(local_context, exported, plan):
+        return Embedding(local_context["consumer"].recv(exported["embedding.weight"]))
+""",
     "model/model_tp_backend.py": """
 class Recording:
     def __init__(self, device, active_devices, output_device, init_method, master, uuid, shbuf_size=1, cpu=False):

@@ -71,6 +71,8 @@ def test_p2p_over_channels(tree: Path, tmp_path: Path) -> None:
     assert seen["seen"] == {"1": p2p, "0": p2p} and seen["processes"] == 2
     assert seen["connection"] == "ParentEnd"
     assert seen["pass"] == [[3.0], [3.0, 0.0, 1.0]]
+    rows = [[[12.0, 13.0, 14.0, 15.0], [0.0, 1.0, 2.0, 3.0], [8.0, 9.0, 10.0, 11.0]]]
+    assert seen["embedding"] == 2 * [{"rows": rows, "dtype": "torch.float32", "shared": True}]
     assert seen["left over"] == 0 and seen["restored"]
 
 
