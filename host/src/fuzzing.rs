@@ -15,6 +15,7 @@ use crate::mailbox::{Extent, Offer};
 use crate::plan::Shape;
 use crate::registration;
 use crate::rendezvous::raw;
+use crate::transfer::{Descriptor, Element, Exporter, Importer, Limits, Shape as Sizes};
 use crate::transport::Pairs;
 use peerlane_device::abi::{Layout, MAX_RANKS};
 use serde::Deserialize;
@@ -165,4 +166,34 @@ pub fn offers(data: &[u8]) {
 /// What ranks bring when they register a tensor.
 pub fn tensor_cards(data: &[u8]) {
     registration::check_cards(data).err().iter().for_each(bounded);
+}
+
+/// The descriptor of a tensor: the bytes as they are, and as changes of a right one; and what its importer makes of it.
+pub fn tensor_descriptor(data: &[u8]) {
+    let checksums = data.first().is_some_and(|byte| byte % 2 == 1);
+    let limits = Limits { least: 4096, most: 1 << 16, named: 4096, checksums };
+    let Ok(mut exporter) = Exporter::create(limits) else { return };
+    let payload: Vec<u8> = (0..48).collect();
+    let sizes = Sizes::new(&[2, 3, 4]).expect("three dimensions");
+    let exported = exporter.export(&payload, Element { code: 1, bytes: 2 }, sizes);
+    let importer = Importer::open(&exporter.handle(), 0);
+    let (exported, importer) = (exported.expect("room"), importer.expect("its own exporter"));
+    let mut right = Vec::new();
+    exported.write(&mut right);
+    let changes = data.iter().chain(std::iter::repeat(&0));
+    let changed: Vec<u8> = right.iter().zip(changes).map(|(byte, change)| byte ^ change).collect();
+    for bytes in [data, &changed] {
+        match Descriptor::read(bytes) {
+            Err(fault) => bounded(&fault),
+            Ok(descriptor) => {
+                let mut again = Vec::new();
+                descriptor.write(&mut again);
+                assert_eq!(again, bytes, "it reads as it is written");
+                match importer.import(&descriptor) {
+                    Err(error) => bounded(&error),
+                    Ok(view) => assert_eq!(view.to_vec().len() as u64, descriptor.bytes()),
+                }
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 type Target = fn(&[u8]);
 
 /// The targets, by the names that they have in `fuzz/`.
-const TARGETS: [(&str, Target); 8] = [
+const TARGETS: [(&str, Target); 9] = [
     ("tuning_table", super::tuning_table),
     ("cached_measurement", super::cached_measurement),
     ("host_hears", super::host_hears),
@@ -16,6 +16,7 @@ const TARGETS: [(&str, Target); 8] = [
     ("channel", super::channel),
     ("offers", super::offers),
     ("tensor_cards", super::tensor_cards),
+    ("tensor_descriptor", super::tensor_descriptor),
 ];
 
 fn seeds(target: &str) -> Vec<Vec<u8>> {
