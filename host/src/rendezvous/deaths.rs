@@ -7,11 +7,16 @@ use super::ranks;
 use super::segment::{LOST, Presence, Segment};
 use crate::error::{Error, Result};
 use peerlane_device::abi::Status;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// How often a case is played in which a rank comes too late.
+const TRIES: u32 = 5;
+/// How often one has come too late.
+static LATE: AtomicU64 = AtomicU64::new(0);
 /// How long the ranks wait for each other: long enough for a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A rank's answer comes within this: its own patience, that for the host, and what a busy machine takes.
@@ -86,8 +91,19 @@ impl Case {
         answer
     }
 
-    /// Whether the victim died, and how many others had all values, and an error.
+    /// Whether the victim died, and how many others had all values, and an error. On a busy machine a rank may come after it is all over,
+    /// and find nobody who could name the victim: such a case says nothing, and is played again.
     fn play(self) -> (bool, [u64; 2]) {
+        for _ in 0..TRIES {
+            match self.try_once() {
+                Some(ended) => return ended,
+                None => LATE.fetch_add(1, Ordering::Relaxed),
+            };
+        }
+        panic!("{self:?}: a rank came too late {TRIES} times")
+    }
+
+    fn try_once(self) -> Option<(bool, [u64; 2])> {
         let last = |rank| (rank == self.victim).then_some(self.message);
         let lives: Vec<_> = (0..self.world).map(|rank| Life::new(last(rank))).collect();
         let host = &lives[self.host as usize];
@@ -100,7 +116,7 @@ impl Case {
         let others = others.map(|rank| (rank, self.start(rank, lives[rank as usize].clone())));
         let others: Vec<_> = others.collect();
         let answers = others.into_iter().chain([(self.host, first)]);
-        let (victim, mut ends) = (&lives[self.victim as usize], [0; 2]);
+        let (victim, mut ends, mut late) = (&lives[self.victim as usize], [0; 2], false);
         for (rank, answer) in answers.filter(|(rank, _)| *rank != self.victim) {
             let answer = answer.recv_timeout(2 * BOUND);
             let (result, took) = answer.unwrap_or_else(|_| panic!("{self:?}: rank {rank} hangs"));
@@ -108,13 +124,17 @@ impl Case {
             ends[usize::from(result.is_err())] += 1;
             if let Err(error) = result {
                 assert!(victim.has_ended(), "{self:?}: rank {rank}: {error}");
+                if error.to_string().contains("found no host") {
+                    late = true;
+                    continue;
+                }
                 assert!(self.names_victim(&error), "{self:?}: rank {rank}: {error}");
             }
         }
         // A victim that did not die has left before the others did.
         let died = victim.has_ended();
         self.meet_again();
-        (died, ends)
+        (!late).then_some((died, ends))
     }
 
     fn names_victim(self, error: &Error) -> bool {
@@ -196,5 +216,7 @@ fn a_rank_may_die_at_any_message() {
             });
         }
     });
-    println!("{} deaths", deaths.into_inner().unwrap());
+    let (deaths, late) = (deaths.into_inner().unwrap(), LATE.load(Ordering::Relaxed));
+    println!("{deaths} deaths; {late} played again, since a rank came too late");
+    assert!(late <= deaths / 4, "{late} of {deaths}: no busy machine, but an error without a name");
 }
