@@ -13,6 +13,7 @@ use crate::plan::{self, Grid};
 use crate::registration::Registration;
 use crate::request::{AllGather, AllReduce, AllReduceRegistered, Broadcast, Gather, ReduceScatter};
 use crate::scheduled::{self, Scheme};
+use crate::trace;
 use peerlane_device::abi::{
     Args, DType, Format, Kernel, MAX_RANKS, Operation, ReduceOp, UNIT, Wire, flags,
 };
@@ -214,6 +215,7 @@ impl Communicator {
         job: &scheduled::Job,
         stream: Stream,
     ) -> Result<()> {
+        let traced = trace::is_on().then(|| self.trace(&job.signature, stream));
         let op = job.signature.operation.name();
         let wants = self.scheduled(op)?.staging_bytes(scheme, job.cut.units());
         let captured = self.is_captured(stream)?;
@@ -229,6 +231,9 @@ impl Communicator {
         queued?;
         self.tally.scheduled(job.signature.bytes, wants, self.config().staging());
         self.tally.captured += u64::from(captured);
+        if let Some(traced) = traced {
+            self.trace_end(*traced, stream);
+        }
         Ok(())
     }
 
@@ -420,6 +425,7 @@ impl Communicator {
         signature: Signature,
         stream: Stream,
     ) -> Result<()> {
+        let traced = trace::is_on().then(|| self.trace(&signature, stream));
         let captured = self.is_captured(stream)?;
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
@@ -434,6 +440,9 @@ impl Communicator {
         let sent = (self.world_size() > 1).then_some(&grid);
         self.tally.kernel(signature.operation, signature.bytes, sent);
         self.tally.captured += u64::from(captured);
+        if let Some(traced) = traced {
+            self.trace_end(*traced, stream);
+        }
         Ok(())
     }
 

@@ -24,6 +24,8 @@ use crate::rendezvous::{Meeting, Processes, Segment, lost_rank};
 use crate::scheduled::Scheduled;
 use crate::selftest::SelfTest;
 use crate::sizing::{Sizes, Sizing, State};
+use crate::trace;
+use crate::traced::Timing;
 use crate::transport::{Pairs, Transport};
 use crate::usage::{Tally, Usage};
 use crate::work::Side;
@@ -173,6 +175,8 @@ pub struct Communicator {
     /// How often the ranks have recovered or shrunk, and what becomes of this generation's calls.
     pub(crate) generation: u64,
     pub(crate) outcome: Outcome,
+    /// Times the calls on the GPU while they are traced.
+    pub(crate) timing: Timing,
 }
 
 impl Communicator {
@@ -261,6 +265,7 @@ impl Communicator {
         config: &Config,
         (group, known): (Group, &Known),
     ) -> Result<Communicator> {
+        trace::start_from_environment();
         let choice = Choice::settle(config, &group.shape, known)?;
         let order = gpu.event_create()?;
         Ok(Communicator {
@@ -283,6 +288,7 @@ impl Communicator {
             meetings: 0,
             generation: 0,
             outcome: Outcome::default(),
+            timing: Timing::default(),
         })
     }
 
@@ -405,6 +411,7 @@ impl Communicator {
 
     /// Waits until everything queued on `stream` is done, and says whether it went well.
     pub fn synchronize(&self, stream: Stream) -> Result<()> {
+        let _span = trace::span!("synchronize", rank = self.rank);
         self.gpu.stream_synchronize(stream)?;
         self.health()
     }
@@ -435,6 +442,7 @@ impl Communicator {
             Error::Stopped { .. } => Ok(()),
             other => Err(other),
         });
+        self.timing = Timing::default();
         // Its monitor has ended the waits of its streams if nobody else would.
         self.scheduled = None;
         self.side = None;

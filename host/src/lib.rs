@@ -40,6 +40,8 @@ pub mod selftest;
 mod shrink;
 mod sizing;
 pub mod topology;
+pub mod trace;
+mod traced;
 pub mod transfer;
 pub mod transport;
 mod usage;

@@ -13,9 +13,12 @@ use super::state::End;
 use super::wait::{Patience, wait};
 use super::{FORGOTTEN, Fault, PANICKED, Poisoner, SPIN, Side, fault, invalid};
 use crate::error::{Error, Result};
+use crate::trace;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
+use tracing::Span;
+use tracing::field::Empty;
 
 const OP: &str = "channel receive";
 
@@ -56,6 +59,7 @@ pub struct Reader {
 impl Reader {
     /// Opens the channel of `handle` as reader `index`, which nobody has done before.
     pub fn open(handle: &str, index: u32) -> Result<Reader> {
+        trace::start_from_environment();
         let op = "channel open";
         let parsed: Handle = handle
             .parse()
@@ -140,6 +144,9 @@ impl Reader {
     pub fn close(self) {}
 
     fn wait(&mut self, timeout: Duration) -> Result<Record> {
+        // A look that does not wait is nothing to see in a trace.
+        let idle = timeout.is_zero();
+        let span = if idle { Span::none() } else { recv_span() }.entered();
         let Reader { segment, consumer, writer, spin, rhythm, .. } = self;
         let poll = || next(segment, consumer);
         let look = || {
@@ -154,6 +161,10 @@ impl Reader {
         match found {
             Some(record) => {
                 rhythm.came(record.sequence, waited);
+                if !span.is_disabled() {
+                    span.record("hears", segment.message(record.sequence));
+                    span.record("waited", waited.as_nanos() as u64);
+                }
                 Ok(record)
             }
             None => {
@@ -162,6 +173,10 @@ impl Reader {
             }
         }
     }
+}
+
+fn recv_span() -> Span {
+    tracing::trace_span!(target: trace::TARGET, "recv", hears = Empty, waited = Empty)
 }
 
 /// The next message, or why there will be none.

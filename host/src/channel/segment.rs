@@ -153,6 +153,11 @@ impl Segment {
         [MAGIC, version, self.capacity, token, user.into(), namespace(), writer]
     }
 
+    /// What a message is called in traces: no other channel has one of that name.
+    pub(super) fn message(&self, sequence: u64) -> String {
+        format!("{:x}/{sequence}", self.token)
+    }
+
     /// What readers open it by.
     pub(super) fn handle(&self) -> Handle {
         let descriptor = self.file.as_raw_fd() as u32;

@@ -11,10 +11,13 @@ use super::segment::Segment;
 use super::wait::{Patience, wait};
 use super::{CAPACITY, Fault, MAX_READERS, PANICKED, Poisoner, SPIN, Side, fault, invalid};
 use crate::error::{Error, Result};
+use crate::trace;
 use std::cell::Cell;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
+use tracing::Span;
+use tracing::field::Empty;
 
 /// The writer's bit in the bell that rings for it: it is alone there.
 const OWN: NonZeroU32 = NonZeroU32::MIN;
@@ -30,6 +33,7 @@ pub struct Writer {
 impl Writer {
     /// Makes a channel of `capacity` bytes, rounded up to a power of two, for `readers` readers.
     pub fn create(capacity: u64, readers: u32) -> Result<Writer> {
+        trace::start_from_environment();
         let op = "channel create";
         if !CAPACITY.contains(&capacity) {
             let expected = format!("{} to {} bytes", CAPACITY.start(), CAPACITY.end());
@@ -80,8 +84,10 @@ impl Writer {
         payload: &[u8],
         timeout: Duration,
     ) -> Result<u64> {
-        let sequence = self.stage(readers, what, payload, timeout)?;
+        let span = trace::span!("send", bytes = payload.len() as u64, sends = Empty);
+        let sequence = self.put(readers, what, payload, timeout)?;
         self.publish();
+        self.traced(&span, sequence);
         Ok(sequence)
     }
 
@@ -107,6 +113,20 @@ impl Writer {
         payload: &[u8],
         timeout: Duration,
     ) -> Result<u64> {
+        let span = trace::span!("send", bytes = payload.len() as u64, sends = Empty);
+        let sequence = self.put(readers, what, payload, timeout)?;
+        self.traced(&span, sequence);
+        Ok(sequence)
+    }
+
+    /// What both do.
+    fn put(
+        &mut self,
+        readers: u32,
+        what: (u16, u16),
+        payload: &[u8],
+        timeout: Duration,
+    ) -> Result<u64> {
         let op = "channel send";
         let readers = self.addressed(op, readers)?;
         if payload.len() as u64 > self.max_payload() {
@@ -116,6 +136,13 @@ impl Writer {
         let start = self.space(op, payload.len() as u64, timeout)?;
         self.producer.stage(&*self.segment, start, what, readers, payload);
         Ok(self.producer.sequence())
+    }
+
+    /// Says in a span what is sent in it.
+    fn traced(&self, span: &Span, sequence: u64) {
+        if !span.is_disabled() {
+            span.record("sends", self.segment.message(sequence));
+        }
     }
 
     /// Lets the readers see what was staged, with one wake-up at most, for all of them together.

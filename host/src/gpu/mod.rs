@@ -307,6 +307,10 @@ pub trait Gpu: Send + Sync {
     fn capture_end(&self, stream: Stream) -> Result<Graph>;
     /// Whether `stream` is being recorded.
     fn is_capturing(&self, stream: Stream) -> Result<bool>;
+    /// Does something that waits for nothing and that other threads' recordings do not mind.
+    fn beside_captures(&self, action: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        action()
+    }
     /// Queues a recorded graph.
     fn graph_launch(&self, graph: Graph, stream: Stream) -> Result<()>;
     /// Destroys a graph.

@@ -9,6 +9,7 @@ use super::{Fault, lease};
 use crate::channel::Process;
 use crate::collectives::invalid;
 use crate::error::Result;
+use crate::trace;
 use std::collections::VecDeque;
 use std::hash::BuildHasher;
 use std::sync::atomic::Ordering;
@@ -79,6 +80,7 @@ impl Exporter {
     /// Makes an arena.
     pub fn create(limits: Limits) -> Result<Exporter> {
         const OP: &str = "transfer create";
+        trace::start_from_environment();
         if limits.least == 0 || limits.least > limits.most {
             let expected = format!("1 to `most`, which is {}", limits.most);
             return Err(invalid(OP, "least", expected, limits.least));
@@ -112,6 +114,7 @@ impl Exporter {
     /// Copies a contiguous tensor into the arena.
     pub fn export(&mut self, payload: &[u8], element: Element, shape: Shape) -> Result<Descriptor> {
         let bytes = size(payload, element, shape)?;
+        let _span = trace::span!("export", bytes = bytes);
         let room = bytes.next_multiple_of(ALIGNMENT);
         if self.last().is_none_or(|last| last.capacity() - self.next < room) {
             self.grow(room)?;

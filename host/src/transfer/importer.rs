@@ -8,6 +8,7 @@ use super::{Descriptor, Element, Fault, MAX_DIMS, MAX_IMPORTERS, Shape, lease};
 use crate::channel::Process;
 use crate::collectives::invalid;
 use crate::error::{Result, clipped};
+use crate::trace;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -27,6 +28,7 @@ impl Importer {
     /// Opens the arena of `handle` as importer `index`, which no other process is.
     pub fn open(handle: &str, index: u32) -> Result<Importer> {
         const OP: &str = "transfer open";
+        trace::start_from_environment();
         let owner = handle.parse().map_err(|()| {
             let shown: String = clipped(handle).chars().take(80).collect();
             invalid(OP, "handle", "the text of an exporter".into(), shown)
@@ -40,6 +42,7 @@ impl Importer {
 
     /// The tensor of `descriptor`, where it is.
     pub fn import(&self, descriptor: &Descriptor) -> Result<View> {
+        let _span = trace::span!("import", bytes = descriptor.bytes);
         let segment = self.segment(descriptor)?;
         let Descriptor { element, shape, offset, bytes, generation, checksum, .. } = *descriptor;
         if bytes > segment.capacity() || offset > segment.capacity() - bytes {

@@ -8,6 +8,7 @@ use super::segment::PAGE;
 use crate::collectives::invalid;
 use crate::error::Result;
 use crate::gpu::{DevicePtr, GpuRef, HostMemory};
+use crate::trace;
 
 const OP: &str = "transfer map";
 
@@ -27,6 +28,7 @@ impl Mapped {
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a view without elements; what the driver says if it
     /// does not pin them.
     pub fn new(view: View, gpu: GpuRef) -> Result<Mapped> {
+        let _span = trace::span!("map", bytes = view.bytes());
         if view.bytes() == 0 {
             return Err(invalid(OP, "view", "at least one element".into(), "none"));
         }

@@ -13,6 +13,7 @@ mod output;
 mod parse;
 mod selftest;
 mod topo;
+mod trace;
 mod tune;
 
 use clap::error::ErrorKind;
@@ -46,6 +47,8 @@ enum Command {
     Bench(bench::Options),
     /// Measures every algorithm that is one kernel and keeps a table of what is fastest at each size.
     Tune(tune::Options),
+    /// Records when what happened, in a program that uses Peerlane or in passes of its own.
+    Trace(trace::Options),
     /// Writes Markdown tables of results that `bench --json` wrote.
     Report(bench::report::Options),
     /// Writes what a model of other machines predicts, beside what was measured.
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Command::Check(options) => check::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Tune(options) => tune::run(&options),
+        Command::Trace(options) => trace::run(&options),
         Command::Report(options) => bench::report::run(&options),
         Command::Model(options) => model::run(&options),
     };

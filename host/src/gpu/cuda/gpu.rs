@@ -416,6 +416,18 @@ impl Gpu for CudaGpu {
         Ok(status != NONE)
     }
 
+    fn beside_captures(&self, action: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        // Of recordings that mind whatever any thread does, as torch's: a query would end them.
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let _entered = self.enter()?;
+        // SAFETY: `mode` outlives the call, which takes it and puts the one until now in its place.
+        unsafe { cu!(self.ordinal(), cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
+        let outcome = action();
+        // SAFETY: as above.
+        unsafe { cu!(self.ordinal(), cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
+        outcome
+    }
+
     fn graph_launch(&self, graph: Graph, stream: Stream) -> Result<()> {
         let _entered = self.enter()?;
         // SAFETY: the call takes handles and no pointer.
