@@ -3,6 +3,7 @@
 import os
 import sys
 
+from . import trace
 from ._peerlane import (
     ChannelMessage,
     ChannelReader,
@@ -65,5 +66,6 @@ __all__ = [
     "UnsupportedError",
     "Work",
     "topology",
+    "trace",
     "version",
 ]

@@ -359,6 +359,25 @@ def topology(devices: Iterable[_Device] | None = None) -> dict[str, Any]:
 def version() -> str:
     """The version of the library."""
 
+class Span:
+    """A span of this thread for `with`: recorded at its end, if this process records; its arguments are
+    texts, and whole numbers from 0 on. `pass=KIND` makes it a pass, whose stages are summed up; `sends` and
+    `hears` name the two ends of a message."""
+
+    def __init__(self, name: str, /, **args: str | int) -> None: ...
+    def __enter__(self) -> Span: ...
+    def __exit__(self, *_why: object) -> bool: ...
+
+def trace_start(directory: str | PathLike[str]) -> None:
+    """Records this process into a new file in the directory until it ends. UnsupportedError if that cannot be, or it records
+    already. `peerlane trace --from DIR` shows the files of all processes."""
+
+def trace_flush() -> None:
+    """Writes what has been recorded until now; a process that ends in an orderly way does so itself."""
+
+def trace_is_recording() -> bool:
+    """Whether this process records."""
+
 class PreparedAllReduce:
     """An all-reduce in place whose options are fixed."""
 

@@ -13,6 +13,7 @@ use crate::registration::{self, Registration};
 use crate::work::Kept;
 use crate::{error, memory};
 use peerlane::gpu::Stream;
+use peerlane::trace;
 use peerlane::{Aborter, Config, Error, Family, Processes, Transport};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
@@ -364,7 +365,11 @@ impl Communicator {
     fn synchronize(&self, py: Python<'_>, stream: Given<'_, '_>) -> PyResult<()> {
         let stream = self.stream(py, "synchronize", stream, None)?;
         self.queue(py, "synchronize", |_| Ok(()))?;
+        let begin = trace::is_recording().then(trace::now);
         let waited = py.detach(|| self.gpu.gpu.stream_synchronize(stream));
+        if let Some(begin) = begin {
+            trace::finish("synchronize", begin, [("rank".into(), self.number().into())].into());
+        }
         waited.map_err(|e| error::raise(py, e))?;
         if let Some(machine) = &self.gpu.machine {
             machine.sweep(self.ordinal);

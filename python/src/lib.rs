@@ -19,6 +19,7 @@ mod prepared;
 mod registration;
 mod tensor;
 mod torch;
+mod trace;
 mod transfer;
 mod work;
 
@@ -36,6 +37,8 @@ mod _peerlane {
     #[pymodule_export]
     use crate::registration::Registration;
     #[pymodule_export]
+    use crate::trace::{Span, trace_flush, trace_is_recording, trace_start};
+    #[pymodule_export]
     use crate::transfer::{MappedTensor, TensorExporter, TensorImporter, TensorView};
     #[pymodule_export]
     use crate::work::{Event, Work};
@@ -47,6 +50,13 @@ mod _peerlane {
     use pyo3::prelude::*;
     use std::ffi::OsString;
     use std::path::PathBuf;
+
+    /// Records from now on if the environment says so.
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        peerlane::trace::start_from_environment();
+        Ok(())
+    }
 
     /// The version of the library.
     #[pyfunction]

@@ -57,10 +57,13 @@ def stubs() -> ast.Module:
 def signature(function: ast.FunctionDef) -> list[tuple[str, str, object]]:
     """Name, kind and default of every parameter but self."""
     arguments = function.args
+    kinds = ["POSITIONAL_ONLY"] * len(arguments.posonlyargs)
+    kinds += ["POSITIONAL_OR_KEYWORD"] * len(arguments.args)
     plain = [*arguments.posonlyargs, *arguments.args]
     required = len(plain) - len(arguments.defaults)
     defaults = [None] * required + arguments.defaults
-    pairs = [("POSITIONAL_OR_KEYWORD", *pair) for pair in zip(plain, defaults)]
+    pairs = list(zip(kinds, plain, defaults))
+    pairs += [("VAR_KEYWORD", arguments.kwarg, None)] if arguments.kwarg else []
     pairs += [("KEYWORD_ONLY", *pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults)]
     return [
         (name.arg, kind, ast.literal_eval(default) if default else inspect.Parameter.empty)

@@ -274,6 +274,8 @@ class TPBackendP2P:
             self.communicator.close()
         except peerlane.Error as error:
             log.warning("device %d: closing after a failure: %s", self.device, error)
+        # A child of multiprocessing ends without what others do at their exit.
+        peerlane.trace.flush()
 
     def _rank(self, argument: str, device: int) -> int:
         rank = self._ranks.get(device)

@@ -8,6 +8,7 @@ These of ExLlamaV3 are replaced in the main process:
   `TPBackendP2P` in place of `TPBackendNative`.
 - `model_tp_fn.SMConsumer` is Peerlane's for what Peerlane's producers export; `Embedding.tp_export` and `tp_import` share
   the table if that is what it goes through.
+- What a pass is made of is wrapped while the process records a trace (`timeline`).
 - `Model_TPMixin._load_tp` and `create_tp_context` find, with `channel=True`, Peerlane's `Pipe`, `Process` and `SMProducer`
   under these names.
 
@@ -27,6 +28,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from peerlane import trace
+
+from . import timeline
 from .backend import TPBackendP2P
 from .dispatch import Dispatch, spin_of
 from .embeddings import tp_export, tp_import
@@ -73,6 +77,7 @@ def install(
             (model_tp_fn, "init_pg", _init_pg, _init_pg_of(model_tp_fn)),
             (model_tp_fn, "SMConsumer", consumer, _need(model_tp_fn, "SMConsumer")),
             *_embedding_of(("tp_export", tp_export), ("tp_import", tp_import)),
+            *(timeline.of_main() if trace.is_recording() else []),
         ]
         for owner, attribute, make, original in found:
             _put(owner, attribute, make, original)
@@ -117,6 +122,8 @@ def _arrive(options: Options) -> P2P:
         _put(model_tp_fn, "SMConsumer", consumer, _need(model_tp_fn, "SMConsumer"))
         for found in _embedding_of(("tp_import", tp_import)):
             _put(*found)
+        for found in timeline.of_all() if trace.is_recording() else []:
+            _put(*found)
     return P2P(options)
 
 
@@ -142,6 +149,8 @@ def _create_tp_context(original: Callable[..., Any]) -> Callable[..., Any]:
             self.tp_producer.settle = self.tp_drain_acks
             if dispatch.helper is not None:
                 self.mp_parent_conn[-1] = dispatch.helper
+        if trace.is_recording():
+            timeline.watch_dispatch(self)
         self.tp_backend = "p2p"
         if not p2p.met:
             raise RuntimeError(

@@ -100,6 +100,18 @@ def embedding_of_all(model: Any) -> list[dict[str, Any]]:
     return ask(ranks, look_up, ())
 
 
+def traced_pass(model: Any) -> bool:
+    """A pass of ExLlamaV3's own through all modules there are; whether its parameters are what they were."""
+    import torch
+
+    # ExLlamaV3 writes into a pass's parameters, so each has its own.
+    passes: list[dict[str, Any]] = [{}, {}]
+    for params in passes:
+        model.prefill_tp(torch.tensor([[3, 0, 2]]), params, 0, [])
+    model.tp_drain_acks()
+    return not any("peerlane_pass" in params for params in passes)
+
+
 def main(backend: str) -> dict[str, Any]:
     from exllamav3.model import model_tp, model_tp_fn
 
@@ -120,8 +132,10 @@ def main(backend: str) -> dict[str, Any]:
         model.tp_worker_dispatch(-1, model_tp_fn.mp_cpu_reduce, ())
         outcome["pass"] = model.tp_worker_dispatch_wait_multi(model.active_devices, one_pass, ())
         assert model.tp_worker_result(-1) is None
-        if len(children) == 1:
+        if len(children) == 1 or peerlane.trace.is_recording():
             outcome["embedding"] = embedding_of_all(model)
+        if peerlane.trace.is_recording():
+            outcome["traced"] = traced_pass(model)
     model.destroy_tp_context()
     # ExLlamaV3 terminates a child that has not ended after 2 s, as may be on a busy machine, and does not wait for that.
     for child in children:

@@ -93,8 +93,21 @@ FILES = {
     "version.py": '__version__ = "1.6.5"\n',
     "model/__init__.py": "",
     "modules/__init__.py": "",
+    "modules/module.py": """
+class Module:
+    def prepare_for_device(self, x, params):
+        return x
+""",
     "modules/embedding.py": """
-class Embedding:
+from .module import Module
+
+
+class Embedding(Module):
+    device = "elsewhere"
+
+    def forward(self, x, params):
+        return x
+
     def __init__(self, table):
         self.embedding = table
 
@@ -208,6 +221,14 @@ def mp_sum(local_context):
     return tensor.tolist()
 
 
+def mp_model_forward(local_context, shared_input, params, last_kv_module_idx, prefill, single_idx):
+    from ..modules.embedding import Embedding
+    module = Embedding(None)
+    x = local_context["inf_consumer"].recv(shared_input)
+    module.forward(module.prepare_for_device(x, params), params)
+    return mp_sum(local_context), sorted(params)
+
+
 def mp_set_consumer(local_context, producer):
     local_context["consumer"] = SMConsumer(producer, device=local_context["device"], pin_memory=False)
 
@@ -250,10 +271,13 @@ class PseudoParentConn:
 import multiprocessing
 import uuid
 from multiprocessing import Pipe, Process
+from multiprocessing.reduction import ForkingPickler
 from .model_tp_fn import *
 
 
 class Model_TPMixin:
+    tp_pending_acks = ()
+
     def create_tp_context(self, tp_backend: str):
         multiprocessing.set_start_method("spawn", force=True)
         self.tp_backend = tp_backend
@@ -279,6 +303,30 @@ class Model_TPMixin:
 
     def tp_drain_acks(self):
         self.drained = getattr(self, "drained", 0) + 1
+        pending, self.tp_pending_acks = self.tp_pending_acks, ()
+        if pending:
+            self.acks = [self.mp_parent_conn[device].recv() for device in pending]
+
+    def prepare_inputs_for_tp(self, x, params):
+        self.tp_drain_acks()
+        return self.tp_producer.send(x), {}
+
+    def prefill_tp(self, x, params, last_kv_module_idx, modules):
+        return self.one_pass(x, params, last_kv_module_idx)
+
+    def forward_tp(self, x, params, last_kv_module_idx, modules):
+        return self.one_pass(x, params, last_kv_module_idx)
+
+    def one_pass(self, x, params, last_kv_module_idx):
+        x, reserve = self.prepare_inputs_for_tp(x, params)
+        args = (x, params, last_kv_module_idx, False, None)
+        message = ForkingPickler.dumps((mp_model_forward, args))
+        others = [device for device in self.active_devices if device != self.tp_output_device]
+        for device in others:
+            self.mp_parent_conn[device].send_bytes(message)
+        self.mp_parent_conn[self.tp_output_device].send((mp_model_forward, args))
+        self.tp_pending_acks = others
+        return self.mp_parent_conn[self.tp_output_device].recv()
 
     def _load_tp(self, tp_backend, *, progress=False):
         self.create_tp_context(tp_backend)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,24 @@ def test_p2p_over_channels(tree: Path, tmp_path: Path) -> None:
     rows = [[[12.0, 13.0, 14.0, 15.0], [0.0, 1.0, 2.0, 3.0], [8.0, 9.0, 10.0, 11.0]]]
     assert seen["embedding"] == 2 * [{"rows": rows, "dtype": "torch.float32", "shared": True}]
     assert seen["left over"] == 0 and seen["restored"]
+
+
+@pytest.mark.parametrize("channel", ["0", "1"])
+def test_a_traced_pass(tree: Path, tmp_path: Path, channel: str) -> None:
+    traces = tmp_path / "traces"
+    environment = {"PEERLANE_TRACE": str(traces), "PEERLANE_TP_CHANNEL": channel}
+    seen = outcome(tree, tmp_path, "p2p", **environment)
+    assert seen["traced"] and seen["restored"] and seen["left over"] == 0
+    names = [
+        Counter(json.loads(line).get("span", {}).get("name") for line in file.open())
+        for file in traces.glob("*.jsonl")
+    ]
+    (main,) = (one for one in names if one["pass"])
+    (worker,) = (one for one in names if one["woken"])
+    for name in ("pass", "prepare inputs", "acks", "dispatch", "rank", "inputs", "embedding"):
+        assert main[name] >= 1, (name, main)
+    for name in ("woken", "rank", "inputs", "embedding"):
+        assert worker[name] >= 1, (name, worker)
 
 
 def test_native_is_untouched(tree: Path, tmp_path: Path) -> None:
