@@ -46,6 +46,7 @@ pub mod transfer;
 pub mod transport;
 mod usage;
 pub mod work;
+pub mod workers;
 
 pub use adapt::Adapted;
 #[doc(hidden)]

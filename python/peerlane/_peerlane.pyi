@@ -406,6 +406,77 @@ class Work:
     def synchronize(self) -> None:
         """Waits on the host until the call is done, then raises what went wrong in it or before."""
 
+class Workers:
+    """The ranks of this process, each with a thread of its own that runs recorded lists without the
+    interpreter. It takes the communicators over: they are closed to others."""
+
+    def __init__(
+        self, ranks: Sequence[Communicator], *, spin: float | None = None, near: bool = True
+    ) -> None:
+        """`ranks` are those of `Communicator.connect`, or some of them. For `spin` seconds a thread looks for its
+        next list before it sleeps; None: 100 us where there is a core for each, else none. `near` keeps each
+        thread on the cores that the system says are near its GPU."""
+
+    def list(self) -> WorkList:
+        """An empty list for these ranks, which are counted from 0 in their order here."""
+
+    def run(self, list: WorkList) -> None:
+        """Queues a list on all ranks, on their own streams; returns once all of it is queued. Raises what the first
+        rank met, a callback's exception included; the group has to recover then."""
+
+    def synchronize(self) -> None:
+        """Waits until all that was queued is done on all ranks, then raises what went wrong."""
+
+    def recover(self) -> None:
+        """Lets all ranks go on after an error, as Communicator.recover."""
+
+    def stream(self, rank: int) -> int:
+        """The stream that a rank's operations are queued on: a cudaStream_t, for torch.cuda.ExternalStream."""
+
+    def is_near(self, rank: int) -> bool:
+        """Whether a rank's thread stays on the cores near its GPU."""
+
+    def abort(self) -> None:
+        """Ends all waits of all ranks, from any thread."""
+
+    def close(self) -> None:
+        """Waits for what is queued, ends the threads and closes the ranks."""
+
+    def __len__(self) -> int: ...
+    def __enter__(self) -> Workers: ...
+    def __exit__(self, *_why: object) -> None: ...
+
+class WorkList:
+    """Operations of all ranks, in the order in which they are queued; tensors and functions stay alive as long
+    as it does. What is added after a run is part of the next one."""
+
+    def all_reduce(
+        self,
+        tensors: Sequence[Any],
+        *,
+        op: _Op = "sum",
+        wire: _Wire = "native",
+        dtype: _DType | None = None,
+    ) -> None:
+        """Every rank's tensor becomes the reduction of all ranks', in place."""
+
+    def all_gather(self, tensors: Sequence[Any], outs: Sequence[Any]) -> None:
+        """Every rank's out becomes all ranks' tensors, one after the other in rank order."""
+
+    def broadcast(self, tensors: Sequence[Any], root: int, *, route: _Route | None = None) -> None:
+        """Every rank's tensor becomes that of rank root."""
+
+    def barrier(self) -> None:
+        """No rank's stream goes on before all have come here."""
+
+    def copy(self, rank: int, out: Any, tensor: Any) -> None:
+        """Copies a tensor of one rank's GPU to another of the same size there."""
+
+    def callback(self, rank: int, function: Callable[[int, int], object]) -> None:
+        """Calls function(rank, stream) on that rank's thread, when everything before it has been queued, not done."""
+
+    def __len__(self) -> int: ...
+
 class Event:
     """A recorded event."""
 

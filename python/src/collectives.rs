@@ -163,15 +163,25 @@ pub(crate) fn all_gather<M: Made>(
     stream: Given<'_, '_>,
 ) -> PyResult<M> {
     const CALL: &str = "all_gather";
+    let (request, src) = all_gather_request(rank, tensor, out)?;
+    let stream = rank.stream(py, CALL, stream, src.stream)?;
+    // SAFETY: as in `all_reduce`, with world times `bytes` bytes to write.
+    rank.queue(py, CALL, |rank| unsafe { M::all_gather(rank, &request, stream) })
+}
+
+/// An all-gather, and its input.
+pub(crate) fn all_gather_request(
+    rank: &Communicator,
+    tensor: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<(AllGather, Tensor)> {
+    const CALL: &str = "all_gather";
     let src = Tensor::read(&rank.place(CALL, "tensor"), tensor, Need::Bytes)?;
     let dst = Tensor::read_writable(&rank.place(CALL, "out"), out, Need::Bytes)?;
     let all = src.count.saturating_mul(rank.world() as usize);
     dst.fits(CALL, &src, all, "tensor's, times the world size")?;
     dst.apart(CALL, &src, Some(rank.number() as usize * src.bytes()))?;
-    let request = AllGather { src: src.at(), dst: dst.at(), bytes: src.bytes() };
-    let stream = rank.stream(py, CALL, stream, src.stream)?;
-    // SAFETY: as in `all_reduce`, with world times `bytes` bytes to write.
-    rank.queue(py, CALL, |rank| unsafe { M::all_gather(rank, &request, stream) })
+    Ok((AllGather { src: src.at(), dst: dst.at(), bytes: src.bytes() }, src))
 }
 
 pub(crate) fn broadcast<M: Made>(
@@ -182,6 +192,19 @@ pub(crate) fn broadcast<M: Made>(
     stream: Given<'_, '_>,
 ) -> PyResult<M> {
     const CALL: &str = "broadcast";
+    let (request, data) = broadcast_request(rank, tensor, (root, route))?;
+    let stream = rank.stream(py, CALL, stream, data.stream)?;
+    // SAFETY: as in `all_reduce`; the root's tensor is only read.
+    rank.queue(py, CALL, |rank| unsafe { M::broadcast(rank, &request, stream) })
+}
+
+/// A broadcast, and its tensor.
+pub(crate) fn broadcast_request(
+    rank: &Communicator,
+    tensor: &Bound<'_, PyAny>,
+    (root, route): (&Bound<'_, PyAny>, Given<'_, '_>),
+) -> PyResult<(Broadcast, Tensor)> {
+    const CALL: &str = "broadcast";
     let root = options::whole32(CALL, "root", root)?;
     let route = options::route(CALL, route)?;
     let place = rank.place(CALL, "tensor");
@@ -190,10 +213,7 @@ pub(crate) fn broadcast<M: Made>(
     } else {
         Tensor::read_writable(&place, tensor, Need::Bytes)?
     };
-    let request = Broadcast { route, ..Broadcast::new(data.at(), data.bytes(), root) };
-    let stream = rank.stream(py, CALL, stream, data.stream)?;
-    // SAFETY: as in `all_reduce`; the root's tensor is only read.
-    rank.queue(py, CALL, |rank| unsafe { M::broadcast(rank, &request, stream) })
+    Ok((Broadcast { route, ..Broadcast::new(data.at(), data.bytes(), root) }, data))
 }
 
 pub(crate) fn gather<M: Made>(

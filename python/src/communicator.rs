@@ -560,6 +560,28 @@ impl Communicator {
         })
     }
 
+    /// Takes the library's communicator: this one is closed from now on, and describes its GPU only.
+    pub(crate) fn take(
+        &self,
+        py: Python<'_>,
+        op: &'static str,
+    ) -> PyResult<peerlane::Communicator> {
+        let taken = self.lock(py).take();
+        taken.ok_or_else(|| error::raise(py, Error::Closed { op, rank: self.number() }))
+    }
+
+    /// Undoes `take`.
+    pub(crate) fn put(&self, py: Python<'_>, taken: peerlane::Communicator) {
+        *self.lock(py) = Some(taken);
+    }
+
+    /// Lets go of memory of simulated GPUs that nothing uses any more.
+    pub(crate) fn sweep(&self) {
+        if let Some(machine) = &self.gpu.machine {
+            machine.sweep(self.ordinal);
+        }
+    }
+
     /// This rank's number.
     #[inline]
     pub(crate) fn number(&self) -> u32 {

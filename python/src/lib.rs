@@ -22,6 +22,7 @@ mod torch;
 mod trace;
 mod transfer;
 mod work;
+mod workers;
 
 use pyo3::prelude::*;
 
@@ -42,6 +43,8 @@ mod _peerlane {
     use crate::transfer::{MappedTensor, TensorExporter, TensorImporter, TensorView};
     #[pymodule_export]
     use crate::work::{Event, Work};
+    #[pymodule_export]
+    use crate::workers::{WorkList, Workers};
 
     use crate::device::Device;
     use crate::error;
