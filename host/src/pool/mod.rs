@@ -98,7 +98,7 @@ impl Pool {
                 chunk
             }
         };
-        state.stats.taken(bytes, class);
+        state.taken(bytes, class);
         drop(state);
         Ok(Block { inner: inner.clone(), chunk, bytes, class, stream })
     }
@@ -127,6 +127,20 @@ impl Pool {
     /// since other processes may have them mapped.
     pub fn trim(&self, keep: usize) -> Result<usize> {
         self.0.shrink(&mut self.0.lock(), keep)
+    }
+
+    /// Lets the pool follow the workload: gives back idle blocks that were needed neither since the last call nor between
+    /// that and the one before, so that a phase of the workload that comes back finds its blocks. Returns the bytes given back. For callers that
+    /// know when a round of work ends. Waits on the host for work queued on what it gives back. Exported blocks stay.
+    pub fn adapt(&self) -> Result<usize> {
+        let mut state = self.0.lock();
+        let before = state.stats.reserved();
+        let mut outcome = Ok(());
+        for (class, chunk) in state.take_spare() {
+            let given = self.0.give_up(&mut state, class, chunk);
+            outcome = outcome.and(given);
+        }
+        outcome.map(|()| before - state.stats.reserved())
     }
 
     /// What the pool holds and has done.
@@ -339,22 +353,28 @@ impl Inner {
         let before = state.stats.reserved();
         while state.stats.reserved() > keep {
             let Some((class, chunk)) = state.take_largest() else { break };
-            let done = self.settle(&chunk);
-            // SAFETY: the last holder's stream is done with it.
-            if let Err(error) = done.and_then(|()| unsafe { self.destroy(chunk) }) {
-                state.retire(class, chunk);
-                return Err(error);
-            }
-            state.stats.trimmed += 1;
+            self.give_up(state, class, chunk)?;
         }
         Ok(before - state.stats.reserved())
+    }
+
+    /// Gives a chunk that was idle back to the driver.
+    fn give_up(&self, state: &mut State, class: usize, chunk: Chunk) -> Result<()> {
+        let done = self.settle(&chunk);
+        // SAFETY: the last holder's stream is done with it.
+        if let Err(error) = done.and_then(|()| unsafe { self.destroy(chunk) }) {
+            state.retire(class, chunk);
+            return Err(error);
+        }
+        state.stats.trimmed += 1;
+        Ok(())
     }
 
     /// Makes a block idle. Where its stream cannot say when it is done with it, the memory stays
     /// unused until the pool goes.
     fn give_back(&self, mut chunk: Chunk, bytes: usize, class: usize, stream: Stream) {
         let mut state = self.lock();
-        state.stats.returned(bytes, class);
+        state.returned(bytes, class);
         let captured = self.gpu.is_capturing(stream).unwrap_or(true);
         if captured || self.gpu.event_record(chunk.event, stream).is_err() {
             state.retire(class, chunk);

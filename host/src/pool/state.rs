@@ -33,15 +33,62 @@ pub(super) struct Chunk {
     pub(super) exported: bool,
 }
 
+/// Blocks of a class: those in use, and the most at a time since the pool last adapted, and before that.
+#[derive(Clone, Copy, Default)]
+struct Use {
+    now: usize,
+    most: usize,
+    before: usize,
+}
+
 #[derive(Default)]
 pub(super) struct State {
     /// By class; in a class, what was freed first comes first.
     pub(super) idle: BTreeMap<usize, VecDeque<Chunk>>,
     pub(super) retired: Vec<Chunk>,
     pub(super) stats: Stats,
+    /// By class.
+    uses: BTreeMap<usize, Use>,
 }
 
 impl State {
+    /// A block of the class has a holder, who asked for `bytes`.
+    pub(super) fn taken(&mut self, bytes: usize, class: usize) {
+        self.stats.taken(bytes, class);
+        let of = self.uses.entry(class).or_default();
+        of.now += 1;
+        of.most = of.most.max(of.now);
+    }
+
+    /// It has none any more.
+    pub(super) fn returned(&mut self, bytes: usize, class: usize) {
+        self.stats.returned(bytes, class);
+        if let Some(of) = self.uses.get_mut(&class) {
+            of.now -= 1;
+        }
+    }
+
+    /// Ends a window, and takes the idle chunks that neither it nor the one before had a use for: of each class those that were
+    /// freed first.
+    pub(super) fn take_spare(&mut self) -> Vec<(usize, Chunk)> {
+        let mut spare = Vec::new();
+        for (class, idle) in &mut self.idle {
+            let Use { now, most, before } = self.uses.get(class).copied().unwrap_or_default();
+            let keep = most.max(before) - now;
+            while idle.len() > keep
+                && let Some(at) = idle.iter().position(|chunk| !chunk.exported)
+                && let Some(chunk) = idle.remove(at)
+            {
+                self.stats.idle -= class;
+                spare.push((*class, chunk));
+            }
+        }
+        for of in self.uses.values_mut() {
+            (of.before, of.most) = (of.most, of.now);
+        }
+        spare
+    }
+
     /// An idle chunk of the class, if there is one: one that needs no wait before one that does.
     pub(super) fn take(&mut self, class: usize, stream: Stream) -> Option<Chunk> {
         let idle = self.idle.get_mut(&class)?;

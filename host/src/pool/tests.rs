@@ -116,6 +116,36 @@ fn trimming_gives_back_what_is_idle_and_not_exported() {
 }
 
 #[test]
+fn adapting_keeps_what_the_last_two_windows_needed() {
+    let gpu = gpu(1);
+    let pool = pool(&gpu, Kind::Host, 1 << 20);
+    let use_at_once = |small: usize, large: usize| {
+        let small: Vec<_> = (0..small).map(|_| pool.alloc(4096, STREAM).unwrap()).collect();
+        let large: Vec<_> = (0..large).map(|_| pool.alloc(65536, STREAM).unwrap()).collect();
+        drop((small, large));
+    };
+    let idle = || pool.stats().idle;
+    use_at_once(3, 2);
+    let all = 3 * 4096 + 2 * 65536;
+    assert_eq!((pool.adapt().unwrap(), idle()), (0, all));
+    // Fewer, one after the other: it is the most at a time that counts.
+    for _ in 0..5 {
+        use_at_once(1, 0);
+    }
+    assert_eq!((pool.adapt().unwrap(), idle()), (0, all));
+    use_at_once(1, 1);
+    // Two windows ago there were three and two.
+    assert_eq!((pool.adapt().unwrap(), idle()), (2 * 4096 + 65536, 4096 + 65536));
+    // What is in use counts, in this window and in the next.
+    let held = [pool.alloc(4096, STREAM).unwrap(), pool.alloc(4096, STREAM).unwrap()];
+    assert_eq!((pool.adapt().unwrap(), idle()), (0, 65536));
+    drop(held);
+    assert_eq!((pool.adapt().unwrap(), idle()), (65536, 2 * 4096));
+    assert_eq!((pool.adapt().unwrap(), idle()), (0, 2 * 4096));
+    assert_eq!((pool.adapt().unwrap(), idle(), pool.stats().trimmed), (2 * 4096, 0, 6));
+}
+
+#[test]
 fn a_captured_stream_takes_no_block_and_a_lost_one_gives_none_back() {
     let gpu = gpu(1);
     let pool = pool(&gpu, Kind::Device, 1 << 20);
@@ -271,6 +301,7 @@ enum Action {
     Alloc { bytes: usize, stream: usize },
     Free { which: usize },
     Trim { keep: usize },
+    Adapt,
     Reserve { bytes: usize, blocks: usize },
 }
 
@@ -279,6 +310,7 @@ fn action() -> impl Strategy<Value = Action> {
         4 => (1usize..40_000, 0usize..3).prop_map(|(bytes, stream)| Action::Alloc { bytes, stream }),
         4 => (0usize..16).prop_map(|which| Action::Free { which }),
         1 => (0usize..100_000).prop_map(|keep| Action::Trim { keep }),
+        1 => Just(Action::Adapt),
         1 => (1usize..5_000, 1usize..4).prop_map(|(bytes, blocks)| Action::Reserve { bytes, blocks }),
     ]
 }
@@ -321,6 +353,11 @@ proptest! {
                     let after = pool.stats();
                     prop_assert_eq!(before - freed, after.reserved());
                     prop_assert!(after.reserved() <= keep || after.idle == 0);
+                }
+                Action::Adapt => {
+                    let before = pool.stats().reserved();
+                    let freed = pool.adapt().unwrap();
+                    prop_assert_eq!(before - freed, pool.stats().reserved());
                 }
                 Action::Reserve { bytes, blocks } => {
                     let before = pool.stats();

@@ -47,8 +47,7 @@ pub struct Options {
     /// How long a thread looks for its next list, and who runs one for its end, before they sleep. `None`: 100 us where there is a core
     /// for each of them, else nothing.
     pub spin: Option<Duration>,
-    /// Whether each thread stays on the cores that the system says are near its GPU, those among them that this process may use. Memory that it
-    /// touches or pins first, as in [`Workers::call`], is near them too.
+    /// Whether each thread stays on the cores that the system says are near its GPU, those among them that this process may use.
     pub near: bool,
 }
 
