@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,10 +41,13 @@ def trace(args: argparse.Namespace, kind: str, folder: Path) -> Json:
     run += ["--out", folder / "run.json", "--decode", "1", "--prefill", args.tokens, "--repeats", "3"]
     command = [args.peerlane, "trace", "--out", folder / "timeline.json", "--json", summary, "--", *run]
     summary.unlink(missing_ok=True)
-    try:
-        status = subprocess.run([str(word) for word in command], timeout=args.limit).returncode
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {args.limit} s"}
+    with subprocess.Popen([str(word) for word in command], start_new_session=True) as process:
+        try:
+            status = process.wait(args.limit)
+        except subprocess.TimeoutExpired:
+            # The ranks too: they would keep the GPUs.
+            os.killpg(process.pid, signal.SIGKILL)
+            return {"failed": f"took more than {args.limit} s"}
     if status != 0 or not summary.exists():
         return {"failed": f"exit status {status}"}
     return json.loads(summary.read_text())["trace"]

@@ -83,7 +83,14 @@ pub(crate) fn entries(world: u32) -> usize {
 /// The logs of all pairs of a group.
 pub(crate) struct CallLog {
     world: u32,
+    /// A number that no other log of this process has.
+    number: u64,
     entries: Entries,
+}
+
+fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Where the entries are.
@@ -98,12 +105,20 @@ impl CallLog {
     /// The log of ranks of this process.
     pub(crate) fn new(world: u32) -> CallLog {
         let own = (0..entries(world)).map(|_| Entry::default()).collect();
-        CallLog { world, entries: Entries::Own(own) }
+        CallLog { world, number: next_number(), entries: Entries::Own(own) }
     }
 
     /// The log of ranks that share `segment`.
     pub(crate) fn shared(world: u32, segment: Arc<Segment>) -> CallLog {
-        CallLog { world, entries: Entries::Shared(segment) }
+        CallLog { world, number: next_number(), entries: Entries::Shared(segment) }
+    }
+
+    /// A number that no other log has: of this process's ranks, or of those that share memory.
+    pub(crate) fn number(&self) -> u64 {
+        match &self.entries {
+            Entries::Own(_) => u64::from(std::process::id()) << 32 ^ self.number,
+            Entries::Shared(segment) => segment.number(),
+        }
     }
 
     /// The `call`-th entry that `from` wrote for `to`.

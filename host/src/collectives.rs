@@ -14,6 +14,7 @@ use crate::registration::Registration;
 use crate::request::{AllGather, AllReduce, AllReduceRegistered, Broadcast, Gather, ReduceScatter};
 use crate::scheduled::{self, Scheme};
 use crate::trace;
+use crate::usage::Family;
 use peerlane_device::abi::{
     Args, DType, Format, Kernel, MAX_RANKS, Operation, ReduceOp, UNIT, Wire, flags,
 };
@@ -215,12 +216,15 @@ impl Communicator {
         job: &scheduled::Job,
         stream: Stream,
     ) -> Result<()> {
-        let traced = trace::is_on().then(|| self.trace(&job.signature, stream));
+        let traced = trace::is_on().then(|| self.trace(&job.signature));
         let op = job.signature.operation.name();
         let wants = self.scheduled(op)?.staging_bytes(scheme, job.cut.units());
         let captured = self.is_captured(stream)?;
         self.follow(op, stream)?;
         self.announce(self.everyone(), job.signature)?;
+        if traced.is_some() {
+            self.trace_begin(stream);
+        }
         let mut begun = false;
         // SAFETY: passed on to the caller.
         let queued = unsafe { self.scheduled(op)?.run(scheme, job, stream, &mut begun) };
@@ -232,7 +236,7 @@ impl Communicator {
         self.tally.scheduled(job.signature.bytes, wants, self.config().staging());
         self.tally.captured += u64::from(captured);
         if let Some(traced) = traced {
-            self.trace_end(*traced, stream);
+            self.trace_end(*traced, Family::Scheduled, stream);
         }
         Ok(())
     }
@@ -425,10 +429,13 @@ impl Communicator {
         signature: Signature,
         stream: Stream,
     ) -> Result<()> {
-        let traced = trace::is_on().then(|| self.trace(&signature, stream));
+        let traced = trace::is_on().then(|| self.trace(&signature));
         let captured = self.is_captured(stream)?;
         self.follow(signature.operation.name(), stream)?;
         self.announce(peers, signature)?;
+        if traced.is_some() {
+            self.trace_begin(stream);
+        }
         args.block_units = grid.block_units;
         args.chunk_units = grid.chunk_units;
         args.signature = signature.words();
@@ -441,7 +448,7 @@ impl Communicator {
         self.tally.kernel(signature.operation, signature.bytes, sent);
         self.tally.captured += u64::from(captured);
         if let Some(traced) = traced {
-            self.trace_end(*traced, stream);
+            self.trace_end(*traced, Family::of(signature.operation), stream);
         }
         Ok(())
     }

@@ -559,6 +559,18 @@ impl Communicator {
         Ok(())
     }
 
+    /// Waits for a stream of its own accord and has nothing to do with it any more: it may go.
+    pub(crate) fn leave_stream(&mut self, stream: Stream) -> Result<()> {
+        if self.last_stream == Some(stream) {
+            self.gpu.stream_synchronize(stream)?;
+            if let Some(side) = &self.side {
+                side.settle(stream);
+            }
+            self.last_stream = None;
+        }
+        Ok(())
+    }
+
     /// Whether this rank has made scheduled calls.
     pub(crate) fn has_scheduled(&self) -> bool {
         self.scheduled.is_some()
@@ -579,6 +591,7 @@ impl Communicator {
     /// Makes the next call the first, now that all are done; `captured` is what a graph may still run.
     pub(crate) fn forget_calls(&mut self, captured: Option<Operation>) -> Result<()> {
         self.calls = [0; MAX_RANKS];
+        self.tally.begin_anew();
         self.last_stream = None;
         if let Some(side) = &self.side {
             side.settle_all();

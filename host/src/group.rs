@@ -493,8 +493,7 @@ impl Group {
 
     /// A number that it shares with the other ranks' views of it, and with no other group.
     pub(crate) fn number(&self) -> u64 {
-        let own = || u64::from(std::process::id()) << 48 ^ Arc::as_ptr(&self.log).addr() as u64;
-        self.segment().map_or_else(own, |segment| segment.number())
+        self.log.number()
     }
 
     /// What the ranks share if they are processes.

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::gpu::Stream;
 use crate::group::Group;
 use crate::trace::{self, Subject, Timer};
+use crate::usage::Family;
 use peerlane_device::abi::Operation;
 use tracing::span::EnteredSpan;
 
@@ -32,10 +33,10 @@ pub(crate) struct Traced {
 }
 
 impl Communicator {
-    /// Begins to trace a call that is queued on `stream` next.
+    /// Begins to trace a call.
     #[cold]
     #[inline(never)]
-    pub(crate) fn trace(&mut self, signature: &Signature, stream: Stream) -> Box<Traced> {
+    pub(crate) fn trace(&mut self, signature: &Signature) -> Box<Traced> {
         let (operation, bytes, rank) = (signature.operation, signature.bytes as u64, self.rank());
         let subject = Subject {
             name: operation.name(),
@@ -43,6 +44,7 @@ impl Communicator {
             rank,
             world: self.world_size(),
             group: self.group(operation.name()).map_or(0, Group::number),
+            call: 0,
         };
         macro_rules! span {
             ($name:literal) => {
@@ -58,27 +60,44 @@ impl Communicator {
             Operation::Barrier => span!("barrier"),
             Operation::LocalReduce | Operation::Probe => span!("other"),
         };
-        let by = trace::here();
-        self.time(|timer| timer.begin(stream));
-        Box::new(Traced { subject, by, _span: span })
+        Box::new(Traced { subject, by: trace::here(), _span: span })
     }
 
-    /// Ends it, now that the call is queued.
+    /// Marks where it begins on the stream, now that it is certain to be queued next.
     #[cold]
     #[inline(never)]
-    pub(crate) fn trace_end(&mut self, traced: Traced, stream: Stream) {
-        let Traced { subject, by, _span } = traced;
+    pub(crate) fn trace_begin(&mut self, stream: Stream) {
+        if let (Timing::Unasked, true) = (&self.timing, trace::is_recording()) {
+            self.timing = match Timer::new(self.gpu(), stream) {
+                Ok(Some(timer)) => Timing::On(Box::new(timer)),
+                // The stream is captured: later.
+                Ok(None) => Timing::Unasked,
+                Err(_) => Timing::Failed,
+            };
+        }
+        if matches!(self.timing, Timing::Failed) {
+            trace::lose();
+        }
+        self.time(|timer| timer.begin(stream));
+    }
+
+    /// Ends it, now that the call is queued and counted.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn trace_end(&mut self, traced: Traced, family: Family, stream: Stream) {
+        let Traced { mut subject, by, _span } = traced;
+        subject.call = self.tally.number(family);
+        // Counted anew in each family and after each recovery.
+        let mix = self.generation << 4 | family as u64;
+        subject.group = subject.group.wrapping_add(mix.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         self.time(|timer| timer.end(subject, by, stream));
     }
 
     /// Does something with the timer. The first error is its end.
     fn time(&mut self, action: impl FnOnce(&mut Timer) -> Result<()>) {
-        if let (Timing::Unasked, true) = (&self.timing, trace::is_recording()) {
-            let made = Timer::new(self.gpu());
-            self.timing = made.map_or(Timing::Failed, |timer| Timing::On(Box::new(timer)));
-        }
-        let Timing::On(timer) = &mut self.timing else { return };
-        if action(timer).is_err() {
+        if let Timing::On(timer) = &mut self.timing
+            && action(timer).is_err()
+        {
             self.timing = Timing::Failed;
         }
     }

@@ -53,7 +53,7 @@ impl Family {
         }
     }
 
-    const fn of(operation: Operation) -> Family {
+    pub(crate) const fn of(operation: Operation) -> Family {
         match operation {
             Operation::ReduceScatter => Family::ReduceScatter,
             Operation::AllGather => Family::AllGather,
@@ -116,6 +116,8 @@ impl Usage {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tally {
     counts: [Counts; Family::ALL.len()],
+    /// Calls of each family when the ranks last began anew.
+    began: [u64; Family::ALL.len()],
     /// What the calls since the last adaptation need.
     pub(crate) need: Need,
     pub(crate) captured: u64,
@@ -156,6 +158,16 @@ impl Tally {
         self.need = Need::default();
         self.adapts += 1;
         self.resizes += u64::from(resized);
+    }
+
+    /// The ranks begin anew: what failed on some of them is forgotten.
+    pub(crate) fn begin_anew(&mut self) {
+        self.began = self.counts.map(|counts| counts.calls);
+    }
+
+    /// Which call of its family the last one was since then: the same on all ranks that took part in all of them.
+    pub(crate) fn number(&self, family: Family) -> u64 {
+        self.counts[family as usize].calls - self.began[family as usize]
     }
 
     /// Calls of all kinds.

@@ -80,7 +80,11 @@ fn a_program_that_fails_is_shown_and_reported() {
     // `peerlane trace` records where it says itself, so the outer one has found nothing.
     assert!(!run.status.success());
     let errors = said(&run.stderr);
-    assert!(errors.contains("--out: cannot write /nonexistent/x"), "{errors}");
+    let kept = errors.split_once("--out: cannot write /nonexistent/x").unwrap().1;
+    let kept = kept.split_once("--from ").unwrap().1.lines().next().unwrap();
+    let again = trace(&["--from", kept, "--out", &directory.path("again.json")]);
+    assert!(again.status.success(), "{}", said(&again.stderr));
+    fs::remove_dir_all(kept).unwrap();
     assert!(errors.contains("sh ended with exit status: 1"), "{errors}");
     assert!(errors.contains("got no records"), "{errors}");
     assert!(Path::new(&inner).exists() && !Path::new(&out).exists());

@@ -360,11 +360,11 @@ def version() -> str:
     """The version of the library."""
 
 class Span:
-    """A span of this thread for `with`: recorded at its end, if this process records; its arguments are
-    texts, and whole numbers from 0 on. `pass=KIND` makes it a pass, whose stages are summed up; `sends` and
+    """A span of this thread for `with`: recorded at its end, if this process records, with its arguments: ints
+    from 0 on as they are, all else as str() has it. `pass=KIND` makes it a pass, whose stages are summed up; `sends` and
     `hears` name the two ends of a message."""
 
-    def __init__(self, name: str, /, **args: str | int) -> None: ...
+    def __init__(self, name: str, /, **args: object) -> None: ...
     def __enter__(self) -> Span: ...
     def __exit__(self, *_why: object) -> bool: ...
 

@@ -5,9 +5,8 @@
 
 use crate::error;
 use peerlane::trace::{self, Value};
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyInt, PyString};
+use pyo3::types::{PyDict, PyInt};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -48,21 +47,16 @@ impl Span {
     }
 }
 
-/// A span's arguments: numbers of 0 or more, and texts.
+/// A span's arguments: numbers of 0 or more as they are, all else as text.
 fn arguments(given: Option<&Bound<'_, PyDict>>) -> PyResult<Arguments> {
     let Some(given) = given.filter(|_| trace::is_recording()) else { return Ok(Arguments::new()) };
     let mut found = Arguments::new();
     for (key, value) in given {
-        let text = value.cast::<PyString>().ok().map(|text| text.to_string());
-        let is_number = value.is_instance_of::<PyInt>() || value.is_instance_of::<PyBool>();
-        let value = match (text, value.extract::<u64>()) {
-            (Some(text), _) => Value::from(text),
-            (None, Ok(number)) if is_number => Value::from(number),
-            _ => {
-                let expected = "expected a str or an int from 0 to 2^64 - 1";
-                let got = format!("Span: {key}: {expected}, got {}", value.repr()?);
-                return Err(PyTypeError::new_err(got));
-            }
+        let number = value.extract::<u64>().ok().filter(|_| value.is_instance_of::<PyInt>());
+        // What a program says in a trace never fails it: nothing is raised that would not be raised untraced.
+        let value = match number {
+            Some(number) => Value::from(number),
+            None => Value::from(value.str().map_or_else(|_| "?".into(), |text| text.to_string())),
         };
         found.insert(Cow::Owned(key.extract()?), value);
     }

@@ -286,7 +286,7 @@ impl WorkList {
         }
         let (raised, called) = (self.raised.clone(), function.clone_ref(py));
         let callback = Operation::callback(move |worker| {
-            let (number, stream) = (worker.rank.rank(), worker.stream.0);
+            let (number, stream) = (worker.rank.rank(), worker.stream().0);
             let outcome = Python::attach(|py| called.call1(py, (number, stream)).map(drop));
             outcome.map_err(|error| {
                 let reason = format!("a callback of rank {number} raised: {error}");

@@ -4,12 +4,12 @@
 //! longer, and is done by another thread. Calls that become part of a graph are not timed: the graph runs later, and again.
 
 use super::line::{Span, Value, now};
-use super::recorder::{is_recording, lose, new_lane, record};
+use super::recorder::{is_forked, is_recording, lose, new_lane, record};
 use crate::error::Result;
 use crate::gpu::{Event, GpuRef, Stream};
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 
 /// How long one comparison of the clocks is good for, in nanoseconds: the driver tells times between two events as f32 of milliseconds,
 /// so 4 s to 0.25 us.
@@ -28,6 +28,8 @@ pub(crate) struct Subject {
     pub(crate) world: u32,
     /// The same on all ranks of a group, and on no other.
     pub(crate) group: u64,
+    /// The same number of the same group and name is the same call on all ranks.
+    pub(crate) call: u64,
 }
 
 /// Times the calls of one rank. Queues two events a call; the thread that writes the file finds out later when they were.
@@ -35,11 +37,7 @@ pub(crate) struct Timer {
     collector: Arc<Collector>,
     /// The events around the call that is being queued.
     begun: Option<[Event; 2]>,
-    /// Whether that call is one to number: it was not captured.
-    counts: bool,
     lanes: HashMap<Stream, u32>,
-    /// Calls of each name so far that went well: the same number of the same name is the same call on all ranks.
-    calls: BTreeMap<&'static str, u64>,
 }
 
 /// The events of one timer.
@@ -47,8 +45,8 @@ pub(super) struct Collector {
     gpu: GpuRef,
     /// For comparing the clocks: nothing else is on it.
     stream: Stream,
-    /// An event, and when it was on the host's clock. Who collects has the lock.
-    anchor: Mutex<(Event, u64)>,
+    /// An event, and when it was on the host's clock, once they have been compared. Who collects has the lock.
+    anchor: Mutex<Option<(Event, u64)>>,
     events: Mutex<Events>,
 }
 
@@ -62,80 +60,91 @@ struct Pending {
     events: [Event; 2],
     subject: Subject,
     lane: u32,
-    call: u64,
     /// The thread that queued it, and when.
     by: (u32, u64),
 }
 
 /// All that there are.
 static COLLECTORS: Mutex<Vec<Weak<Collector>>> = Mutex::new(Vec::new());
+/// Whether the driver is there: not once the process ends. Who collects has the lock.
+static DRIVER: Mutex<bool> = Mutex::new(true);
 
 /// Records all calls that are done.
 pub(super) fn collect() {
+    let driver = lock(&DRIVER);
+    if *driver {
+        collect_all();
+    }
+}
+
+fn collect_all() {
     let mut all = lock(&COLLECTORS);
     all.retain(|collector| collector.strong_count() != 0);
     let living: Vec<Arc<Collector>> = all.iter().filter_map(Weak::upgrade).collect();
     drop(all);
     for collector in living {
         // What fails here has its own end: the timer's next call fails too.
-        let _ = collector.gpu.beside_captures(&mut || collector.collect());
+        let _ = collector.collect();
+    }
+}
+
+/// Runs before the driver's own end: it was there when this was registered.
+extern "C" fn at_exit() {
+    if !is_forked() {
+        let mut driver = lock(&DRIVER);
+        collect_all();
+        *driver = false;
     }
 }
 
 impl Timer {
-    pub(crate) fn new(gpu: &GpuRef) -> Result<Timer> {
-        let (stream, event) = (gpu.stream_create()?, gpu.event_create_timed()?);
-        let collector = Arc::new(Collector {
-            gpu: gpu.clone(),
-            stream,
-            anchor: Mutex::new((event, 0)),
-            events: Mutex::default(),
-        });
-        collector.compare_clocks(&mut lock(&collector.anchor))?;
+    /// A timer; none yet if `stream` is captured. Waits for nothing: clocks are compared by who collects.
+    pub(crate) fn new(gpu: &GpuRef, stream: Stream) -> Result<Option<Timer>> {
+        static AT_EXIT: Once = Once::new();
+        if gpu.is_capturing(stream)? {
+            return Ok(None);
+        }
+        let mut own = Stream::default();
+        gpu.beside_captures(&mut || {
+            own = gpu.stream_create()?;
+            Ok(())
+        })?;
+        let (anchor, events) = (Mutex::default(), Mutex::default());
+        let collector = Arc::new(Collector { gpu: gpu.clone(), stream: own, anchor, events });
         lock(&COLLECTORS).push(Arc::downgrade(&collector));
-        Ok(Timer {
-            collector,
-            begun: None,
-            counts: false,
-            lanes: HashMap::new(),
-            calls: BTreeMap::new(),
-        })
+        // SAFETY: the function is `extern "C"`, ends, and does not unwind.
+        AT_EXIT.call_once(|| unsafe {
+            libc::atexit(at_exit);
+        });
+        Ok(Some(Timer { collector, begun: None, lanes: HashMap::new() }))
     }
 
     /// Marks the beginning of a call that is queued on `stream` next.
     pub(crate) fn begin(&mut self, stream: Stream) -> Result<()> {
         let Collector { gpu, events, .. } = &*self.collector;
-        self.counts = is_recording() && !gpu.is_capturing(stream)?;
-        if !self.counts {
+        let mut events = lock(events);
+        // Of a call that failed.
+        events.free.extend(self.begun.take().into_iter().flatten());
+        if !is_recording() || gpu.is_capturing(stream)? {
             return Ok(());
         }
-        let pair = {
-            let mut events = lock(events);
-            // Of a call that failed.
-            events.free.extend(self.begun.take().into_iter().flatten());
-            if events.under_way.len() >= MOST {
-                lose();
-                return Ok(());
-            }
-            [events.take(gpu)?, events.take(gpu)?]
-        };
+        if events.under_way.len() >= MOST {
+            lose();
+            return Ok(());
+        }
+        let pair = [events.take(gpu)?, events.take(gpu)?];
+        drop(events);
         self.begun = Some(pair);
         gpu.event_record(pair[0], stream)
     }
 
     /// Marks its end, if its beginning was marked.
     pub(crate) fn end(&mut self, subject: Subject, by: (u32, u64), stream: Stream) -> Result<()> {
-        if !self.counts {
-            return Ok(());
-        }
-        let calls = self.calls.entry(subject.name).or_default();
-        *calls += 1;
-        let call = *calls;
         let Some(events) = self.begun else { return Ok(()) };
         self.collector.gpu.event_record(events[1], stream)?;
         self.begun = None;
         let lane = self.lane(stream, subject.rank);
-        let pending = Pending { events, subject, lane, call, by };
+        let pending = Pending { events, subject, lane, by };
         lock(&self.collector.events).under_way.push_back(pending);
         Ok(())
     }
@@ -156,19 +165,21 @@ impl Events {
 impl Collector {
     /// Records the calls that are done. The lock that calls take is not held meanwhile.
     fn collect(&self) -> Result<()> {
-        let mut anchor = lock(&self.anchor);
-        let mut oldest = std::mem::take(&mut lock(&self.events).under_way);
-        let mut done = Vec::new();
-        let outcome = self.measure(&mut oldest, &mut done, *anchor);
-        let mut events = lock(&self.events);
-        events.free.append(&mut done);
-        oldest.append(&mut events.under_way);
-        let idle = oldest.is_empty();
-        events.under_way = oldest;
-        drop(events);
-        outcome?;
-        let stale = now().saturating_sub(anchor.1) > FRESH;
-        if idle && stale { self.compare_clocks(&mut anchor) } else { Ok(()) }
+        self.gpu.beside_captures(&mut || {
+            let mut anchor = lock(&self.anchor);
+            if anchor.is_none_or(|(_, at)| now().saturating_sub(at) > FRESH) {
+                self.compare_clocks(&mut anchor)?;
+            }
+            let Some(anchor) = *anchor else { return Ok(()) };
+            let mut oldest = std::mem::take(&mut lock(&self.events).under_way);
+            let mut done = Vec::new();
+            let outcome = self.measure(&mut oldest, &mut done, anchor);
+            let mut events = lock(&self.events);
+            events.free.append(&mut done);
+            oldest.append(&mut events.under_way);
+            events.under_way = oldest;
+            outcome
+        })
     }
 
     fn measure(
@@ -182,17 +193,19 @@ impl Collector {
             if !self.gpu.event_query(end)? {
                 break;
             }
+            // Before the anchor, if it was queued before the clocks were compared.
             let after = nanoseconds(self.gpu.event_elapsed_ms(anchor, begin)?);
             let length = nanoseconds(self.gpu.event_elapsed_ms(begin, end)?);
-            record(pending.span(at + after, length));
+            record(pending.span(at.saturating_add_signed(after), length.max(0).unsigned_abs()));
             done.extend(pending.events);
             under_way.pop_front();
         }
         Ok(())
     }
 
-    /// Finds out what the host's clock shows when an event happens: the quickest of some tries knows best.
-    fn compare_clocks(&self, anchor: &mut (Event, u64)) -> Result<()> {
+    /// Finds out what the host's clock shows when an event happens: the quickest of some tries knows best. Nothing else is on that
+    /// stream.
+    fn compare_clocks(&self, anchor: &mut Option<(Event, u64)>) -> Result<()> {
         let mut best = u64::MAX;
         for _ in 0..TRIES {
             let event = lock(&self.events).take(&self.gpu)?;
@@ -202,11 +215,11 @@ impl Collector {
             let took = now() - before;
             let other = if took < best {
                 best = took;
-                std::mem::replace(anchor, (event, before + took / 2)).0
+                anchor.replace((event, before + took / 2)).map(|(last, _)| last)
             } else {
-                event
+                Some(event)
             };
-            lock(&self.events).free.push(other);
+            lock(&self.events).free.extend(other);
         }
         Ok(())
     }
@@ -214,13 +227,13 @@ impl Collector {
 
 impl Pending {
     fn span(&self, begin: u64, length: u64) -> Span {
-        let Subject { name, bytes, rank, world, group } = self.subject;
+        let Subject { name, bytes, rank, world, group, call } = self.subject;
         let numbers: [(&'static str, u64); 7] = [
             ("bytes", bytes),
             ("rank", rank.into()),
             ("world", world.into()),
             ("group", group),
-            ("call", self.call),
+            ("call", call),
             ("thread", self.by.0.into()),
             ("queued", self.by.1),
         ];
@@ -236,8 +249,8 @@ impl Pending {
     }
 }
 
-fn nanoseconds(milliseconds: f32) -> u64 {
-    (f64::from(milliseconds) * 1e6).max(0.0) as u64
+fn nanoseconds(milliseconds: f32) -> i64 {
+    (f64::from(milliseconds) * 1e6) as i64
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -247,6 +260,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Drop for Timer {
     fn drop(&mut self) {
+        // A lock may be held by a thread that a forked child has not.
+        if is_forked() {
+            return;
+        }
         lock(&self.collector.events).free.extend(self.begun.take().into_iter().flatten());
         // What is done by now is recorded; the rest is not waited for. Nothing is left to report to.
         let _ = self.collector.collect();
@@ -255,10 +272,14 @@ impl Drop for Timer {
 
 impl Drop for Collector {
     fn drop(&mut self) {
+        if is_forked() {
+            return;
+        }
         let (anchor, events) = (*lock(&self.anchor), lock(&self.events));
         let Events { free, under_way } = &*events;
         let under_way = under_way.iter().flat_map(|pending| pending.events);
-        for event in free.iter().copied().chain(under_way).chain([anchor.0]) {
+        let anchor = anchor.map(|(event, _)| event);
+        for event in free.iter().copied().chain(under_way).chain(anchor) {
             // SAFETY: made by its timer and not used again; CUDA keeps an event that is still to come.
             let _ = unsafe { self.gpu.event_destroy(event) };
         }

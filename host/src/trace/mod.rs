@@ -19,6 +19,7 @@ mod timeline;
 pub(crate) use gpu::{Subject, Timer};
 pub use layer::Layer;
 pub use line::{Span, Value, now};
+pub(crate) use recorder::lose;
 pub use recorder::{flush, is_recording, record};
 pub use summary::{Stage, Summary};
 pub use timeline::{Process, Timeline};

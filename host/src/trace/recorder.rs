@@ -30,6 +30,7 @@ struct Recorder {
 static RECORDER: OnceLock<Recorder> = OnceLock::new();
 /// Whether spans are taken: not before the recorder is there, and never in a forked child.
 static ON: AtomicBool = AtomicBool::new(false);
+static FORKED: AtomicBool = AtomicBool::new(false);
 static LANES: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
@@ -148,7 +149,7 @@ fn push(line: Line) {
 }
 
 /// Counts a span that is not recorded.
-pub(super) fn lose() {
+pub(crate) fn lose() {
     if let Some(recorder) = RECORDER.get() {
         recorder.lost.fetch_add(1, Ordering::Relaxed);
     }
@@ -174,6 +175,12 @@ extern "C" fn at_exit() {
 extern "C" fn stop_in_child() {
     // The thread that writes is the parent's, and so may be a lock that is held.
     ON.store(false, Ordering::Release);
+    FORKED.store(true, Ordering::Release);
+}
+
+/// Whether this is a child of a process that records, forked without `exec`.
+pub(super) fn is_forked() -> bool {
+    FORKED.load(Ordering::Acquire)
 }
 
 /// A file that was not there, named after this process.

@@ -191,6 +191,15 @@ fn what_is_wrong_in_a_file_is_named() {
     refused("line", &[head(2, "a")], "{\"span\": 7}\n", "line 2");
     refused("first", &[Line::Lost(1)], "", "the process in line 1");
     refused("twice", &[head(2, "a"), head(2, "a")], "", "another in line 2");
+    refused(
+        "backwards",
+        &[head(2, "a"), Line::Span(span("x", 0, (7, 6), &[]))],
+        "",
+        "line 2: 7 to 6",
+    );
+    let directory = Directory::new("folder");
+    fs::create_dir(directory.0.join("2.jsonl")).unwrap();
+    assert!(directory.read().unwrap_err().contains("a plain file"));
     let missing = Timeline::read("/nonexistent/directory".as_ref()).unwrap_err().to_string();
     assert!(missing.contains("/nonexistent/directory"), "{missing}");
 }

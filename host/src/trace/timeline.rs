@@ -156,7 +156,11 @@ fn arguments(span: &Span) -> Map<String, serde_json::Value> {
 /// A file's process and the start of its machine; `None` if it had not written anything yet.
 fn read(path: &Path) -> Result<Option<(Process, String)>> {
     let failed = |error: io::Error| invalid(path, "a readable file", error.to_string());
-    let size = fs::metadata(path).map_err(failed)?.len();
+    let about = fs::metadata(path).map_err(failed)?;
+    let size = about.len();
+    if !about.is_file() {
+        return Err(invalid(path, "a plain file", "something else".into()));
+    }
     if size > MOST_BYTES {
         return Err(invalid(path, "at most 8 GiB", format!("{size} bytes")));
     }
@@ -188,6 +192,10 @@ fn read(path: &Path) -> Result<Option<(Process, String)>> {
     for (number, line) in lines.filter(|(_, line)| !line.is_empty()) {
         match parsed(number, line)? {
             Line::Lane { lane, name, gpu } => drop(process.lanes.insert(lane, (name, gpu))),
+            Line::Span(span) if span.end < span.begin => {
+                let got = format!("line {}: {} to {}", number + 1, span.begin, span.end);
+                return Err(invalid(path, "spans that end after they begin", got));
+            }
             Line::Span(span) => process.spans.push(span),
             Line::Lost(count) => process.lost = process.lost.saturating_add(count),
             Line::Process { .. } => {

@@ -77,7 +77,12 @@ impl Operation {
         unsafe {
             match self {
                 Operation::Upload { dst, src, bytes } => {
-                    rank.gpu().copy(*dst, src.device, (*bytes).min(src.bytes), stream)
+                    let (gpu, bytes, most) = (rank.gpu(), *bytes, src.bytes);
+                    if bytes > most {
+                        let expected = format!("at most {most}, which src has");
+                        return Err(super::invalid("upload", "bytes", expected, bytes.to_string()));
+                    }
+                    gpu.copy(*dst, src.device, bytes, stream)
                 }
                 Operation::Copy { dst, src, bytes } => rank.gpu().copy(*dst, *src, *bytes, stream),
                 Operation::AllReduce(call) => rank.all_reduce(call, stream),

@@ -168,7 +168,7 @@ impl Workers {
         take.try_recv().map_err(|_| broken("the call has returned nothing"))
     }
 
-    /// Ends the threads and gives the ranks back, in order.
+    /// Waits for what is queued, ends the threads and gives the ranks back, in order.
     pub fn finish(mut self) -> Result<Vec<Communicator>> {
         self.threads.drain(..).map(Thread::finish).collect()
     }
@@ -178,12 +178,22 @@ impl Workers {
         for (index, thread) in (0..).zip(&mut self.threads) {
             thread.post(job(index));
         }
-        let outcomes: Vec<Result<()>> = self.threads.iter_mut().map(Thread::outcome).collect();
-        let mut errors = outcomes.into_iter().filter_map(Result::err);
-        let Some(first) = errors.next() else { return Ok(()) };
         // Who was told that another failed knows less.
         let told = |error: &Error| matches!(error, Error::Stopped { .. } | Error::Aborted { .. });
-        Err(if told(&first) { errors.find(|error| !told(error)).unwrap_or(first) } else { first })
+        // All are waited for, whatever the first ones met.
+        let mut sum = Ok(());
+        for thread in &mut self.threads {
+            let outcome = thread.outcome();
+            let better = match (&sum, &outcome) {
+                (_, Ok(())) => false,
+                (Ok(()), Err(_)) => true,
+                (Err(first), Err(next)) => told(first) && !told(next),
+            };
+            if better {
+                sum = outcome;
+            }
+        }
+        sum
     }
 
     fn exists(&self, op: &'static str, index: u32) -> Result<()> {
@@ -198,9 +208,16 @@ impl Workers {
 pub struct Worker {
     /// Its end of the group.
     pub rank: Communicator,
-    /// What its operations are queued on. It is the thread's and goes with it.
-    pub stream: Stream,
+    gpu: GpuRef,
+    stream: Stream,
     is_near: bool,
+}
+
+impl Worker {
+    /// What its operations are queued on. It is the thread's and goes with it.
+    pub fn stream(&self) -> Stream {
+        self.stream
+    }
 }
 
 fn invalid(

@@ -4,7 +4,7 @@ use super::{List, Operation, Options, Worker, Workers};
 use crate::gpu::{DevicePtr, GpuRef, HostMemory, sim};
 use crate::request::{AllGather, AllReduce, Broadcast};
 use crate::{Communicator, Config, DType, Error};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -121,7 +121,7 @@ fn every_collective_can_be_in_a_list() {
         Operation::callback(move |worker| {
             let value = worker.rank.rank() as u8 + 1;
             // SAFETY: the tensor is that large.
-            unsafe { worker.rank.gpu().fill(tensor, value, BYTES, worker.stream) }
+            unsafe { worker.rank.gpu().fill(tensor, value, BYTES, worker.stream()) }
         })
     });
     list.on_all(|_| Operation::Barrier);
@@ -138,7 +138,7 @@ fn every_collective_can_be_in_a_list() {
     let read = Operation::callback(move |worker: &mut Worker| {
         let mut bytes = vec![0; 6 * ROW];
         // SAFETY: the result is larger.
-        unsafe { worker.rank.gpu().download(&mut bytes, result, worker.stream)? };
+        unsafe { worker.rank.gpu().download(&mut bytes, result, worker.stream())? };
         log.lock().unwrap().push(bytes);
         Ok(())
     });
@@ -232,6 +232,36 @@ fn what_cannot_be_run_is_refused_before_anything_is_queued() {
 }
 
 #[test]
+fn ranks_that_are_given_back_go_on_with_other_streams() {
+    let mut workers = start(2, Options::default());
+    let buffers = Buffers::of_all(&workers);
+    run(&mut workers, &sums(&buffers).finish());
+    verify(&workers, &buffers);
+    let mut ranks = workers.finish().unwrap();
+    for (rank, of) in ranks.iter_mut().zip(&buffers) {
+        let stream = rank.gpu().stream_create().unwrap();
+        let call = AllReduce::in_place(of.tensor, COUNT, DType::F32);
+        // SAFETY: the tensor is that large, and is not freed.
+        unsafe { rank.all_reduce(&call, stream) }.unwrap();
+    }
+    ranks.iter_mut().for_each(|rank| rank.close().unwrap());
+}
+
+#[test]
+fn uploads_of_more_than_there_is_are_refused() {
+    let mut workers = start(1, Options::default());
+    let of = Buffers::of_all(&workers)[0];
+    let mut list = List::new(1);
+    list.on_all(|_| Operation::Upload { dst: of.tensor, src: of.input, bytes: BYTES + 1 });
+    // SAFETY: refused before anything is read.
+    let error = unsafe { workers.run(&list.finish()) }.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        format!("upload: bytes: expected at most {BYTES}, which src has, got {}", BYTES + 1)
+    );
+}
+
+#[test]
 fn an_abort_from_another_thread_ends_a_run_that_waits() {
     let mut workers = start(2, Options::default());
     let buffers = Buffers::of_all(&workers);
@@ -252,22 +282,24 @@ fn an_abort_from_another_thread_ends_a_run_that_waits() {
 
 #[test]
 fn no_wake_up_is_lost_and_groups_do_not_mind_each_other() {
-    let empty = List::new(3).finish();
-    let begin = Instant::now();
-    thread::scope(|scope| {
-        for spin in [Some(Duration::ZERO), Some(Duration::from_micros(5)), None] {
-            let empty = &empty;
-            scope.spawn(move || {
-                let mut workers = start(3, Options { spin, near: false });
-                for _ in 0..2000 {
-                    // SAFETY: nothing is named.
-                    unsafe { workers.run(empty) }.unwrap();
-                }
-            });
-        }
-    });
-    // A lost one would be waited for without end.
-    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
+    let (ended, wait) = mpsc::channel();
+    let spins = [Some(Duration::ZERO), Some(Duration::from_micros(5)), None];
+    for spin in spins {
+        let ended = ended.clone();
+        thread::spawn(move || {
+            let empty = List::new(3).finish();
+            let mut workers = start(3, Options { spin, near: false });
+            for _ in 0..2000 {
+                // SAFETY: nothing is named.
+                unsafe { workers.run(&empty) }.unwrap();
+            }
+            ended.send(()).unwrap();
+        });
+    }
+    // A lost one is waited for without end.
+    for _ in spins {
+        wait.recv_timeout(Duration::from_secs(60)).expect("a wake-up was lost");
+    }
 }
 
 #[test]

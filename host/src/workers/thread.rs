@@ -68,7 +68,7 @@ impl Thread {
         // Before there is a thread, so that one that cannot be made is an error here.
         let gpu = rank.gpu().clone();
         let stream = gpu.stream_create()?;
-        let worker = Worker { rank, stream, is_near: false };
+        let worker = Worker { rank, gpu: gpu.clone(), stream, is_near: false };
         let shared = desk.clone();
         let named = thread::Builder::new().name(format!("peerlane rank {}", worker.rank.rank()));
         let started = named.spawn(move || work(index, worker, &shared, spin, near));
@@ -100,9 +100,12 @@ impl Thread {
     /// Ends the thread and takes its rank.
     pub(super) fn finish(mut self) -> Result<Communicator> {
         let worker = self.end().ok_or_else(|| broken("a rank's thread has ended by itself"))?;
-        // SAFETY: the thread made it, and has ended; queued work still completes.
-        unsafe { worker.rank.gpu().stream_destroy(worker.stream)? };
-        Ok(worker.rank)
+        let Worker { mut rank, gpu, stream, .. } = worker;
+        // It would order its next call behind that stream.
+        rank.leave_stream(stream)?;
+        // SAFETY: the thread made it, has ended, and the rank knows of it no more.
+        unsafe { gpu.stream_destroy(stream)? };
+        Ok(rank)
     }
 
     fn end(&mut self) -> Option<Worker> {
@@ -116,11 +119,11 @@ impl Drop for Thread {
         if self.thread.is_none() {
             return;
         }
-        if let Some(Worker { mut rank, stream, .. }) = self.end() {
+        if let Some(Worker { mut rank, gpu, stream, .. }) = self.end() {
             // Waits for what is queued; nothing is left to report to.
             let _ = rank.close();
             // SAFETY: the thread made it, and has ended.
-            let _ = unsafe { rank.gpu().stream_destroy(stream) };
+            let _ = unsafe { gpu.stream_destroy(stream) };
         }
     }
 }

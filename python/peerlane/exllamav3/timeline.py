@@ -25,6 +25,8 @@ from peerlane.trace import Span
 
 # What a command says of its pass, among the parameters that ExLlamaV3 passes on.
 KEY = "peerlane_pass"
+# By which a process's children are told to record.
+VARIABLE = "PEERLANE_TRACE"
 # Passes of more tokens a row are a prompt's.
 FEW = 16
 
@@ -35,8 +37,8 @@ class _Current(threading.local):
     """Where this thread is."""
 
     def __init__(self) -> None:
-        self.passes: list[str] = []
-        """Names of the passes that it makes, if it is the main process's: one at a time."""
+        self.passes: list[tuple[str, str]] = []
+        """Kinds and names of the passes that it makes, if it is the main process's: one at a time."""
         self.parts = 0
         """How deep it is in spans of a pass."""
 
@@ -94,7 +96,7 @@ class Watched:
     def send_bytes(self, data: Any) -> None:
         if not _current.passes:
             return self.connection.send_bytes(data)
-        with Span("dispatch", sends=f"{_current.passes[-1]}/{self.device}"):
+        with Span("dispatch", sends=f"{_current.passes[-1][1]}/{self.device}"):
             self.connection.send_bytes(data)
 
     def __getattr__(self, name: str) -> Any:
@@ -125,8 +127,10 @@ def _pass_of(kind: str) -> Callable[[Wrapped], Wrapped]:
             is_prompt = len(x.shape) > 1 and x.shape[1] > FEW
             shown = "warm-up" if params.get("tp_warmup") else "prefill" if is_prompt else kind
             name = f"{os.getpid()}/{next(_numbers)}"
-            params[KEY] = shown, name
-            _current.passes.append(name)
+            if os.environ.get(VARIABLE):
+                # The workers record, too; others would show it to ExLlamaV3.
+                params[KEY] = shown, name
+            _current.passes.append((shown, name))
             try:
                 with _Part("pass", shown):
                     return original(self, x, params, *rest, **named)
@@ -148,6 +152,8 @@ def _part(original: Wrapped) -> Wrapped:
         local_context: dict[str, Any], shared_input: Any, params: dict[str, Any], *rest: Any
     ) -> Any:
         about = params.pop(KEY, None)
+        if _current.passes:
+            about = _current.passes[-1]
         if about is None:
             return original(local_context, shared_input, params, *rest)
         kind, name = about

@@ -6,6 +6,7 @@ Invariant: what it prints does not depend on whether it is traced.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ def main(folder: str, backend: str) -> list[Any]:
 
     import peerlane.exllamav3
 
+    if here := os.environ.get("TEST_TRACE_HERE"):
+        peerlane.trace.start(here)
     before = dict(vars(model_tp.Model_TPMixin))
     options = replace(peerlane.exllamav3.Options.from_env(), device_format="sim:{device}/8")
     peerlane.exllamav3.install(options=options)

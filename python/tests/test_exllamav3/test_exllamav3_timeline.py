@@ -107,9 +107,15 @@ def test_other_backends_are_left_alone(tmp_path: Path) -> None:
     assert not seen[0]
 
 
-def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(
+def test_a_trace_that_cannot_be_written_changes_nothing(
     untraced: list[Any], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    p2p_tree.write(tmp_path)
     assert run(tmp_path, "p2p", PEERLANE_TRACE=str(tmp_path / "file")) == untraced
+
+
+def test_workers_that_do_not_record_see_nothing_of_it(untraced: list[Any], tmp_path: Path) -> None:
+    traces = tmp_path / "traces"
+    assert run(tmp_path, "p2p", TEST_TRACE_HERE=str(traces)) == untraced
+    (main,) = records(traces)
+    assert count(main["spans"])["rank"] == count(main["spans"])["pass"] == 3

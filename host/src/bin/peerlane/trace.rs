@@ -59,12 +59,12 @@ pub(crate) fn run(options: &Options) -> Outcome {
     if let Some(directory) = &options.from {
         return show(options, directory, Value::Null).map(|()| true);
     }
-    let directory = Records::new(options.keep.as_deref())?;
+    let mut directory = Records::new(options.keep.as_deref())?;
     let (good, about) = match options.program.split_first() {
         Some((program, arguments)) => (traced(program, arguments, &directory.path)?, Value::Null),
         None => (true, passes(options, &directory.path)?),
     };
-    show(options, &directory.path, about)?;
+    show(options, &directory.path, about).map_err(|error| directory.keep(error))?;
     Ok(good)
 }
 
@@ -86,6 +86,18 @@ impl Records {
         // The program may go elsewhere.
         let path = fs::canonicalize(&path)?;
         Ok(Records { path, kept: keep.is_some() })
+    }
+}
+
+impl Records {
+    /// Keeps what there is: it could not be shown.
+    fn keep(&mut self, error: Fail) -> Fail {
+        let any = fs::read_dir(&self.path).is_ok_and(|mut entries| entries.next().is_some());
+        if self.kept || !any {
+            return error;
+        }
+        self.kept = true;
+        format!("{error}; what was recorded is kept, for --from {}", self.path.display()).into()
     }
 }
 
@@ -185,7 +197,7 @@ fn show(options: &Options, records: &Path, about: Value) -> Result<(), Fail> {
     timeline.write_chrome(&mut file).and_then(|()| file.flush()).map_err(failed)?;
     let summary = Summary::of(&timeline);
     print!("{summary}");
-    let seconds = (end - begin) as f64 / 1e9;
+    let seconds = end.saturating_sub(begin) as f64 / 1e9;
     let (spans, processes) = (timeline.len(), timeline.processes.len());
     println!(
         "# {spans} spans of {processes} processes in {seconds:.3} s: {}",
