@@ -5,6 +5,7 @@ use peerlane::gpu::{DevicePtr, GpuRef, sim};
 use peerlane::trace::{self, Span, Summary, Timeline, Value};
 use peerlane::transfer::{Element, Exporter, Importer, Limits, Shape};
 use peerlane::{AllReduce, Communicator, Config, DType, Error};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Barrier;
 use std::thread;
@@ -83,10 +84,22 @@ fn all_reduces(spans: &[&Span], is_gpu: impl Fn(&Span) -> bool) {
         let is = |span: &&&Span| is_gpu(span) == gpu && number(span, "rank") == rank;
         spans.iter().filter(is).count()
     };
-    // In passes, one in a graph that only the host sees, a good one at the end; rank 1 is refused once.
-    let good = PASSES * CALLS + 1;
-    assert_eq!([0, 1].map(|rank| of_rank(true, rank)), [good, good]);
-    assert_eq!([0, 1].map(|rank| of_rank(false, rank)), [good + 1, good + 2]);
+    // In passes, one in a graph that only the host sees, a good one, one that only rank 0 makes, and one after recovering; rank 1 is
+    // refused once.
+    let good = PASSES * CALLS + 2;
+    assert_eq!([0, 1].map(|rank| of_rank(true, rank)), [good + 1, good]);
+    assert_eq!([0, 1].map(|rank| of_rank(false, rank)), [good + 2, good + 2]);
+    let mut calls: BTreeMap<_, Vec<u64>> = BTreeMap::new();
+    for span in spans.iter().filter(|span| is_gpu(span)) {
+        let key = (number(span, "group"), number(span, "call"));
+        calls.entry(key).or_default().push(number(span, "rank"));
+    }
+    let alone = calls.values().filter(|ranks| ranks.len() == 1).count();
+    assert_eq!(
+        (calls.len(), alone),
+        (good + 1, 1),
+        "calls that belong together have one number: {calls:?}"
+    );
     for span in spans.iter().filter(|span| is_gpu(span)) {
         assert_eq!((number(span, "bytes"), number(span, "world")), (4 * COUNT as u64, 2));
         assert!(span.length() > 0, "{span:?}");
@@ -141,6 +154,20 @@ fn one(rank: &mut Communicator, together: &Barrier) {
         // SAFETY: as above.
         unsafe { rank.all_reduce(&call, stream).unwrap() };
     }
+    rank.synchronize(stream).unwrap();
+    together.wait();
+    if rank.rank() == 0 {
+        // SAFETY: as above.
+        unsafe { rank.all_reduce(&call, stream).unwrap() };
+    }
+    together.wait();
+    if rank.rank() == 1 {
+        rank.abort();
+    }
+    rank.synchronize(stream).unwrap_err();
+    rank.recover().unwrap();
+    // SAFETY: as above.
+    unsafe { rank.all_reduce(&call, stream).unwrap() };
     rank.synchronize(stream).unwrap();
     rank.close().unwrap();
     // SAFETY: it does not run any more.
