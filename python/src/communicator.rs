@@ -371,9 +371,7 @@ impl Communicator {
             trace::finish("synchronize", begin, [("rank".into(), self.number().into())].into());
         }
         waited.map_err(|e| error::raise(py, e))?;
-        if let Some(machine) = &self.gpu.machine {
-            machine.sweep(self.ordinal);
-        }
+        self.sweep();
         self.kept.sweep();
         self.queue(py, "synchronize", |rank| rank.health())
     }

@@ -11,6 +11,7 @@ use crate::tensor::{Need, Tensor};
 use peerlane::Error;
 use peerlane::workers::{List, Operation, Options, Recorded};
 use pyo3::prelude::*;
+use std::cell::Cell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The ranks of this process, each with its thread.
@@ -86,27 +87,24 @@ impl Workers {
             return Err(error::value(CALL, "list", "one of these workers", "one of others"));
         }
         let recorded = list.get().recorded();
-        lock(&self.running).push(list);
-        // SAFETY: the tensors were checked when they were recorded, and `running` refers to them.
-        self.with(py, CALL, |workers| unsafe { workers.run(&recorded) })
+        self.with(py, CALL, |workers| {
+            // While nobody else has the workers: who synchronizes takes what was queued and nothing else.
+            lock(&self.running).push(list);
+            // SAFETY: the tensors were checked when they were recorded, and `running` refers to them.
+            unsafe { workers.run(&recorded) }
+        })
     }
 
     /// Waits until all that was queued is done on all ranks, then raises what went wrong.
     fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
-        let waited = self.with(py, "synchronize", peerlane::workers::Workers::synchronize);
-        self.settle();
-        waited
+        self.settle(py, "synchronize", peerlane::workers::Workers::synchronize)
     }
 
     /// Lets all ranks go on after an error, as Communicator.recover.
     fn recover(&self, py: Python<'_>) -> PyResult<()> {
-        let recovered = self.with(py, "recover", |workers| {
+        self.settle(py, "recover", |workers| {
             workers.on_each(|worker| worker.rank.recover().map(drop))
-        });
-        if recovered.is_ok() {
-            self.settle();
-        }
-        recovered
+        })
     }
 
     /// The stream that a rank's operations are queued on, as a number.
@@ -125,9 +123,13 @@ impl Workers {
     }
 
     /// Waits for what is queued, ends the threads and closes the ranks.
-    fn close(&self, py: Python<'_>) {
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        not_in_callback(py, "close")?;
         py.detach(|| drop(lock(&self.inner).take()));
-        self.settle();
+        let done = std::mem::take(&mut *lock(&self.running));
+        self.sweep();
+        drop(done);
+        Ok(())
     }
 
     fn __len__(&self) -> usize {
@@ -139,8 +141,8 @@ impl Workers {
     }
 
     #[pyo3(signature = (*_why))]
-    fn __exit__(&self, py: Python<'_>, _why: &Bound<'_, PyAny>) {
-        self.close(py);
+    fn __exit__(&self, py: Python<'_>, _why: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.close(py)
     }
 }
 
@@ -152,6 +154,7 @@ impl Workers {
         op: &'static str,
         action: impl FnOnce(&mut peerlane::workers::Workers) -> peerlane::Result<T> + Send,
     ) -> PyResult<T> {
+        not_in_callback(py, op)?;
         let outcome = py.detach(|| match lock(&self.inner).as_mut() {
             Some(workers) => action(workers),
             None => Err(Error::Closed { op, rank: 0 }),
@@ -160,15 +163,41 @@ impl Workers {
         outcome.map_err(|error| raised.unwrap_or_else(|| error::raise(py, error)))
     }
 
-    /// Lets go of what was run, now that all of it is done.
-    fn settle(&self) {
-        for rank in self.ranks.iter() {
-            rank.get().sweep();
-        }
-        // After the lock is free: a list's end may run any code.
-        let done = std::mem::take(&mut *lock(&self.running));
+    /// Does something that waits for all that was queued, whether or not that went well, and lets go of it.
+    fn settle(
+        &self,
+        py: Python<'_>,
+        op: &'static str,
+        wait: impl FnOnce(&mut peerlane::workers::Workers) -> peerlane::Result<()> + Send,
+    ) -> PyResult<()> {
+        let mut done = Vec::new();
+        let waited = self.with(py, op, |workers| {
+            done = std::mem::take(&mut *lock(&self.running));
+            wait(workers)
+        });
+        self.sweep();
+        // After the locks are free: a list's end may run any code.
         drop(done);
+        waited
     }
+
+    fn sweep(&self) {
+        self.ranks.iter().for_each(|rank| rank.get().sweep());
+    }
+}
+
+thread_local! {
+    /// Whether this thread is in a callback, for whose end the workers' lock is held.
+    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
+}
+
+fn not_in_callback(py: Python<'_>, op: &'static str) -> PyResult<()> {
+    if !IN_CALLBACK.get() {
+        return Ok(());
+    }
+    let reason =
+        "expected a thread of the program's own, got a callback, which would wait for itself";
+    Err(error::raise(py, Error::Unsupported { op, reason: reason.into() }))
 }
 
 impl Drop for Workers {
@@ -213,8 +242,7 @@ impl WorkList {
         let calls = self.each("all_reduce", "tensors", &tensors, |rank, tensor| {
             in_place_request(rank, "all_reduce", tensor, &how).map(Operation::AllReduce)
         })?;
-        self.add(calls, &tensors);
-        Ok(())
+        self.add(0, calls, &tensors)
     }
 
     /// Every rank's out becomes all ranks' tensors, one after the other in rank order.
@@ -224,14 +252,13 @@ impl WorkList {
         outs: Vec<Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         const CALL: &str = "all_gather";
+        self.count(CALL, "tensors", tensors.len())?;
         self.count(CALL, "outs", outs.len())?;
-        let mut out = outs.iter();
-        let calls = self.each(CALL, "tensors", &tensors, |rank, tensor| {
-            let Some(out) = out.next() else { return Err(self.few(CALL, "outs", 0)) };
-            all_gather_request(rank, tensor, out).map(|(call, _)| Operation::AllGather(call))
-        })?;
-        self.add(calls, tensors.iter().chain(&outs));
-        Ok(())
+        let ranks = self.ranks.iter().zip(tensors.iter().zip(&outs));
+        let calls = ranks.map(|(rank, (tensor, out))| {
+            all_gather_request(rank.get(), tensor, out).map(|(call, _)| Operation::AllGather(call))
+        });
+        self.add(0, calls.collect::<PyResult<_>>()?, tensors.iter().chain(&outs))
     }
 
     /// Every rank's tensor becomes that of rank root.
@@ -246,13 +273,12 @@ impl WorkList {
             broadcast_request(rank, tensor, (root, route))
                 .map(|(call, _)| Operation::Broadcast(call))
         })?;
-        self.add(calls, &tensors);
-        Ok(())
+        self.add(0, calls, &tensors)
     }
 
     /// No rank's stream goes on before all have come here.
-    fn barrier(&self) {
-        self.add(self.ranks.iter().map(|_| Operation::Barrier).collect(), []);
+    fn barrier(&self) -> PyResult<()> {
+        self.add(0, vec![Operation::Barrier; self.ranks.len()], [])
     }
 
     /// Copies a tensor of one rank's GPU to another of the same size there.
@@ -273,7 +299,7 @@ impl WorkList {
         }
         dst.apart(CALL, &src, None)?;
         let copy = Operation::Copy { dst: dst.at(), src: src.at(), bytes: src.bytes() };
-        self.add_to(rank, copy, [out, tensor])
+        self.add(rank, vec![copy], [out, tensor])
     }
 
     /// Calls function(rank, stream) on that rank's thread, when everything before it has been queued there.
@@ -287,14 +313,16 @@ impl WorkList {
         let (raised, called) = (self.raised.clone(), function.clone_ref(py));
         let callback = Operation::callback(move |worker| {
             let (number, stream) = (worker.rank.rank(), worker.stream().0);
+            IN_CALLBACK.set(true);
             let outcome = Python::attach(|py| called.call1(py, (number, stream)).map(drop));
+            IN_CALLBACK.set(false);
             outcome.map_err(|error| {
                 let reason = format!("a callback of rank {number} raised: {error}");
                 lock(&raised).get_or_insert(error);
                 Error::Unsupported { op: CALL, reason }
             })
         });
-        self.add_to(rank, callback, [bound])
+        self.add(rank, vec![callback], [bound])
     }
 
     /// How many operations the longest rank has.
@@ -332,30 +360,20 @@ impl WorkList {
             .ok_or_else(|| error::value(call, "rank", format!("below {world}"), rank))
     }
 
+    /// Adds an operation to each rank from `first` on.
     fn add<'a, 'py: 'a>(
         &self,
+        first: usize,
         operations: Vec<Operation>,
-        kept: impl IntoIterator<Item = &'a Bound<'py, PyAny>>,
-    ) {
-        let kept: Vec<Py<PyAny>> = kept.into_iter().map(|object| object.clone().unbind()).collect();
-        let mut recording = lock(&self.recording);
-        let mut operations = operations.into_iter();
-        recording.list.on_all(|_| operations.next().unwrap_or(Operation::Barrier));
-        recording.recorded = None;
-        recording.kept.extend(kept);
-    }
-
-    fn add_to<'a, 'py: 'a>(
-        &self,
-        rank: usize,
-        operation: Operation,
         kept: impl IntoIterator<Item = &'a Bound<'py, PyAny>>,
     ) -> PyResult<()> {
         let kept: Vec<Py<PyAny>> = kept.into_iter().map(|object| object.clone().unbind()).collect();
         let mut recording = lock(&self.recording);
-        let added = recording.list.on(rank as u32, operation).map(drop);
         recording.recorded = None;
         recording.kept.extend(kept);
+        let mut ranks = (first as u32..).zip(operations);
+        let added =
+            ranks.try_for_each(|(rank, operation)| recording.list.on(rank, operation).map(drop));
         drop(recording);
         added.map_err(|error| Python::attach(|py| error::raise(py, error)))
     }

@@ -116,6 +116,28 @@ def test_an_exception_of_a_callback_ends_all_waits(
     assert all((tensor == 6.0).all() for tensor in tensors)
 
 
+def test_a_callback_that_would_wait_for_itself_is_refused(workers: Workers) -> None:
+    work, other = workers.list(), workers.list()
+    refused: list[str] = []
+
+    def wait(rank: int, stream: int) -> None:
+        for call in (
+            workers.synchronize,
+            workers.recover,
+            workers.close,
+            lambda: workers.run(other),
+            lambda: workers.stream(0),
+        ):
+            with pytest.raises(peerlane.UnsupportedError, match="got a callback") as raised:
+                call()
+            refused.append(str(raised.value))
+
+    work.callback(1, wait)
+    workers.run(work)
+    assert len(refused) == 5, refused
+    workers.run(other)
+
+
 def test_an_abort_ends_a_run_that_waits(ranks: list[Communicator], workers: Workers) -> None:
     tensors, work = filled(ranks), workers.list()
     entered = threading.Event()

@@ -134,18 +134,21 @@ fn one(rank: &mut Communicator, together: &Barrier) {
         }
         rank.synchronize(stream).unwrap();
     }
+    let first_alone = |rank: &mut Communicator| {
+        together.wait();
+        if rank.rank() == 0 {
+            // SAFETY: as above.
+            unsafe { rank.all_reduce(&call, stream).unwrap() };
+        }
+        together.wait();
+    };
     gpu.capture_begin(stream).unwrap();
     // SAFETY: as above.
     unsafe { rank.all_reduce(&call, stream).unwrap() };
     let graph = gpu.capture_end(stream).unwrap();
     gpu.graph_launch(graph, stream).unwrap();
     rank.synchronize(stream).unwrap();
-    together.wait();
-    if rank.rank() == 0 {
-        // SAFETY: as above.
-        unsafe { rank.all_reduce(&call, stream).unwrap() };
-    }
-    together.wait();
+    first_alone(rank);
     if rank.rank() == 1 {
         let other = AllReduce::in_place(tensor, COUNT / 2, DType::F32);
         // SAFETY: as above.
@@ -155,12 +158,7 @@ fn one(rank: &mut Communicator, together: &Barrier) {
         unsafe { rank.all_reduce(&call, stream).unwrap() };
     }
     rank.synchronize(stream).unwrap();
-    together.wait();
-    if rank.rank() == 0 {
-        // SAFETY: as above.
-        unsafe { rank.all_reduce(&call, stream).unwrap() };
-    }
-    together.wait();
+    first_alone(rank);
     if rank.rank() == 1 {
         rank.abort();
     }

@@ -145,8 +145,11 @@ impl Reader {
 
     fn wait(&mut self, timeout: Duration) -> Result<Record> {
         // A look that does not wait is nothing to see in a trace.
-        let idle = timeout.is_zero();
-        let span = if idle { Span::none() } else { recv_span() }.entered();
+        let span = if timeout.is_zero() {
+            Span::none().entered()
+        } else {
+            trace::span!("recv", hears = Empty, waited = Empty)
+        };
         let Reader { segment, consumer, writer, spin, rhythm, .. } = self;
         let poll = || next(segment, consumer);
         let look = || {
@@ -173,10 +176,6 @@ impl Reader {
             }
         }
     }
-}
-
-fn recv_span() -> Span {
-    tracing::trace_span!(target: trace::TARGET, "recv", hears = Empty, waited = Empty)
 }
 
 /// The next message, or why there will be none.

@@ -307,7 +307,7 @@ pub trait Gpu: Send + Sync {
     fn capture_end(&self, stream: Stream) -> Result<Graph>;
     /// Whether `stream` is being recorded.
     fn is_capturing(&self, stream: Stream) -> Result<bool>;
-    /// Does something that waits for nothing and that other threads' recordings do not mind.
+    /// Does something on streams that are not recorded, as if no thread recorded any: drivers may else refuse it, and end the recording.
     fn beside_captures(&self, action: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         action()
     }

@@ -5,7 +5,7 @@
 //! [`Timeline`] reads the files of all processes. See docs/trace.md.
 //!
 //! Invariant: nothing is recorded, and a call costs one load more, unless somebody asked. What goes wrong while recording costs
-//! records, which are counted, and never a call.
+//! records and never a call.
 
 mod gpu;
 mod layer;

@@ -37,7 +37,7 @@ pub use list::{List, Operation, Recorded};
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 use crate::gpu::{GpuRef, Stream};
-use crate::group::Aborter;
+use crate::group::{Aborter, Group};
 use std::time::Duration;
 use thread::{Job, Thread};
 
@@ -70,11 +70,21 @@ impl Workers {
     /// Starts a thread for each rank. `ranks` are some or all of one group, in any order; lists count them from 0 in this order.
     ///
     /// # Errors
-    /// No ranks, or no thread or stream to be had.
+    /// No ranks, closed ones or ranks of several groups; no thread or stream to be had. The ranks are closed then.
     pub fn start(ranks: Vec<Communicator>, options: Options) -> Result<Workers> {
         let Some(aborter) = ranks.first().map(Communicator::aborter) else {
             return Err(invalid("workers", "ranks", "at least one", "none"));
         };
+        let groups = ranks.iter().map(|rank| rank.group("workers").map(Group::number));
+        let groups: Vec<u64> = groups.collect::<Result<_>>()?;
+        if let Some(other) = groups.iter().position(|group| *group != groups[0]) {
+            return Err(invalid(
+                "workers",
+                "ranks",
+                "ranks of one group",
+                format!("another's at {other}"),
+            ));
+        }
         let spin = options.spin.unwrap_or_else(|| thread::spin_for(ranks.len()));
         let gpus: Vec<GpuRef> = ranks.iter().map(|rank| rank.gpu().clone()).collect();
         let start = |(index, rank)| Thread::start(index, rank, spin, options.near);

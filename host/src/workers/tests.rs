@@ -223,6 +223,10 @@ fn what_cannot_be_run_is_refused_before_anything_is_queued() {
     assert!(workers.stream(2).is_err() && workers.gpu(2).is_err() && workers.is_near(2).is_err());
     let none = Workers::start(Vec::new(), Options::default()).err().unwrap().to_string();
     assert_eq!(none, "workers: ranks: expected at least one, got none");
+    let gpus = sim::devices(&sim::Config { devices: 1, ..Default::default() });
+    let two = [0, 1].map(|_| Communicator::connect(&gpus, &config()).unwrap().remove(0));
+    let mixed = Workers::start(two.into(), Options::default()).err().unwrap().to_string();
+    assert_eq!(mixed, "workers: ranks: expected ranks of one group, got another's at 1");
     run(&mut workers, &List::new(2).finish());
     let ranks = workers.finish().unwrap();
     assert_eq!(

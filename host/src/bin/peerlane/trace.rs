@@ -59,12 +59,17 @@ pub(crate) fn run(options: &Options) -> Outcome {
     if let Some(directory) = &options.from {
         return show(options, directory, Value::Null).map(|()| true);
     }
-    let mut directory = Records::new(options.keep.as_deref())?;
+    let mut records = Records::new(options.keep.as_deref())?;
+    record(options, &records.path).map_err(|error| records.keep(error))
+}
+
+/// Records and shows it; whether what was traced ended well.
+fn record(options: &Options, records: &Path) -> Outcome {
     let (good, about) = match options.program.split_first() {
-        Some((program, arguments)) => (traced(program, arguments, &directory.path)?, Value::Null),
-        None => (true, passes(options, &directory.path)?),
+        Some((program, arguments)) => (traced(program, arguments, records)?, Value::Null),
+        None => (true, passes(options, records)?),
     };
-    show(options, &directory.path, about).map_err(|error| directory.keep(error))?;
+    show(options, records, about)?;
     Ok(good)
 }
 
@@ -87,9 +92,7 @@ impl Records {
         let path = fs::canonicalize(&path)?;
         Ok(Records { path, kept: keep.is_some() })
     }
-}
 
-impl Records {
     /// Keeps what there is: it could not be shown.
     fn keep(&mut self, error: Fail) -> Fail {
         let any = fs::read_dir(&self.path).is_ok_and(|mut entries| entries.next().is_some());
